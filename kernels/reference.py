@@ -1,0 +1,304 @@
+"""The operators in plain PyTorch: the one definition of right.
+
+Rows are `[N, V]`: N sequences when decoding, N positions when scoring or calibrating. Arithmetic is
+float64 where an input is float64 and float32 otherwise. Numbers in brackets are equations of Hu et
+al., "Distribution-Aligned Decoding for Efficient LLM Task Adaptation", arXiv 2509.15888.
+
+What holds for every operator:
+
+- A token whose adapted logit is -inf has probability 0 and is never chosen.
+- A token whose base logit alone is -inf has no steering: its delta is 0 and it stays out of the mean.
+- A row with NaN or +inf anywhere, or without a finite adapted logit, gives NaN (token -1).
+- Ties go to the lowest token id.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INF = math.inf
+Strength = float | Tensor
+
+
+class Sampled(NamedTuple):
+    token: Tensor  # [N] int64
+    logprob: Tensor  # [N], log-softmax of the steered logits at `token`
+
+
+class TopK(NamedTuple):
+    logprob: Tensor  # [N, k], descending
+    token: Tensor  # [N, k] int64
+
+
+class Projection(NamedTuple):
+    numerator: Tensor  # [N], <e_y - p, I delta>
+    gauss_newton: Tensor  # [N], ||I delta||^2, the denominator of (20)
+    newton: Tensor  # [N], Var_p(I delta), the denominator of (19)
+    in_support: Tensor  # [N] bool
+
+
+class _Rows(NamedTuple):
+    z: Tensor  # [N, V] adapted logits
+    p: Tensor  # [N, V] adapted probabilities
+    delta: Tensor  # [N, V] steering vector
+    support: Tensor  # [N, V] bool
+    valid: Tensor  # [N, 1] bool
+
+
+def _wide(*rows: Tensor) -> list[Tensor]:
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in rows) else torch.float32
+    return [x.to(dtype) for x in rows]
+
+
+def _column(strength: Strength, like: Tensor) -> Tensor:
+    return torch.as_tensor(strength, dtype=like.dtype, device=like.device).reshape(-1, 1)
+
+
+def log_alpha(alpha: float) -> float:
+    """log(alpha) rounded to float32, so that every backend compares with the same number."""
+    return float(torch.tensor(alpha, dtype=torch.float32).log())
+
+
+def _rows(adapted: Tensor, base: Tensor, alpha: float) -> _Rows:
+    z, b = _wide(adapted, base)
+    top = z.amax(-1, keepdim=True)
+    valid = top.isfinite() & (b < INF).all(-1, keepdim=True)
+    p = (z - top).exp()
+    p = p / p.sum(-1, keepdim=True)
+    opinion = b > -INF
+    d = torch.where(opinion & (z > -INF), z - b, 0.0)
+    mass = torch.where(opinion, p, 0.0).sum(-1, keepdim=True)
+    mean = torch.where(mass > 0, (p * d).sum(-1, keepdim=True) / mass, 0.0)
+    delta = torch.where(opinion, p * (mean - d), 0.0)
+    return _Rows(z, p, torch.where(valid, delta, math.nan), z >= top + log_alpha(alpha), valid)
+
+
+def _steered(
+    adapted: Tensor, base: Tensor, strength: Strength, alpha: float, penalty: float
+) -> tuple[Tensor, Tensor]:
+    rows = _rows(adapted, base, alpha)
+    mu = _column(strength, rows.z)
+    # mu * -inf is never formed: it is NaN at mu = 0 and +inf below.
+    off = -INF if penalty == -INF else rows.z + mu.abs() * penalty
+    steered = torch.where(rows.support, rows.z + mu * rows.delta, off)
+    return torch.where(rows.valid, steered, math.nan), rows.valid[:, 0]
+
+
+def steering_vector(adapted: Tensor, base: Tensor) -> Tensor:
+    """delta = (diag(p) - p p^T) g with g = -(log p - log q + 1)  (10), `[N, V]`.
+
+    The base softmax cancels: with d = adapted - base, delta_i = p_i (E_p[d] - d_i).
+    """
+    return _rows(adapted, base, 0.0).delta
+
+
+def steer(
+    adapted: Tensor, base: Tensor, strength: Strength, *, alpha: float = 0.1, penalty: float = -INF
+) -> Tensor:
+    """Steered logits  (12)-(14), `[N, V]` in the dtype of `adapted`.
+
+    for i in range(V):
+        if adapted[i] >= max(adapted) + log(alpha):
+            out[i] = adapted[i] + strength * delta[i]
+        else:
+            out[i] = -inf if penalty == -inf else adapted[i] + abs(strength) * penalty
+    """
+    return _steered(adapted, base, strength, alpha, penalty)[0].to(adapted.dtype)
+
+
+def sample(
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Tensor = 0,
+    position: int | Tensor = 0,
+) -> Sampled:
+    """One token a row: the greatest of steered / temperature + gumbel_noise, or of steered at 0.
+
+    `top_k`, `top_p` and `min_p` cut the tempered distribution first. `logprob` is taken before
+    temperature and cuts: it equals `score` of the token.
+    """
+    steered, valid = _steered(adapted, base, strength, alpha, penalty)
+    merit = steered
+    if temperature > 0:
+        kept = _cut((steered / temperature).log_softmax(-1), top_k, top_p, min_p)
+        merit = kept + gumbel_noise(seed, position, *kept.shape, device=kept.device)
+    token = merit.argmax(-1)
+    logprob = steered.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    return Sampled(token.masked_fill(~valid, -1), logprob)
+
+
+def _cut(logprob: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    ordered, token = torch.sort(logprob, dim=-1, descending=True, stable=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    drop = (before >= top_p) | (ordered < ordered[:, :1] + (math.log(min_p) if min_p else -INF))
+    if top_k:
+        drop[:, top_k:] = True
+    drop[:, 0] = False
+    return logprob.masked_fill(torch.zeros_like(drop).scatter_(-1, token, drop), -INF)
+
+
+def topk(
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    k: int,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+) -> TopK:
+    """The k greatest steered log-probabilities and their tokens, `[N, k]`."""
+    steered, valid = _steered(adapted, base, strength, alpha, penalty)
+    logprob, token = torch.sort(steered.log_softmax(-1), dim=-1, descending=True, stable=True)
+    return TopK(logprob[:, :k], token[:, :k].masked_fill(~valid[:, None], -1))
+
+
+def score(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    strength: Strength,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+) -> Tensor:
+    """log_softmax(steer(adapted, base, strength))[target], `[N]`."""
+    steered = _steered(adapted, base, strength, alpha, penalty)[0]
+    return steered.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+
+def project_strength(
+    adapted: Tensor, base: Tensor, target: Tensor, *, alpha: float = 0.1
+) -> Projection:
+    """The terms of the best strength for one token: numerator / gauss_newton is (20), / newton (19).
+
+    The vector is I * delta, zero off the support.
+    """
+    rows = _rows(adapted, base, alpha)
+    delta = torch.where(rows.support, rows.delta, 0.0)
+    mean = (rows.p * delta).sum(-1)
+    variance = (rows.p * (delta - mean[:, None]).square()).sum(-1)
+    numerator = delta.gather(-1, target[:, None])[:, 0] - mean
+    in_support = rows.support.gather(-1, target[:, None])[:, 0] & rows.valid[:, 0]
+    dead = ~rows.valid[:, 0]
+    return Projection(
+        numerator.masked_fill(dead, math.nan),
+        delta.square().sum(-1).masked_fill(dead, math.nan),
+        variance.masked_fill(dead, math.nan),
+        in_support,
+    )
+
+
+def divergence(adapted: Tensor, base: Tensor) -> Tensor:
+    """KL(p || q)  (6), `[N]` in nats; +inf where the base gives 0 to a token that p does not."""
+    z, b = _wide(adapted, base)
+    valid = _rows(adapted, base, 0.0).valid
+    logp, logq = z.log_softmax(-1), b.log_softmax(-1)
+    terms = torch.where(z > -INF, logp.exp() * (logp - logq), 0.0)
+    terms = terms.masked_fill((z > -INF) & (b == -INF), INF)
+    return torch.where(valid, terms, math.nan).sum(-1)
+
+
+class Head(NamedTuple):
+    """A language model head: hidden `[N, H]` -> logits `[N, V]`."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """softcap * tanh(x / softcap) of x = scale * (hidden @ weight^T + bias)."""
+        x = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+
+def linear_topk(
+    adapted: Tensor,
+    base: Tensor,
+    head: Head,
+    strength: Strength,
+    k: int,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+) -> TopK:
+    """`topk` of the head's logits of two hidden states `[N, H]`."""
+    z, b = head.logits(adapted), head.logits(base)
+    return topk(z, b, strength, k, alpha=alpha, penalty=penalty)
+
+
+def linear_score(
+    adapted: Tensor,
+    base: Tensor,
+    head: Head,
+    target: Tensor,
+    strength: Strength,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+) -> Tensor:
+    """`score` of the head's logits of two hidden states `[N, H]`."""
+    z, b = head.logits(adapted), head.logits(base)
+    return score(z, b, target, strength, alpha=alpha, penalty=penalty)
+
+
+def linear_project_strength(
+    adapted: Tensor, base: Tensor, head: Head, target: Tensor, *, alpha: float = 0.1
+) -> Projection:
+    """`project_strength` of the head's logits of two hidden states `[N, H]`."""
+    return project_strength(head.logits(adapted), head.logits(base), target, alpha=alpha)
+
+
+def linear_divergence(adapted: Tensor, base: Tensor, head: Head) -> Tensor:
+    """`divergence` of the head's logits of two hidden states `[N, H]`."""
+    return divergence(head.logits(adapted), head.logits(base))
+
+
+def gumbel_noise(
+    seed: int | Tensor,
+    position: int | Tensor,
+    n: int,
+    vocab: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard Gumbel noise `[n, vocab]` float32, a function of (seed, position, token id) alone."""
+    token = torch.arange(vocab, device=device).expand(n, vocab)
+    seed, position = (
+        torch.as_tensor(x, dtype=torch.int64, device=device).reshape(-1, 1).expand(n, vocab)
+        for x in (seed, position)
+    )
+    bits = philox(seed, token, position)
+    # Each tail is formed from the side where float32 is dense, so none of the 32 bits is lost.
+    low = (bits.double() + 0.5) * 2.0**-32
+    high = ((2**32 - 1 - bits).double() + 0.5) * 2.0**-32
+    exponential = torch.where(bits < 2**31, -torch.log1p(-low), -torch.log(high))
+    return -exponential.log().float()
+
+
+def philox(seed: Tensor, token: Tensor, position: Tensor) -> Tensor:
+    """First word of Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (token, position, 0).
+
+    int64 tensors of one shape in; 32 random bits in an int64 tensor out. The 64-bit seed and
+    position are split low word first.
+    """
+    mask = 0xFFFFFFFF
+    c0, c1, c2 = token & mask, position & mask, (position >> 32) & mask
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        # The int64 product wraps, but its 64 bits are those of the unsigned product.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        high0, high1 = (product0 >> 32) & mask, (product1 >> 32) & mask
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & mask, high0 ^ c3 ^ k1, product0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0
