@@ -1,0 +1,23 @@
+"""Decode with a steering vector at the price of plain decoding.
+
+`svd_engine.ops` holds the operators; `SteeredEngine` generates with them.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Completion": "svd_engine.engine",
+    "SteeredEngine": "svd_engine.engine",
+    "SteeringConfig": "svd_engine.steering",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import; the operators alone do not need it.
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

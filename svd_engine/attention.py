@@ -1,0 +1,59 @@
+"""Attention for both halves of a pair, registered with transformers under the name `svd_engine`."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "svd_engine"
+
+
+def visible(positions: Tensor, live: int) -> Tensor:
+    """Which of the first `live` slots a token at `positions` `[rows, q]` sees: `[rows, 1, q, live]`.
+
+    Slot j of a row holds its position j, so causality is all there is to say.
+    """
+    slots = torch.arange(live, device=positions.device)
+    return (slots <= positions[:, :, None])[:, None]
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """softmax(query key^T * scaling) value over visible slots: `[rows, q, heads, head_dim]`.
+
+    Query heads that share a key head become extra query positions of it, so keys and values are
+    never repeated. A mask of None hides nothing.
+    """
+    rows, heads, length, dim = query.shape
+    group = heads // key.shape[1]
+    mask = attention_mask
+    if sliding_window is not None and key.shape[2] > sliding_window:
+        assert position_ids is not None
+        slots = torch.arange(key.shape[2], device=key.device)
+        inside = slots > position_ids[:, None, :, None] - sliding_window
+        mask = inside if mask is None else mask & inside
+    if mask is not None and length > 1:
+        mask = mask.repeat(1, 1, group, 1)
+    packed = query.reshape(rows, key.shape[1], group * length, dim)
+    if softcap is None:
+        out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    else:
+        weights = packed @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
+        weights = softcap * torch.tanh(weights / softcap)
+        if mask is not None:
+            weights = weights.masked_fill(~mask, -torch.inf)
+        out = weights.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.view(rows, heads, length, dim).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,105 @@
+"""What the operators accept: each check names the argument, what came and what to do."""
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Two `[N, V]` tensors of logits on one device."""
+    for name, x in (("adapted", adapted), ("base", base)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor of logits [N, V]; got {type(x).__name__}.")
+        if x.ndim != 2 or x.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape [N, V] with V >= 1; got {list(x.shape)}. "
+                "Reshape to one row a position."
+            )
+        if x.dtype not in dtypes:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(str, dtypes))}; got {x.dtype}. "
+                "backend='reference' also takes torch.float64."
+            )
+    if adapted.shape != base.shape:
+        raise ValueError(
+            f"adapted and base must have one shape; got {list(adapted.shape)} and "
+            f"{list(base.shape)}. Cut a padded vocabulary with [:, :V]."
+        )
+    if adapted.device != base.device:
+        raise ValueError(
+            f"adapted and base must be on one device; got {adapted.device} and {base.device}."
+        )
+
+
+def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """None for a finite number; a contiguous `[N]` tensor of `dtype` for a tensor."""
+    if not isinstance(value, Tensor):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite; got {value}.")
+        return None
+    if value.shape not in ((), like.shape[:1]):
+        raise ValueError(
+            f"{name} must be a number or have shape [N] = {list(like.shape[:1])}; "
+            f"got {list(value.shape)}."
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, as the logits are; got {value.device}.")
+    if dtype == torch.int64 and (value.is_floating_point() or value.is_complex()):
+        raise ValueError(f"{name} must be an integer tensor; got {value.dtype}.")
+    # Looking into a device tensor would wait for the device; there a NaN gives a NaN row instead.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} must be finite; got {value.tolist()}.")
+    return value.to(dtype).expand(like.shape[0]).contiguous()
+
+
+def mask(alpha: float, penalty: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1]; got {alpha}. alpha=0 keeps every token.")
+    if not penalty <= 0:
+        raise ValueError(f"penalty must be <= 0 (-inf removes the token); got {penalty}.")
+
+
+def sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be >= 0 and finite (0 is greedy); got {temperature}.")
+    if top_k < 0:
+        raise ValueError(f"top_k must be >= 0 (0 keeps every token); got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1]; got {top_p}.")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must lie in [0, 1]; got {min_p}.")
+
+
+def target(target: Tensor, like: Tensor) -> None:
+    """int64 `[N]` token ids below V."""
+    if target.shape != like.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"target must be int64 of shape [N] = {list(like.shape[:1])}; "
+            f"got {target.dtype} of {list(target.shape)}."
+        )
+    if target.device != like.device:
+        raise ValueError(
+            f"target must be on {like.device}, as the logits are; got {target.device}."
+        )
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and len(target):
+        low, high = target.min().item(), target.max().item()
+        if low < 0 or high >= like.shape[1]:
+            raise ValueError(
+                f"target must hold token ids in [0, V = {like.shape[1]}); got {low} to {high}."
+            )
+
+
+def out(out: Tensor, like: Tensor) -> None:
+    if out.shape != like.shape or out.dtype not in DTYPES or out.device != like.device:
+        raise ValueError(
+            f"out must be a float tensor of shape {list(like.shape)} on {like.device}; "
+            f"got {out.dtype} of {list(out.shape)} on {out.device}."
+        )
+    if out.stride(-1) != 1 or (out.shape[0] > 1 and out.stride(0) < out.shape[1]):
+        raise ValueError(
+            f"out must have separate rows and columns next to each other; got strides {out.stride()}."
+        )

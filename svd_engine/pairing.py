@@ -1,0 +1,166 @@
+"""From one PEFT model to the modules that decode: the pair, the base, the adapted model.
+
+Each is a second tree of modules over the same parameters, so the PEFT model is left as it was found.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from svd_engine import attention
+
+PROMPT_METHODS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
+Replace = Callable[[nn.Module], nn.Module | None]
+
+
+class PairedLora(nn.Module):
+    """W x for every row, plus scale * B (A x) for the second half of the rows."""
+
+    def __init__(self, layer: LoraLinear, adapter: str) -> None:
+        super().__init__()
+        self.base_layer = layer.get_base_layer()
+        self.down = layer.lora_A[adapter].weight
+        self.up = layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
+        bias = layer.lora_B[adapter].bias
+        self.up_bias = None if bias is None else bias.detach() * layer.scaling[adapter]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        half = x.shape[0] // 2
+        low = nn.functional.linear(x[half:].to(self.down.dtype), self.down)
+        out[half:] += nn.functional.linear(low, self.up, self.up_bias)
+        return out
+
+
+def paired(model: PeftModel) -> PreTrainedModel:
+    """Rows [base_1..base_B, adapted_1..adapted_B] through each weight once; needs `why_not_paired`
+    to be None."""
+    adapter = model.active_adapter
+
+    def replace(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, LoraLinear):
+            return None
+        return PairedLora(module, adapter) if adapter in module.lora_A else module.get_base_layer()
+
+    return _with_attention(_share(model.get_base_model(), replace))
+
+
+def adapted(model: PeftModel) -> PreTrainedModel:
+    """The adapted model alone, without the virtual tokens of the prompt methods."""
+    return _with_attention(_share(model.get_base_model(), lambda module: None))
+
+
+def base(model: PeftModel) -> PreTrainedModel:
+    """The pre-trained model under the adapter."""
+
+    def replace(module: nn.Module) -> nn.Module | None:
+        if isinstance(module, BaseTunerLayer):
+            return module.get_base_layer()
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return module.original_module
+        return None
+
+    return _with_attention(_share(model.get_base_model(), replace))
+
+
+def check_recoverable(model: PeftModel) -> None:
+    """Raise ValueError where the base model cannot be had back from the PEFT model."""
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"model must have one active adapter; got {model.active_adapters}. "
+            "Choose with model.set_adapter(name)."
+        )
+    config = model.active_peft_config
+    if config.is_prompt_learning and config.peft_type not in PROMPT_METHODS:
+        known = ", ".join(method.value for method in PROMPT_METHODS)
+        raise ValueError(f"model uses {config.peft_type.value}; of its kind {known} are supported.")
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"model was trained with bias={config.bias!r}, which changes the base model's own "
+            "biases, so the base model is gone. Train with bias='none'."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and (module.merged or module.disable_adapters):
+            state, remedy = (
+                ("merged", "unmerge_adapter()")
+                if module.merged
+                else ("disabled", "base_model.enable_adapter_layers()")
+            )
+            raise ValueError(f"model has a {state} adapter in {name}. Call {remedy} first.")
+
+
+def why_not_paired(model: PeftModel) -> str | None:
+    """Why the two models cannot share one batch; None where they can."""
+    config = model.active_peft_config
+    if config.peft_type != PeftType.LORA:
+        return f"{config.peft_type.value} has no paired form"
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return f"{name} is replaced as a whole"
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if not isinstance(module, LoraLinear):
+            return f"{name} is an adapted {type(module.get_base_layer()).__name__}"
+        if module.lora_variant:
+            return f"{name} uses {type(next(iter(module.lora_variant.values()))).__name__}"
+    return None
+
+
+def _share(root: nn.Module, replace: Replace) -> nn.Module:
+    """A tree like `root` over the same parameters, with some modules replaced."""
+    configs: dict[int, object] = {}
+    modules: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> nn.Module:
+        if id(module) in modules:
+            return modules[id(module)]
+        twin = modules[id(module)] = copy.copy(module)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            setattr(twin, hooks, OrderedDict(getattr(module, hooks)))
+        twin._modules = {
+            name: None if child is None else visit(replace(child) or child)
+            for name, child in module._modules.items()
+        }
+        config = getattr(module, "config", None)
+        if config is not None:
+            twin.config = configs.setdefault(id(config), copy.deepcopy(config))
+        return twin
+
+    return visit(root).eval()
+
+
+def _with_attention(model: nn.Module) -> PreTrainedModel:
+    assert isinstance(model, PreTrainedModel)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def virtual_tokens(model: PeftModel) -> int:
+    """Positions that a prompt method puts before the text; 0 for other methods."""
+    config = model.active_peft_config
+    return config.num_virtual_tokens if config.is_prompt_learning else 0
+
+
+@torch.no_grad()
+def prompt_embeddings(model: PeftModel) -> Tensor | None:
+    """`[virtual_tokens, H]` of prompt tuning and P-tuning; None for other methods."""
+    if model.active_peft_config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
+        return None
+    return model.get_prompt(batch_size=1)[0]
+
+
+@torch.no_grad()
+def prefix(model: PeftModel) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values `[kv_heads, virtual_tokens, head_dim]` a layer of prefix tuning; else None."""
+    if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+        return None
+    cache = model.get_prompt(batch_size=1)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
