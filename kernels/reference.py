@@ -39,6 +39,13 @@ class Projection(NamedTuple):
     in_support: Tensor  # [N] bool
 
 
+class Support(NamedTuple):
+    row: Tensor  # [K] int64, rows in order
+    token: Tensor  # [K] int64
+    p: Tensor  # [K] adapted probability
+    delta: Tensor  # [K] steering vector
+
+
 class _Rows(NamedTuple):
     z: Tensor  # [N, V] adapted logits
     p: Tensor  # [N, V] adapted probabilities
@@ -131,7 +138,7 @@ def sample(
     merit = steered
     if temperature > 0:
         kept = _cut((steered / temperature).log_softmax(-1), top_k, top_p, min_p)
-        merit = kept + gumbel_noise(seed, position, *kept.shape, device=kept.device)
+        merit = kept + gumbel_noise(seed, position, len(kept), kept.shape[1], kept.device)
     token = merit.argmax(-1)
     logprob = steered.log_softmax(-1).gather(-1, token[:, None])[:, 0]
     return Sampled(token.masked_fill(~valid, -1), logprob)
@@ -196,6 +203,13 @@ def project_strength(
         variance.masked_fill(dead, math.nan),
         in_support,
     )
+
+
+def support(adapted: Tensor, base: Tensor, alpha: float = 0.1) -> Support:
+    """The kept tokens  (12) of all rows in one list of K, with p and delta of each."""
+    rows = _rows(adapted, base, alpha)
+    row, token = (rows.support & (rows.z > -INF) & rows.valid).nonzero(as_tuple=True)
+    return Support(row, token, rows.p[row, token], rows.delta[row, token])
 
 
 def divergence(adapted: Tensor, base: Tensor) -> Tensor:

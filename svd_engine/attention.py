@@ -9,7 +9,7 @@ NAME = "svd_engine"
 
 
 def visible(positions: Tensor, live: int) -> Tensor:
-    """Which of the first `live` slots a token at `positions` `[rows, q]` sees: `[rows, 1, q, live]`.
+    """Which of `live` slots a token at `positions` `[rows, q]` sees, bool `[rows, 1, q, live]`.
 
     Slot j of a row holds its position j, so causality is all there is to say.
     """

@@ -134,7 +134,11 @@ def adapted_stream(model: PeftModel) -> Stream:
     return Stream(pairing.adapted(model), pairing.prompt_embeddings(model), pairing.prefix(model))
 
 
-def both(model: PeftModel, form: str = "auto") -> Branches:
+def base_stream(model: PeftModel) -> Stream:
+    return Stream(pairing.base(model))
+
+
+def pair(model: PeftModel, form: str = "auto") -> Branches:
     """The pair of models in the form asked for: "auto", "paired" or "sequential"."""
     if form not in ("auto", "paired", "sequential"):
         raise ValueError(f"pairing must be 'auto', 'paired' or 'sequential'; got {form!r}.")
@@ -145,4 +149,4 @@ def both(model: PeftModel, form: str = "auto") -> Branches:
         raise ValueError(f"pairing='paired' is not possible: {reason}. pairing='auto' decodes it.")
     if form == "auto":
         logger.warning("Two forward passes a token, because %s.", reason)
-    return Sequential(adapted_stream(model), Stream(pairing.base(model)))
+    return Sequential(adapted_stream(model), base_stream(model))

@@ -8,9 +8,9 @@ class KVCache:
     """Keys and values `[rows, kv_heads, slots, head_dim]` a layer, written at per-row positions.
 
     A Hugging Face model accepts any object with `update` and `get_seq_length`. Before each forward
-    pass `place` says where its tokens go. A slot past a row's own position holds nothing that the row
-    may look at (the mask hides it) and is overwritten when the row gets there, so ragged prompts are
-    padded on the right and rows need no alignment. Buffers outlive a call and grow when they must.
+    pass `place` says where its tokens go. What lies in slots past a row's own position is hidden
+    from the row and overwritten when it gets there, so ragged prompts are padded on the right and
+    rows need no alignment. Buffers outlive a call and grow when they must.
     """
 
     is_compileable = False
@@ -44,16 +44,17 @@ class KVCache:
         """Store `[rows, kv_heads, q, head_dim]` and return all live slots of the same rows."""
         rows, heads, length, _ = keys.shape
         if layer_idx not in self._layers:
-            self._layers[layer_idx] = tuple(
-                x.new_zeros(self._rows, heads, self._slots, x.shape[-1]) for x in (keys, values)
+            self._layers[layer_idx] = (
+                keys.new_zeros(self._rows, heads, self._slots, keys.shape[-1]),
+                values.new_zeros(self._rows, heads, self._slots, values.shape[-1]),
             )
-        stored = tuple(x[:rows] for x in self._layers[layer_idx])
-        for buffer, new in zip(stored, (keys, values), strict=True):
+        for buffer, new in zip(self._layers[layer_idx], (keys, values), strict=True):
             if self._start is not None:
-                buffer[:, :, self._start : self._start + length] = new
+                buffer[:rows, :, self._start : self._start + length] = new
             else:
                 buffer[self._row_index, :, self._positions] = new.transpose(1, 2)
-        return stored[0][:, :, : self._live], stored[1][:, :, : self._live]
+        stored_keys, stored_values = self._layers[layer_idx]
+        return stored_keys[:rows, :, : self._live], stored_values[:rows, :, : self._live]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._live

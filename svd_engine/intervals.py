@@ -1,0 +1,25 @@
+"""Bootstrap intervals."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRAWS = 2000
+
+
+def resamples(n: int, seed: int = 0) -> NDArray[np.float64]:
+    """How often each of n items is drawn, `[DRAWS, n]`."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)
+
+
+def of_ratio(
+    values: NDArray[np.float64], weights: NDArray[np.float64] | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of sum(values) / sum(weights) over items; of the mean without weights."""
+    counts = resamples(len(values), seed)
+    ratios = counts @ values / (counts @ (np.ones(len(values)) if weights is None else weights))
+    return percentiles(ratios)
+
+
+def percentiles(draws: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
