@@ -102,9 +102,15 @@ def steering_vector(adapted: Tensor, base: Tensor) -> Tensor:
 
 
 def steer(
-    adapted: Tensor, base: Tensor, strength: Strength, *, alpha: float = 0.1, penalty: float = -INF
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Steered logits  (12)-(14), `[N, V]` in the dtype of `adapted`.
+    """Steered logits  (12)-(14), `[N, V]` in `dtype` or that of `adapted`.
 
     for i in range(V):
         if adapted[i] >= max(adapted) + log(alpha):
@@ -112,7 +118,7 @@ def steer(
         else:
             out[i] = -inf if penalty == -inf else adapted[i] + abs(strength) * penalty
     """
-    return _steered(adapted, base, strength, alpha, penalty)[0].to(adapted.dtype)
+    return _steered(adapted, base, strength, alpha, penalty)[0].to(dtype or adapted.dtype)
 
 
 def sample(
@@ -165,8 +171,9 @@ def topk(
 ) -> TopK:
     """The k greatest steered log-probabilities and their tokens, `[N, k]`."""
     steered, valid = _steered(adapted, base, strength, alpha, penalty)
-    logprob, token = torch.sort(steered.log_softmax(-1), dim=-1, descending=True, stable=True)
-    return TopK(logprob[:, :k], token[:, :k].masked_fill(~valid[:, None], -1))
+    token = torch.sort(steered, dim=-1, descending=True, stable=True).indices[:, :k]
+    logprob = steered.log_softmax(-1).gather(-1, token)
+    return TopK(logprob, token.masked_fill(~valid[:, None], -1))
 
 
 def score(

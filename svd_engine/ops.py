@@ -210,7 +210,7 @@ def _steer(adapted, base, strength, strengths, alpha, penalty, out, backend) -> 
     mu = strength if strengths is None else strengths
     chosen = _choose("steer", backend, adapted.device.type)
     if chosen is reference:
-        out.copy_(reference.steer(adapted, base, mu, alpha=alpha, penalty=penalty))
+        out.copy_(reference.steer(adapted, base, mu, alpha=alpha, penalty=penalty, dtype=out.dtype))
     else:
         chosen.steer(adapted, base, mu, alpha, penalty, out)
 

@@ -123,17 +123,17 @@ def why_not_paired(model: PeftModel) -> str | None:
 def _share(root: nn.Module, replace: Replace) -> nn.Module:
     """A tree like `root` over the same parameters, with some modules replaced."""
     configs: dict[int, PretrainedConfig] = {}
-    modules: dict[int, nn.Module] = {}
+    twins: dict[int, nn.Module] = {}  # by the module found in the tree, which stays alive
 
-    def visit(module: nn.Module) -> nn.Module:
-        if id(module) in modules:
-            return modules[id(module)]
-        twin = modules[id(module)] = copy.copy(module)
+    def visit(found: nn.Module) -> nn.Module:
+        if id(found) in twins:
+            return twins[id(found)]
+        module = replace(found) or found
+        twin = twins[id(found)] = copy.copy(module)
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             setattr(twin, hooks, OrderedDict(getattr(module, hooks)))
         twin._modules = {
-            name: None if child is None else visit(replace(child) or child)
-            for name, child in module._modules.items()
+            name: None if child is None else visit(child) for name, child in module._modules.items()
         }
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
             twin.config = configs.setdefault(id(config), copy.deepcopy(config))  # type: ignore

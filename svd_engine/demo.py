@@ -1,0 +1,153 @@
+"""The demo: the whole path on a real model, and what came of it."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from svd_engine import demo_task, intervals, models, ranking, show, supports
+from svd_engine.calibrate import Answers, CalibrationReport
+from svd_engine.engine import SteeredEngine
+from svd_engine.examples import encode
+from svd_engine.files import write_text
+from svd_engine.warm_start import warm_start
+
+TRAINING = dict(method="lora", steps=20, batch_size=8, learning_rate=4e-4, seed=0)
+SHOWN = 4  # questions whose answers are printed
+TIMED_TOKENS = 64
+
+
+def run(folder: Path, console: Console, fresh: bool = False) -> None:
+    """Warm start, calibration, ranking, answers and times; files are kept in `folder`."""
+    task = demo_task.build()
+    for split, rows in task.items():
+        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    console.print(f"[bold]The task[/bold]: {demo_task.__doc__}")
+    console.print(", ".join(f"{len(rows)} questions to {split}" for split, rows in task.items()))
+
+    console.print("\nLoading SmolLM2-135M-Instruct ...")
+    base, tokenizer = models.load_base(models.SMOLLM2)
+    adapter = _adapter(folder, base, tokenizer, task["train"], console, fresh)
+    engine = SteeredEngine(models.load_adapter(base, adapter), tokenizer)
+
+    report = engine.calibrate(task["calibration"], objective="preference", progress=True)
+    assert engine.steering is not None
+    report.save(adapter)
+    engine.steering.save_pretrained(adapter)
+    console.print(show.calibration(report))
+
+    # Where steering gains nothing the artefact holds 0; the comparison still shows the estimate.
+    ranked = _rank(engine, task["test"], report)
+    console.print(_metrics_table(ranked, report.strength))
+    console.print(_answers(engine, task["test"]))
+    console.print(_times(engine, task["test"][0]["prompt"]))
+    console.print(_last_word(ranked, report, adapter))
+
+
+def _adapter(folder, base, tokenizer, rows, console, fresh) -> Path:
+    """The adapter of this training on these rows, trained unless it is there."""
+    adapter, recipe = folder / "adapter", folder / "adapter.json"
+    wanted = json.dumps({"training": TRAINING, "rows": rows}, sort_keys=True)
+    same = recipe.is_file() and recipe.read_text(encoding="utf-8") == wanted
+    if same and adapter.is_dir() and not fresh:
+        console.print(f"The adapter is there ({adapter}); --fresh trains it again.\n")
+        return adapter
+    settings = ", ".join(f"{k} {v}" for k, v in TRAINING.items())
+    console.print(f"Warm start: {settings}")
+    warm_start(base, tokenizer, rows, adapter, overwrite=True, **TRAINING)
+    write_text(recipe, wanted)
+    return adapter
+
+
+def _rank(engine, rows, report) -> dict[str, np.ndarray]:
+    """MC1, MC2, MC3 of every test question for each model, `[questions, 3]`."""
+    answers = Answers(encode(rows, engine.tokenizer))
+    entries = supports.collect(engine.pair, answers.passages, report.alpha, "ranking")
+    scores = {
+        "base": entries.totals(entries.base, len(answers.passages)).numpy(),
+        "adapted": answers.scores(entries, 0.0),
+        "steered": answers.scores(entries, report.strength),
+    }
+    return {k: ranking.table(v, answers.right, answers.wrong) for k, v in scores.items()}
+
+
+def _metrics_table(ranked: dict[str, np.ndarray], strength: float) -> Table:
+    count = len(ranked["base"])
+    title = f"Ranking right above wrong answers: {count} test questions, mu = {strength:+.2f}"
+    table = show.grid(title, "", *ranking.NAMES, "average [95 % interval]")
+    for name, values in ranked.items():
+        each = values.mean(1)
+        low, high = intervals.of_ratio(each)
+        table.add_row(
+            name,
+            *(f"{100 * v:.1f}" for v in values.mean(0)),
+            f"{100 * each.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+        )
+    return table
+
+
+def _answers(engine: SteeredEngine, rows: list[dict]) -> Table:
+    """A few test questions, answered greedily by each model."""
+    rows = rows[:SHOWN]
+    prompts = [row["prompt"] for row in rows]
+    table = show.grid("Greedy answers to the first test questions", "question", "model", "answer")
+    for column in table.columns:
+        column.justify, column.overflow = "left", "fold"
+    texts = {
+        model: engine.generate(prompts, model=model, max_new_tokens=28)
+        for model in ("base", "adapted", "steered")
+    }
+    for i, row in enumerate(rows):
+        question = row["prompt"].removeprefix("Q: ").removesuffix("\nA:")
+        for j, (model, completions) in enumerate(texts.items()):
+            first = completions[i].text.strip().split("\n")[0]
+            table.add_row(question if j == 0 else "", model, first)
+        table.add_row("", "wanted", f"[dim]{row['completion'].strip()}[/dim]", end_section=True)
+    return table
+
+
+def _times(engine: SteeredEngine, prompt: str) -> Table:
+    """Milliseconds a token, batch 1, the same loop and KV cache for both."""
+
+    def once(model: str) -> float:
+        marks = [
+            time.perf_counter()
+            for _ in engine.stream(
+                prompt, model=model, max_new_tokens=TIMED_TOKENS, eos_token_id=[]
+            )
+        ]
+        return (marks[-1] - marks[0]) / (len(marks) - 1) * 1e3
+
+    for model in ("adapted", "steered"):
+        once(model)
+    runs = [(once("adapted"), once("steered")) for _ in range(3)]
+    alone, steered = (statistics.median(column) for column in zip(*runs, strict=True))
+    title = f"Time a token: batch 1, {TIMED_TOKENS} tokens, median of {len(runs)} runs"
+    table = show.grid(title, "", "ms a token", "tokens/s")
+    table.add_row("adapted alone, un-steered", f"{alone:.1f}", f"{1e3 / alone:.1f}")
+    table.add_row("steered", f"{steered:.1f}", f"{1e3 / steered:.1f}")
+    table.caption = f"Steering costs {steered / alone:.2f} times the un-steered token."
+    table.caption_justify = "left"
+    return table
+
+
+def _last_word(ranked: dict[str, np.ndarray], report: CalibrationReport, adapter: Path) -> str:
+    gains = 100 * (ranked["steered"] - ranked["adapted"]).mean(1)
+    low, high = intervals.of_ratio(gains)
+    verdict = (
+        "Steering helped: the interval is above 0."
+        if low > 0
+        else "Steering hurt: the interval is below 0."
+        if high < 0
+        else "The interval contains 0: on these questions steering cannot be told from none."
+    )
+    return (
+        f"[bold]Steered against adapted: {gains.mean():+.1f} points on average, 95 % interval "
+        f"[{low:+.1f}, {high:+.1f}]. {verdict}[/bold]\n"
+        f"The strength {report.strength:+.2f} was fitted on the calibration questions alone.\n"
+        f"Try it: svd-engine generate --adapter {adapter} --compare 'Q: Will it rain today?\\nA:'"
+    )
