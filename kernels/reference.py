@@ -7,7 +7,7 @@ al., "Distribution-Aligned Decoding for Efficient LLM Task Adaptation", arXiv 25
 What holds for every operator:
 
 - A token whose adapted logit is -inf has probability 0 and is never chosen.
-- A token whose base logit alone is -inf has no steering: its delta is 0 and it stays out of the mean.
+- A token whose base logit alone is -inf is not steered: its delta is 0, it is out of the mean.
 - A row with NaN or +inf anywhere, or without a finite adapted logit, gives NaN (token -1).
 - Ties go to the lowest token id.
 """
@@ -193,7 +193,7 @@ def score(
 def project_strength(
     adapted: Tensor, base: Tensor, target: Tensor, *, alpha: float = 0.1
 ) -> Projection:
-    """The terms of the best strength for one token: numerator / gauss_newton is (20), / newton (19).
+    """Terms of the best strength for a token: numerator / gauss_newton is (20), / newton (19).
 
     The vector is I * delta, zero off the support.
     """
@@ -292,7 +292,7 @@ def gumbel_noise(
     vocab: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard Gumbel noise `[n, vocab]` float32, a function of (seed, position, token id) alone."""
+    """Standard Gumbel noise, float32 `[n, vocab]`: a function of (seed, position, token id)."""
     token = torch.arange(vocab, device=device).expand(n, vocab)
     seed, position = (
         torch.as_tensor(x, dtype=torch.int64, device=device).reshape(-1, 1).expand(n, vocab)

@@ -45,6 +45,11 @@ def unavailable() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def takes(device: str) -> bool:
+    """Whether tensors on this type of device can be computed on."""
+    return device == "cpu"
+
+
 def capability(limit: str | None = None) -> str:
     """The instruction set in use; `limit` first sets it to the best one not above."""
     return CAPABILITIES[_ops().capability(-1 if limit is None else CAPABILITIES.index(limit))]

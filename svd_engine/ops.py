@@ -197,7 +197,7 @@ def _choose(operator: str, backend: str, device: str) -> ModuleType:
     reason = _unavailable(backend)
     if operator not in _FAST:
         reason = f"{operator} runs on the reference only"
-    elif backend == "cpu" and device != "cpu":
+    elif reason is None and not import_module(_MODULES[backend]).takes(device):
         reason = f"the logits are on {device}"
     if reason is not None:
         raise ValueError(

@@ -1,7 +1,13 @@
 """Tiny random models, and the plain two-pass loop that the engine must equal."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, as peft does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +31,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SMALL),
     "qwen2": Qwen2Config(**_SMALL),
     "mistral": MistralConfig(**_SMALL, sliding_window=8),
-    "gemma2": Gemma2Config(**_SMALL, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+    "gemma2": Gemma2Config(
+        **_SMALL, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, tie_word_embeddings=False
+    ),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1,
         eos_token_id=2, initializer_range=0.4,
@@ -83,6 +91,31 @@ def assert_same_tokens(got: list[int], truth: list[tuple[int, float]], tie: floa
         assert gap < tie, f"step {step}: {got} against {truth}"
         return
     assert len(got) == len(truth)
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer of one token a word: w000 is token 0, w001 token 1, ..."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({f"w{i:03}": i for i in range(VOCAB)}, unk_token="w000"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w000", bos_token="w001", eos_token="w002"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, words):
+    """A folder with a tiny Llama and its tokenizer, and one with an adapter for it."""
+    root = tmp_path_factory.mktemp("tiny")
+    tiny_base("llama").save_pretrained(root / "base")
+    words.save_pretrained(root / "base")
+    tiny_peft("llama").save_pretrained(root / "adapter", save_embedding_layers=False)
+    return root
 
 
 @pytest.fixture(scope="session")

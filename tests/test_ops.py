@@ -9,7 +9,6 @@ from svd_engine import ops
 from svd_engine.kernels import reference
 
 RUNNING = [name for name, reason in ops.backends().items() if reason is None]
-CPU_RUNNING = [name for name in RUNNING if name in ("cpu", "reference")]
 
 
 def rows(n=3, v=100, dtype=torch.float32, seed=0):
@@ -22,14 +21,17 @@ def test_the_cpu_backend_was_built():
     assert ops.backends()["cpu"] is None, ops.backends()["cpu"]
 
 
-@pytest.mark.parametrize("backend", CPU_RUNNING)
+@pytest.mark.parametrize("backend", RUNNING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_backends_agree(backend, dtype):
     z, b = rows(dtype=dtype)
     truth = reference.steer(z.double(), b.double(), -3.0)
     got = ops.steer(z, b, -3.0, backend=backend)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), truth, atol=5e-2 if dtype.itemsize == 2 else 1e-5, rtol=1e-2 if dtype.itemsize == 2 else 1e-6)  # fmt: skip
+    # Half of the last place of the output's dtype, and float32's own rounding before it. Triton's
+    # interpreter cuts off where a device rounds.
+    rounding = torch.finfo(dtype).eps / (1 if backend == "triton" else 2)
+    torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1.01 * rounding)
     sampled = ops.sample(z, b, -3.0, backend=backend)
     assert torch.equal(sampled.token, reference.sample(z, b, -3.0).token)
     drawn = ops.sample(z, b, -3.0, temperature=1.5, seed=5, position=9, backend=backend)
@@ -38,7 +40,7 @@ def test_backends_agree(backend, dtype):
     torch.testing.assert_close(drawn.logprob, truth.logprob, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", CPU_RUNNING)
+@pytest.mark.parametrize("backend", RUNNING)
 def test_out_takes_any_dtype_and_stride(backend):
     z, b = rows(dtype=torch.bfloat16)
     buffer = torch.full((3, 128), math.nan)

@@ -1,0 +1,130 @@
+"""What do `steer` and greedy `sample` cost on the CPU, beside what one would write otherwise?
+
+    pytest benchmarks/test_operators.py --benchmark-json=benchmarks/results/cpu_operators.json
+
+Every case is checked against the reference before it is timed. Compare within one run: the
+baselines are the paper's formula in eager PyTorch, `torch.compile` of the form in which the base
+softmax cancels, reading both rows (their sums) and copying one. `extra_info` holds the bytes of the
+rows that have to be read and written, and the rate at which the fastest round moved them.
+"""
+
+import math
+from functools import cache, partial
+
+import cpuinfo
+import pytest
+import torch
+
+from svd_engine import native
+from svd_engine.kernels import reference
+
+STRENGTH, ALPHA, INF = 3.0, 0.1, math.inf
+VOCABS = [49152, 128256, 151936]
+ROWS = [1, 4, 32, 256]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def eager(adapted, base):
+    """(6)-(14) as the paper writes them."""
+    p, q = adapted.float().softmax(-1), base.float().softmax(-1)
+    gradient = -(torch.log(p / q) + 1)
+    delta = p * (gradient - (p * gradient).sum(-1, keepdim=True))
+    support = p >= ALPHA * p.amax(-1, keepdim=True)
+    return torch.where(support, adapted + STRENGTH * delta, -INF).to(adapted.dtype)
+
+
+def cancelled(adapted, base):
+    """delta_i = p_i (E_p[d] - d_i) with d = adapted - base, and the mask on logits."""
+    z = adapted.float()
+    p, d = z.softmax(-1), z - base.float()
+    delta = p * ((p * d).sum(-1, keepdim=True) - d)
+    support = z >= z.amax(-1, keepdim=True) + math.log(ALPHA)
+    return torch.where(support, z + STRENGTH * delta, -INF).to(adapted.dtype)
+
+
+def compiled():
+    torch.compiler.reset()  # each case is compiled for its shape, and there is a limit to how many
+    return torch.compile(cancelled, dynamic=False, fullgraph=True)
+
+
+@cache
+def machine():
+    name, threads = cpuinfo.get_cpu_info().get("brand_raw", "CPU"), torch.get_num_threads()
+    return f"{name}, {threads} threads, {native.capability()}, torch {torch.__version__}"
+
+
+@cache
+def rows(n, vocab, dtype):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(n, vocab, generator=generator) * 3
+    adapted = base + torch.randn(n, vocab, generator=generator) * 0.5
+    return adapted.to(DTYPES[dtype]), base.to(DTYPES[dtype])
+
+
+def operators(adapted, base):
+    """name -> (callable, rows moved: 2 read, and 1 more when one is written)."""
+    out = torch.empty_like(adapted)
+    token, logprob = torch.empty(len(adapted), dtype=torch.int64), torch.empty(len(adapted))
+
+    def steer():
+        native.steer(adapted, base, STRENGTH, ALPHA, -INF, out)
+        return out
+
+    def sample():
+        native.sample(adapted, base, STRENGTH, ALPHA, -INF, 0.0, 0, 0, token, logprob)
+        return token
+
+    return {
+        "steer": (steer, 3),
+        "sample": (sample, 2),
+        "eager": (lambda: eager(adapted, base), 3),
+        "compiled": (partial(compiled(), adapted, base), 3),
+        "read": (lambda: (adapted.sum(-1), base.sum(-1)), 2),
+        "clone": (adapted.clone, 2),
+    }
+
+
+@pytest.fixture(autouse=True)
+def small_memory():
+    yield
+    rows.cache_clear()
+
+
+def check(name, result, adapted, base):
+    if name in ("read", "clone"):
+        return
+    few = slice(0, 4)
+    truth = reference.steer(adapted[few].double(), base[few].double(), STRENGTH, alpha=ALPHA)
+    if name == "sample":
+        assert torch.equal(result[few], truth.argmax(-1))
+    else:
+        rtol = 2**-7 if adapted.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(result[few].double(), truth, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("name", ["steer", "sample", "eager", "compiled", "read", "clone"])
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operator(benchmark, name, n, vocab, dtype):
+    adapted, base = rows(n, vocab, dtype)
+    call, moved = operators(adapted, base)[name]
+    check(name, call(), adapted, base)
+    call()
+    benchmark.group = f"{dtype} N={n} V={vocab}"
+    large = n * vocab > 4_000_000
+    benchmark.pedantic(call, rounds=10 if large else 100, iterations=1, warmup_rounds=3)
+    moved *= n * vocab * adapted.element_size()
+    benchmark.extra_info |= {"bytes": moved, "machine": machine()}
+    if benchmark.stats:
+        benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.min / 1e9, 1)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("name", ["steer", "sample"])
+def test_host_overhead(benchmark, name):
+    """A call on one row of 8 tokens: what is left is the way into C++."""
+    benchmark.group = "host overhead"
+    benchmark(operators(*(torch.randn(1, 8) for _ in range(2)))[name][0])
+    benchmark.extra_info["machine"] = machine()
