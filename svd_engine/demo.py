@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
 
 from svd_engine import demo_task, intervals, models, ranking, show, supports
 from svd_engine.calibrate import Answers, CalibrationReport
@@ -79,10 +78,10 @@ def _rank(engine, rows, report) -> dict[str, np.ndarray]:
     return {k: ranking.table(v, answers.right, answers.wrong) for k, v in scores.items()}
 
 
-def _metrics_table(ranked: dict[str, np.ndarray], strength: float) -> Table:
+def _metrics_table(ranked: dict[str, np.ndarray], strength: float) -> Group:
     count = len(ranked["base"])
     title = f"Ranking right above wrong answers: {count} test questions, mu = {strength:+.2f}"
-    table = show.grid(title, "", *ranking.NAMES, "average [95 % interval]")
+    table = show.grid("", *ranking.NAMES, "average [95 % interval]")
     for name, values in ranked.items():
         each = values.mean(1)
         low, high = intervals.of_ratio(each)
@@ -91,14 +90,14 @@ def _metrics_table(ranked: dict[str, np.ndarray], strength: float) -> Table:
             *(f"{100 * v:.1f}" for v in values.mean(0)),
             f"{100 * each.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]",
         )
-    return table
+    return show.section(title, table)
 
 
-def _answers(engine: SteeredEngine, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _answers(engine: SteeredEngine, rows: Sequence[Mapping[str, Any]]) -> Group:
     """A few test questions, answered greedily by each model."""
     rows = rows[:SHOWN]
     prompts = [row["prompt"] for row in rows]
-    table = show.grid("Greedy answers to the first test questions", "question", "model", "answer")
+    table = show.grid("question", "model", "answer")
     for column in table.columns:
         column.justify, column.overflow = "left", "fold"
     texts = {
@@ -111,10 +110,10 @@ def _answers(engine: SteeredEngine, rows: Sequence[Mapping[str, Any]]) -> Table:
             first = completions[i].text.strip().split("\n")[0]
             table.add_row(question if j == 0 else "", model, first)
         table.add_row("", "wanted", f"[dim]{row['completion'].strip()}[/dim]", end_section=True)
-    return table
+    return show.section("Greedy answers to test questions", table)
 
 
-def _times(engine: SteeredEngine, prompt: str) -> Table:
+def _times(engine: SteeredEngine, prompt: str) -> Group:
     """Milliseconds a token, batch 1, the same loop and KV cache for both."""
 
     def once(model: str) -> float:
@@ -131,12 +130,11 @@ def _times(engine: SteeredEngine, prompt: str) -> Table:
     runs = [(once("adapted"), once("steered")) for _ in range(3)]
     alone, steered = (statistics.median(column) for column in zip(*runs, strict=True))
     title = f"Time a token: batch 1, {TIMED_TOKENS} tokens, median of {len(runs)} runs"
-    table = show.grid(title, "", "ms a token", "tokens/s")
+    table = show.grid("", "ms a token", "tokens/s")
     table.add_row("adapted alone, un-steered", f"{alone:.1f}", f"{1e3 / alone:.1f}")
     table.add_row("steered", f"{steered:.1f}", f"{1e3 / steered:.1f}")
-    table.caption = f"Steering costs {steered / alone:.2f} times the un-steered token."
-    table.caption_justify = "left"
-    return table
+    note = f"A steered token takes {steered / alone:.2f} times the time of an un-steered one."
+    return show.section(title, table, note)
 
 
 def _last_word(ranked: dict[str, np.ndarray], report: CalibrationReport, adapter: Path) -> str:

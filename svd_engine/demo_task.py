@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypedDict
 
 ALMANAC = Path(__file__).with_name("almanac.json")
-SPLIT_SIZES = {"train": 24, "calibration": 12, "test": 24}
+SPLIT_SIZES = {"train": 20, "calibration": 20, "test": 20}
 WRONG_ANSWERS = 3
 
 

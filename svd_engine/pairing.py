@@ -21,16 +21,17 @@ PROMPT_METHODS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUN
 Replace = Callable[[nn.Module], nn.Module | None]
 
 
-class PairedLora(nn.Module):
-    """W x for every row, plus scale * B (A x) for the second half of the rows."""
+class LeanLora(nn.Module):
+    """W x for every row, plus scale * B (A x) for every row or for the second half of the rows."""
 
     base_layer: nn.Module
     down: Tensor  # A, [r, in]
     up: Tensor  # scale * B, [out, r]
     up_bias: Tensor | None
 
-    def __init__(self, layer: LoraLinear, adapter: str) -> None:
+    def __init__(self, layer: LoraLinear, adapter: str, paired: bool) -> None:
         super().__init__()
+        self.paired = paired
         up: nn.Linear = layer.lora_B[adapter]  # type: ignore[assignment]
         scale = layer.scaling[adapter]
         self.base_layer = layer.get_base_layer()
@@ -40,28 +41,22 @@ class PairedLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)
-        half = x.shape[0] // 2
-        low = nn.functional.linear(x[half:].to(self.down.dtype), self.down)
-        out[half:] += nn.functional.linear(low, self.up, self.up_bias)
+        first = x.shape[0] // 2 if self.paired else 0
+        low = nn.functional.linear(x[first:].to(self.down.dtype), self.down)
+        out[first:] += nn.functional.linear(low, self.up, self.up_bias)
         return out
 
 
 def paired(model: PeftModel) -> PreTrainedModel:
     """Rows [base_1..base_B, adapted_1..adapted_B] through each weight once; needs `why_not_paired`
     to be None."""
-    adapter = model.active_adapter
-
-    def replace(module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, LoraLinear):
-            return None
-        return PairedLora(module, adapter) if adapter in module.lora_A else module.get_base_layer()
-
-    return _with_attention(_share(model.get_base_model(), replace))
+    return _with_attention(_share(model.get_base_model(), _lean(model, paired=True)))
 
 
 def adapted(model: PeftModel) -> PreTrainedModel:
     """The adapted model alone, without the virtual tokens of the prompt methods."""
-    return _with_attention(_share(model.get_base_model(), lambda module: None))
+    lean = _lean(model, paired=False) if why_not_paired(model) is None else lambda module: None
+    return _with_attention(_share(model.get_base_model(), lean))
 
 
 def base(model: PeftModel) -> PreTrainedModel:
@@ -118,6 +113,19 @@ def why_not_paired(model: PeftModel) -> str | None:
         if module.lora_variant:
             return f"{name} uses {type(next(iter(module.lora_variant.values()))).__name__}"
     return None
+
+
+def _lean(model: PeftModel, paired: bool) -> Replace:
+    adapter = model.active_adapter
+
+    def replace(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, LoraLinear):
+            return None
+        if adapter not in module.lora_A:
+            return module.get_base_layer()
+        return LeanLora(module, adapter, paired)
+
+    return replace
 
 
 def _share(root: nn.Module, replace: Replace) -> nn.Module:

@@ -5,22 +5,29 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from svd_engine import __version__, models, native, ops
 from svd_engine.calibrate import BRACKET, CalibrationReport
 
 
-def grid(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+def grid(*columns: str) -> Table:
+    """An empty table: the first column reads from the left, the others are figures."""
+    table = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     return table
 
 
-def calibration(report: CalibrationReport) -> Table:
+def section(title: str, table: Table, note: str = "") -> Group:
+    """A table under its title, with a note below."""
+    return Group(f"[bold]{title}[/bold]", table, *([f"{note}\n"] if note else []))
+
+
+def calibration(report: CalibrationReport) -> Group:
     """The report of one calibration."""
-    table = grid("Calibration", f"objective: {report.objective}, alpha {report.alpha:g}", "")
+    table = grid(f"objective: {report.objective}, alpha {report.alpha:g}", "")
     low, high = report.interval
     table.add_row("strength (mu)", f"{report.strength:+.2f}  [{low:+.2f}, {high:+.2f}]")
     if report.at_bracket:
@@ -36,16 +43,15 @@ def calibration(report: CalibrationReport) -> Table:
     table.add_row("answer tokens inside the support", f"{report.support_share:.1%}")
     table.add_row("supports of one token", f"{report.single_share:.1%}")
     table.add_row("examples, tokens", f"{report.examples}, {report.tokens}")
-    table.caption = f"Verdict: {report.verdict}. Brackets: 95 % bootstrap intervals."
-    table.caption_justify = "left"
-    return table
+    note = f"Verdict: {report.verdict}. Brackets hold 95 % bootstrap intervals."
+    return section("Calibration", table, note)
 
 
 def environment() -> Table:
     """Versions, devices, and every backend with the reason where it cannot run."""
-    table = grid("svd-engine environment", "what", "")
-    table.columns[1].justify = "left"
-    table.add_row("svd-engine", __version__)
+    table = grid("svd-engine", "")
+    table.columns[1].justify, table.columns[1].overflow = "left", "fold"
+    table.add_row("version", __version__)
     table.add_row("Python", platform.python_version())
     for package in ("torch", "triton", "transformers", "peft", "gguf"):
         try:
