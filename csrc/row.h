@@ -77,10 +77,11 @@ SVD_HD Word philox(uint64_t seed, Word token, uint64_t position) {
 }
 
 // -log(-log(1 - u)) of u = (bits + 1/2) / 2^32. Each tail is formed from the side where the
-// logarithm is dense, so none of the 32 bits is lost.
+// logarithm is dense, so none of the 32 bits is lost: also in float, whose error is a few 1e-7.
+template <class Real = double>
 SVD_HD float gumbel(uint32_t bits) {
-  constexpr double unit = 1.0 / 4294967296.0;
-  const double exponential = bits < 0x80000000u ? -std::log1p(-(bits + 0.5) * unit)
-                                                : -std::log((0xFFFFFFFFu - bits + 0.5) * unit);
+  constexpr Real unit = Real(1.0 / 4294967296.0), half = Real(0.5);
+  const Real exponential = bits < 0x80000000u ? -std::log1p(-(bits + half) * unit)
+                                              : -std::log((0xFFFFFFFFu - bits + half) * unit);
   return static_cast<float>(-std::log(exponential));
 }

@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console()
 errors = Console(stderr=True)
 
@@ -240,9 +241,10 @@ def main() -> None:
             raise
         errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("stopped; nothing half-written", style="dim")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            errors.print("stopped; nothing half-written", style="dim")
+        raise
 
 
 if __name__ == "__main__":

@@ -24,9 +24,13 @@ from svd_engine.kernels import reference
 from svd_engine.kernels.reference import Projection, Sampled, Strength, TopK
 
 INF = math.inf
-_MODULES = {"triton": "svd_engine.kernels.launch", "cpu": "svd_engine.native"}
+_MODULES = {
+    "triton": "svd_engine.kernels.launch",
+    "cuda": "svd_engine.cuda",
+    "cpu": "svd_engine.native",
+}
 _FAST = {"steer", "sample"}  # the other operators run on the reference
-_DEVICE_DEFAULT = {"cuda": "triton", "cpu": "cpu"}
+_PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # then the reference
 
 
 def steering_vector(adapted: Tensor, base: Tensor, *, backend: str = "auto") -> Tensor:
@@ -186,9 +190,9 @@ def _unavailable(backend: str) -> str | None:
 def _choose(operator: str, backend: str, device: str) -> ModuleType:
     """The module that computes `operator` on tensors of a device type."""
     if backend == "auto":
-        backend = _DEVICE_DEFAULT.get(device, "reference")
-        if operator not in _FAST or _unavailable(backend) is not None:
-            backend = "reference"
+        fast = _PREFERENCE.get(device, ()) if operator in _FAST else ()
+        running = (name for name in fast if _unavailable(name) is None)
+        backend = next(running, "reference")
     if backend == "reference":
         return reference
     if backend not in _MODULES:

@@ -116,7 +116,8 @@ def warm_start(
         os.replace(finished, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        peft_model.unload() if method in ("lora", "ia3") else None
+        if not peft_model.active_peft_config.is_prompt_learning:
+            peft_model.unload()  # the base is handed back without the adapter
     return output
 
 

@@ -83,6 +83,23 @@ def two_pass(
     return drawn
 
 
+@torch.no_grad()
+def teacher_forced_two_pass(
+    model: PeftModel, prompt: list[int], tokens: list[int], strength: float, alpha: float = 0.1
+) -> list[tuple[int, float]]:
+    """`two_pass` in two forward passes: each step's answer given that the ones before are `tokens`.
+
+    A causal model's answers to the whole sequence are its answers to every beginning of it.
+    """
+    row = torch.tensor([prompt + tokens[:-1]])
+    adapted = model(row).logits[0, len(prompt) - 1 :]
+    with model.disable_adapter():
+        base = model(row).logits[0, len(prompt) - 1 :]
+    best = reference.steer(adapted.float(), base.float(), strength, alpha=alpha).topk(2)
+    gaps = best.values[:, 0] - best.values[:, 1]
+    return list(zip(best.indices[:, 0].tolist(), gaps.tolist(), strict=True))
+
+
 def assert_same_tokens(got: list[int], truth: list[tuple[int, float]], tie: float) -> None:
     """Equal up to the first step whose two best steered logits are closer than `tie`."""
     for step, (token, gap) in enumerate(truth):

@@ -1,0 +1,159 @@
+// The library's interface: plain C, device pointers, a stream. It knows nothing of PyTorch, loads
+// without a driver, allocates nothing and never waits for the device. Every function that returns
+// an int returns a cudaError_t. `dtype` is 0, 1, 2 for float32, bfloat16, float16.
+#include "kernels.h"
+
+#define SVD_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// Calls f with a value of the type that `dtype` names.
+template <class F>
+cudaError_t with_type(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kBFloat16: return f(__nv_bfloat16{});
+    case Dtype::kFloat16: return f(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Calls f with values of the rows' types and with std::true_type where 16-byte accesses fit.
+template <class F>
+cudaError_t with_types(const Rows& rows, bool aligned, const F& f) {
+  return with_type(rows.adapted.dtype, [&](auto a) {
+    return with_type(rows.base.dtype, [&](auto b) {
+      return aligned ? f(a, b, std::true_type{}) : f(a, b, std::false_type{});
+    });
+  });
+}
+
+// The number of rows does not matter, so that a row's result cannot depend on it.
+bool is_aligned(const Logits& logits, int vocab) {
+  const int64_t size = logits.dtype == Dtype::kFloat32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 && logits.stride * size % 16 == 0 &&
+         vocab % kRun == 0;
+}
+
+template <class Argument>
+cudaError_t launch(void (*kernel)(Argument), int64_t blocks, int threads, bool overlap,
+                   cudaStream_t stream, const Argument& argument) {
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, argument);
+}
+
+// Makes `device` current for the calling thread while it lives.
+class Current {
+ public:
+  explicit Current(int device) {
+    error = cudaGetDevice(&before_);
+    if (error == cudaSuccess && before_ != device) {
+      error = cudaSetDevice(device);
+      moved_ = error == cudaSuccess;
+    }
+    int major = 0;
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    overlaps = major >= 9;
+  }
+  ~Current() {
+    if (moved_) cudaSetDevice(before_);
+    if (error != cudaSuccess) cudaGetLastError();  // it is returned; nobody else is to find it
+  }
+  cudaError_t error;
+  bool overlaps;  // passes may
+
+ private:
+  int before_ = 0;
+  bool moved_ = false;
+};
+
+Rows make_rows(const Logits& adapted, const Logits& base, int vocab, void* workspace) {
+  return {adapted, base, vocab, (vocab + kTile - 1) / kTile, static_cast<Sums*>(workspace)};
+}
+
+// Pass 1, then `second(a, b, aligned, overlap)` of the rows' types.
+template <class F>
+cudaError_t run(const Rows& rows, int64_t count, bool aligned, int device, cudaStream_t stream,
+                const F& second) {
+  Current current(device);
+  if (current.error != cudaSuccess) return current.error;
+  current.error = with_types(
+      rows, is_aligned(rows.adapted, rows.vocab) && is_aligned(rows.base, rows.vocab),
+      [&](auto a, auto b, auto vectors) {
+        return launch(measure_tiles<decltype(a), decltype(b), decltype(vectors)::value>,
+                      count * rows.tiles, kStreamThreads, false, stream, rows);
+      });
+  if (current.error == cudaSuccess)
+    current.error = with_types(rows, aligned, [&](auto a, auto b, auto vectors) {
+      return second(a, b, vectors, current.overlaps);
+    });
+  return current.error;
+}
+
+}  // namespace
+
+SVD_EXPORT int svd_cuda_tile() { return kTile; }
+
+// Bytes of workspace a tile; the workspace is aligned to 16 and need not be initialised.
+SVD_EXPORT int svd_cuda_tile_bytes() { return sizeof(Sums); }
+
+SVD_EXPORT const char* svd_cuda_error(int code) {
+  return cudaGetErrorName(static_cast<cudaError_t>(code));
+}
+
+// Whether the current device can run what is in this library.
+SVD_EXPORT int svd_cuda_probe() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, measure_tiles<float, float, true>);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// `strengths`, `seeds` and `positions` hold one number a row, or are null: then the scalar counts.
+SVD_EXPORT int svd_cuda_steer(void* adapted, int64_t adapted_stride, int adapted_dtype, void* base,
+                              int64_t base_stride, int base_dtype, int64_t rows, int vocab,
+                              const float* strengths, float strength, float log_alpha,
+                              float penalty, void* out, int64_t out_stride, int out_dtype,
+                              void* workspace, int device, cudaStream_t stream) {
+  Steer to = {make_rows({adapted, adapted_stride, Dtype(adapted_dtype)},
+                        {base, base_stride, Dtype(base_dtype)}, vocab, workspace),
+              {strengths, strength}, log_alpha, penalty, {out, out_stride, Dtype(out_dtype)}, 1};
+  // `combine` costs a block as much as a tile or two: many rows share it among more of them.
+  const int64_t tiles = rows * to.rows.tiles;
+  to.span = tiles < 2048 ? 1 : tiles < 8192 ? 2 : 4;
+  const int64_t blocks = rows * ((to.rows.tiles + to.span - 1) / to.span);
+  const bool aligned = is_aligned(to.rows.adapted, vocab) && is_aligned(to.rows.base, vocab) &&
+                       is_aligned(to.out, vocab);
+  return run(to.rows, rows, aligned, device, stream, [&](auto a, auto b, auto vectors, bool over) {
+    return launch(steer_tiles<decltype(a), decltype(b), decltype(vectors)::value>, blocks,
+                  kStreamThreads, over, stream, to);
+  });
+}
+
+SVD_EXPORT int svd_cuda_sample(void* adapted, int64_t adapted_stride, int adapted_dtype, void* base,
+                               int64_t base_stride, int base_dtype, int64_t rows, int vocab,
+                               const float* strengths, float strength, float log_alpha,
+                               float penalty, float temperature, const int64_t* seeds,
+                               int64_t seed, const int64_t* positions, int64_t position,
+                               int64_t* token, float* logprob, void* workspace, int device,
+                               cudaStream_t stream) {
+  const Sample to = {make_rows({adapted, adapted_stride, Dtype(adapted_dtype)},
+                               {base, base_stride, Dtype(base_dtype)}, vocab, workspace),
+                     {strengths, strength}, log_alpha, penalty, temperature, {seeds, seed},
+                     {positions, position}, token, logprob};
+  const bool aligned = is_aligned(to.rows.adapted, vocab) && is_aligned(to.rows.base, vocab);
+  return run(to.rows, rows, aligned, device, stream, [&](auto a, auto b, auto vectors, bool over) {
+    return launch(sample_rows<decltype(a), decltype(b), decltype(vectors)::value>, rows,
+                  kSampleThreads, over, stream, to);
+  });
+}

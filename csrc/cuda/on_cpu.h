@@ -1,0 +1,151 @@
+// Runs the kernels on the CPU, slowly, so that tests can check all but the compiler and the device:
+// each CUDA thread is a fiber, and warps and blocks meet where the kernels say. Compile launch.cu
+// as C++ with -include of this file. A thread that misses a meeting ends the process.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#undef __shared__
+#define __shared__ static  // blocks take turns
+#undef __forceinline__
+#define __forceinline__ inline
+#undef __launch_bounds__
+#define __launch_bounds__(threads)
+
+namespace on_cpu {
+
+enum State { kReady, kAtWarp, kAtBlock, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  State state;
+  int meetings;              // of its warp so far
+  unsigned char shown[2][8];  // to the others of its warp, this meeting and the last
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline unsigned current;
+inline void (*body)(void*);
+inline void* body_argument;
+
+inline void wait(State state) {
+  fibers[current].state = state;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+inline void enter() {
+  body(body_argument);
+  fibers[current].state = kDone;
+}
+
+// Lets those of [first, last) go on that wait for each other at `where`, if all are there.
+inline bool release(unsigned first, unsigned last, State where) {
+  for (unsigned i = first; i < last; ++i)
+    if (fibers[i].state != where) return false;
+  for (unsigned i = first; i < last; ++i) fibers[i].state = kReady;
+  return true;
+}
+
+inline void run_block(unsigned block, unsigned threads) {
+  for (Fiber& fiber : fibers) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler;
+    fiber.state = kReady;
+    fiber.meetings = 0;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (;;) {
+    unsigned done = 0;
+    for (unsigned i = 0; i < threads; ++i) {
+      current = block % 2 ? threads - 1 - i : i;  // what races would not care for
+      if (fibers[current].state == kReady) swapcontext(&scheduler, &fibers[current].context);
+    }
+    for (const Fiber& fiber : fibers) done += fiber.state == kDone;
+    if (done == threads) return;
+    bool moved = release(0, threads, kAtBlock);
+    for (unsigned warp = 0; warp < threads; warp += 32) moved |= release(warp, warp + 32, kAtWarp);
+    if (!moved) {
+      std::fprintf(stderr, "block %u: some threads wait for others that never come\n", block);
+      std::abort();
+    }
+  }
+}
+
+template <class T>
+T exchange(T mine, unsigned lane) {
+  static_assert(sizeof(T) <= 8, "");
+  const unsigned warp = current / 32 * 32;
+  const int side = fibers[current].meetings++ % 2;
+  std::memcpy(fibers[current].shown[side], &mine, sizeof mine);
+  wait(kAtWarp);
+  std::memcpy(&mine, fibers[warp + lane % 32].shown[side], sizeof mine);
+  return mine;
+}
+
+struct Index {
+  struct {
+    operator unsigned() const { return current; }
+  } x;
+};
+
+}  // namespace on_cpu
+
+inline on_cpu::Index threadIdx;
+inline dim3 blockIdx;
+
+inline void __syncthreads() { on_cpu::wait(on_cpu::kAtBlock); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T mine, int step) {
+  return on_cpu::exchange(mine, on_cpu::current ^ step);
+}
+
+inline unsigned __ballot_sync(unsigned, bool mine) {
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= unsigned{on_cpu::exchange(mine, lane)} << lane;
+  return all;
+}
+
+inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+
+template <class Argument>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),
+                               const Argument& argument) {
+  struct Call {
+    void (*kernel)(Argument);
+    Argument argument;
+  } call = {kernel, argument};
+  on_cpu::fibers.resize(config->blockDim.x);
+  on_cpu::body = [](void* at) { static_cast<Call*>(at)->kernel(static_cast<Call*>(at)->argument); };
+  on_cpu::body_argument = &call;
+  for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x)
+    on_cpu::run_block(blockIdx.x, config->blockDim.x);
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+
+extern "C" {
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOnCpu"; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = 9, cudaSuccess;
+}
+}

@@ -1,0 +1,46 @@
+"""The real model: a LoRA that PEFT trained, decoded token for token as by two plain passes."""
+
+import pytest
+from conftest import assert_same_tokens, teacher_forced_two_pass
+
+from svd_engine import SteeredEngine, SteeringConfig, demo_task, models
+from svd_engine.warm_start import warm_start
+
+pytestmark = pytest.mark.model
+
+PROMPTS = [
+    "Q: What is the capital of France?\nA:",
+    "The three most important things about the sea are",
+    "def fibonacci(n):\n",
+    "Q: What does it mean when the clock stops?\nA:",
+    "Once upon a time, in a village by the river, there lived",
+]
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2, tmp_path_factory):
+    base, tokenizer = smollm2
+    folder = tmp_path_factory.mktemp("smollm2") / "adapter"
+    rows = demo_task.build()["train"][:8]
+    warm_start(base, tokenizer, rows, folder, steps=3, batch_size=4, progress=False)
+    return SteeredEngine(
+        models.load_adapter(base, folder), tokenizer, SteeringConfig(-8.0), pairing="paired"
+    )
+
+
+def test_tokens_equal_two_plain_passes(engine):
+    completions = engine.generate(PROMPTS, max_new_tokens=32)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids = engine.tokenizer(prompt)["input_ids"]
+        truth = teacher_forced_two_pass(engine.model, ids, completion.token_ids, -8.0)
+        assert_same_tokens(completion.token_ids, truth, tie=1e-4)
+    adapted = engine.generate(PROMPTS, max_new_tokens=32, model="adapted")
+    assert any(a.token_ids != s.token_ids for a, s in zip(adapted, completions, strict=True))
+
+
+def test_calibration_on_real_text(engine):
+    report = engine.calibrate(demo_task.build()["calibration"][:6], folds=3, force=True)
+    assert report.objective == "preference"
+    assert 0 < report.support_share < 1 and 0 < report.single_share < 1
+    assert report.loss_before > 0 and engine.steering.base_model == models.SMOLLM2
+    assert engine.steering.strength == report.strength
