@@ -34,12 +34,14 @@ def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
         )
 
 
-def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """None for a finite number; a contiguous `[N]` tensor of `dtype` for a tensor."""
+def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A finite number as it is; a tensor as contiguous `[N]` of `dtype`."""
     if not isinstance(value, Tensor):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite; got {value}.")
-        return None
+        if dtype == torch.int64 and not (value == int(value) and -(2**63) <= value < 2**63):
+            raise ValueError(f"{name} must be an integer of 64 bits; got {value}.")
+        return value
     if value.shape not in ((), like.shape[:1]):
         raise ValueError(
             f"{name} must be a number or have shape [N] = {list(like.shape[:1])}; "

@@ -5,7 +5,7 @@ import torch
 from conftest import CONFIGS, VOCAB, assert_same_tokens, tiny_peft, two_pass
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
-from svd_engine import SteeredEngine, SteeringConfig, ops
+from svd_engine import SteeredEngine, SteeringConfig, dispatch
 from svd_engine.kernels import reference
 
 PROMPTS = [[5, 17, 40, 9, 33], [101], [7, 7, 120, 3, 88, 61, 14, 90, 55], [200, 4]]
@@ -204,4 +204,4 @@ def test_logits_that_are_not_finite_are_an_error(model, engine, monkeypatch):
 
 
 def test_the_operator_runs_natively():
-    assert ops._choose("sample", "auto", "cpu").__name__ == "svd_engine.native"
+    assert dispatch.choose("sample", "auto", "cpu").__name__ == "svd_engine.native"

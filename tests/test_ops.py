@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from svd_engine import ops
+from svd_engine import dispatch, ops
 from svd_engine.kernels import reference
 
 RUNNING = [name for name, reason in ops.backends().items() if reason is None]
@@ -69,6 +69,11 @@ def test_a_seed_a_row_makes_rows_independent_of_the_batch():
         assert alone.token[0] == together.token[i]
 
 
+def _elsewhere(z, b):
+    """The Triton backend with a device that it does not take."""
+    return dispatch.choose("steer", "triton", "meta")
+
+
 BAD = {
     "adapted must be a tensor": lambda z, b: ops.steer([1.0], b, 1.0),
     "adapted must have shape": lambda z, b: ops.steer(z[0], b, 1.0),
@@ -92,7 +97,8 @@ BAD = {
     "target must be int64": lambda z, b: ops.score(z, b, torch.zeros(3), 1.0),
     "target must hold": lambda z, b: ops.score(z, b, torch.tensor([0, 100, 0]), 1.0),
     "backend must be one of": lambda z, b: ops.steer(z, b, 1.0, backend="gpu"),
-    "runs on the reference only": lambda z, b: ops.divergence(z, b, backend="cpu"),
+    "seed must be an integer of 64": lambda z, b: ops.sample(z, b, 1.0, seed=2**63),
+    "has no steer for meta": lambda z, b: _elsewhere(z, b),
 }
 
 
@@ -103,19 +109,19 @@ def test_refusals(message):
 
 
 def test_an_explicit_backend_that_cannot_run_raises(monkeypatch):
-    monkeypatch.setattr(ops, "_unavailable", lambda name: "not today")
-    ops._choose.cache_clear()
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: "not today")
+    dispatch.choose.cache_clear()
     try:
         z, b = rows()
         with pytest.raises(ValueError, match="cannot run here: not today"):
             ops.steer(z, b, 1.0, backend="cpu")
         assert ops.steer(z, b, 1.0).shape == z.shape  # auto falls back
     finally:
-        ops._choose.cache_clear()
+        dispatch.choose.cache_clear()
 
 
 def every_operator(z, b):
-    target = ops.sample(z, b, -1.0, temperature=1.0, seed=3).token
+    target = ops.sample(z, b, -1.0, temperature=1.0, top_k=5, seed=torch.arange(3)).token
     return (
         ops.steering_vector(z, b), ops.steer(z, b, 2.0), target, *ops.topk(z, b, 1.0, 3),
         *ops.project_strength(z, b, target), ops.score(z, b, target, 1.0), ops.divergence(z, b),
@@ -132,16 +138,18 @@ def test_one_graph_holds_every_operator():
 def test_opcheck():
     z, b = rows()
     t, registered = torch.tensor([1, 2, 3]), torch.ops.svd_engine
+    mask = (0.1, -math.inf)
+    draw = (0, t, 0, None)
     calls = {
-        registered.steering_vector: (z, b, "auto"),
-        registered.steer: (z, b, 1.0, None, 0.1, -math.inf, torch.empty_like(z), "auto"),
-        registered.sample: (
-            z, b, 0.0, torch.ones(3), 0.1, -math.inf, 1.0, 0, 1.0, 0.0, 0, t, 0, None, "auto",
-        ),
-        registered.topk: (z, b, 1.0, None, 2, 0.1, -math.inf, "auto"),
-        registered.project_strength: (z, b, t, 0.1, "auto"),
-        registered.score: (z, b, t, 1.0, None, 0.1, 0.0, "auto"),
-        registered.divergence: (z, b, "auto"),
-    }  # fmt: skip
+        registered.steering_vector: (z, b),
+        registered.steer: (z, b, 1.0, None, *mask, torch.bfloat16),
+        registered.sample: (z, b, 0.0, torch.ones(3), *mask, 1.0, *draw),
+        registered.sample_cut: (z, b, 1.0, None, *mask, 1.0, 5, 0.9, 0.01, *draw),
+        registered.topk: (z, b, 1.0, None, 2, *mask),
+        registered.project_strength: (z, b, t, 0.1),
+        registered.score: (z, b, t, 1.0, None, 0.1, 0.0),
+        registered.divergence: (z, b),
+    }
+    assert {op.__name__ for op in calls} == set(dispatch.OPERATORS)
     for operator, arguments in calls.items():
-        torch.library.opcheck(operator.default, arguments)
+        torch.library.opcheck(operator.default, (*arguments, "auto"))

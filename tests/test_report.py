@@ -1,0 +1,131 @@
+"""The published tables say what the JSON says, and the JSON does not say whose computer it was."""
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+report = SimpleNamespace(**runpy.run_path(str(FOLDER / "report.py")))
+run = SimpleNamespace(**runpy.run_path(str(FOLDER / "run.py")))
+
+ABOUT = {
+    "machine": "Some CPU, 2 threads",
+    "system": "Linux x86_64",
+    "date": "2026-01-31",
+    "command": "make bench",
+    "versions": {"transformers": "5.1", "peft": "0.2", "svd-engine": "0.3"},
+}
+README = """# Title
+<!-- figures:operators -->
+old
+<!-- /figures -->
+between
+<!-- figures:engine -->
+<!-- /figures -->
+end
+"""
+
+
+def operators():
+    micros = {"steer": 40, "sample": 30, "eager": 1000, "compiled": 140, "read": 25, "clone": 20}
+    return ABOUT | {
+        "cases": [
+            {
+                "params": {"dtype": dtype, "vocab": 151936, "n": n, "name": name},
+                "median": n * time * 1e-6,
+                "bytes": n * 2_000_000,
+            }
+            for dtype in ("float32", "bfloat16")
+            for n in (1, 32)
+            for name, time in micros.items()
+        ]
+    }
+
+
+def engine():
+    def contender(milliseconds):
+        return {
+            "median": milliseconds / 1e3, "ratio": milliseconds / 40, "rounds": 5, "tokens/s": 99.6
+        }  # fmt: skip
+
+    times = dict(zip(report.CONTENDERS, (40, 38, 75, 51, 58, 133), strict=True))
+    times["8 prompts"] = 80
+    contenders = {name: contender(time) for name, time in times.items()}
+    return ABOUT | {
+        "cases": [
+            {"batch": batch, "dtype": dtype, "prompt_tokens": 32, "new_tokens": 64,
+             "contenders": contenders}
+            for batch in (1, 8)
+            for dtype in ("float32", "bfloat16")
+        ]
+    }  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path):
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "cpu_operators.json").write_text(run.to_json(operators()))
+    (results / "cpu_engine.json").write_text(run.to_json(engine()))
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def test_the_operators_table():
+    lines = report.operators(operators()).splitlines()
+    assert "| N = 1, float32 | 40.0 | 30.0 | 25.0x | 3.50x | 25.0 | 20.0 | 50.0 |" in lines
+    assert "| N = 32, bfloat16 | 1,280 | 960 | 25.0x | 3.50x | 800 | 640 | 50.0 |" in lines
+    for part in ("Some CPU, 2 threads", "svd-engine 0.3", "2026-01-31", "`make bench`"):
+        assert part in lines[0]
+
+
+def test_the_engine_table():
+    lines = report.engine(engine()).splitlines()
+    assert f"| {report.CONTENDERS['naive']} | 133 | 3.33 | 133 | 3.33 |" in lines
+    assert f"| {report.CONTENDERS['steered']} | 40.0 | 1.00 | 40.0 | 1.00 |" in lines
+    assert "32 prompt tokens, 64 new ones" in lines[0]
+
+
+def test_the_readme_is_filled_once_and_then_passes_the_check(root):
+    assert "make docs" in report.main(["--check"], root)
+    assert (root / "README.md").read_text() == README
+    assert report.main([], root) is None
+    text = (root / "README.md").read_text()
+    assert "old" not in text and "\nbetween\n" in text and text.endswith("\nend\n")
+    assert report.main(["--check"], root) is None
+
+
+def test_what_is_missing_is_named_in_one_line(root):
+    (root / "README.md").write_text("# Title\n")
+    assert report.main([], root) == (
+        "README.md needs one <!-- figures:operators --> ... <!-- /figures -->; it has 0."
+    )
+    (root / "benchmarks" / "results" / "cpu_operators.json").unlink()
+    assert "cpu_operators.json does not exist." in report.main([], root)
+    (root / "README.md").unlink()
+    assert report.main([], root) == "README.md does not exist."
+
+
+def test_the_results_keep_the_statistics_and_drop_the_computer():
+    stats = {"median": 0.123456, "min": 0.1, "iqr": 0.01, "rounds": 5, "data": [0.1] * 5}
+    measured = {
+        "datetime": "2026-01-31T12:00:00+00:00",
+        "machine_info": {"system": "Linux", "machine": "x86_64", "node": "my-host"},
+        "commit_info": {"project": "my-folder"},
+        "benchmarks": [
+            {"name": "test_x[1]", "fullname": "/home/me/test_x[1]", "params": {"n": 1},
+             "stats": stats, "extra_info": {"machine": "Some CPU", "bytes": 8}}
+        ],
+    }  # fmt: skip
+    text = run.to_json(run.trim(measured, "make bench", {"torch": "2.13"}))
+    for private in ("my-host", "my-folder", "/home/me"):
+        assert private not in text
+    result = json.loads(text)
+    assert result["machine"] == "Some CPU" and result["date"] == "2026-01-31"
+    assert result["cases"] == [
+        {"name": "test_x[1]", "params": {"n": 1}, "median": 0.1235, "min": 0.1, "iqr": 0.01,
+         "rounds": 5, "bytes": 8}
+    ]  # fmt: skip
