@@ -76,8 +76,13 @@ def sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None
         raise ValueError(f"min_p must lie in [0, 1]; got {min_p}.")
 
 
-def target(target: Tensor, like: Tensor) -> None:
-    """int64 `[N]` token ids below V."""
+def k(k: int, vocab: int) -> None:
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k must lie in [1, V = {vocab}]; got {k}.")
+
+
+def target(target: Tensor, like: Tensor, vocab: int) -> None:
+    """int64 `[N]` token ids below V, for the N rows of `like`."""
     if target.shape != like.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
             f"target must be int64 of shape [N] = {list(like.shape[:1])}; "
@@ -89,9 +94,9 @@ def target(target: Tensor, like: Tensor) -> None:
         )
     if target.device.type == "cpu" and not torch.compiler.is_compiling() and len(target):
         low, high = target.min().item(), target.max().item()
-        if low < 0 or high >= like.shape[1]:
+        if low < 0 or high >= vocab:
             raise ValueError(
-                f"target must hold token ids in [0, V = {like.shape[1]}); got {low} to {high}."
+                f"target must hold token ids in [0, V = {vocab}); got {low} to {high}."
             )
 
 

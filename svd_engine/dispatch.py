@@ -178,7 +178,8 @@ def unfold(name: str, arguments: Sequence[Any]) -> list[Any]:
     return unfolded
 
 
-def _fold(name: str, arguments: Sequence[Any]) -> list[Any]:
+def fold(name: str, arguments: Sequence[Any]) -> list[Any]:
+    """The arguments of the schema as `launch` takes them: the tensor of a pair, or its number."""
     folded: list[Any] = []
     for kind, value in zip(_kinds(name), arguments, strict=True):
         if kind != "Tensor?":
@@ -192,24 +193,41 @@ def _kinds(name: str) -> list[str]:
     return [argument.split()[0] for argument in OPERATORS[name].arguments.split(", ")]
 
 
+def unwrap(outputs: tuple[Tensor, ...]) -> Any:
+    """As an operator returns them to torch: one tensor is no tuple."""
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def wrap(returned: Any) -> tuple[Tensor, ...]:
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+def register(
+    library: torch.library.Library,
+    name: str,
+    arguments: str,
+    returns: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    """Define torch.ops.svd_engine.<name>; `backend` is its last argument."""
+    library.define(f"{name}({arguments}, str backend) -> {returns}")
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"svd_engine::{name}", fake, lib=library)
+
+
 def _kernels(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator as torch calls it, and as torch traces it."""
 
-    def only(outputs: tuple[Tensor, ...]) -> Any:
-        return tuple(outputs) if len(outputs) > 1 else outputs[0]
-
     def run(*arguments: Any) -> Any:
-        return only(launch(name, arguments[-1], *_fold(name, arguments[:-1])))
+        return unwrap(launch(name, arguments[-1], *fold(name, arguments[:-1])))
 
     def fake(*arguments: Any) -> Any:
-        return only(OPERATORS[name].outputs(*_fold(name, arguments[:-1])))
+        return unwrap(OPERATORS[name].outputs(*fold(name, arguments[:-1])))
 
     return run, fake
 
 
 _library = torch.library.Library("svd_engine", "DEF")
 for _name, _operator in OPERATORS.items():
-    _library.define(f"{_name}({_operator.arguments}, str backend) -> {_operator.returns}")
-    _run, _fake = _kernels(_name)
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"svd_engine::{_name}", _fake, lib=_library)
+    register(_library, _name, _operator.arguments, _operator.returns, *_kernels(_name))

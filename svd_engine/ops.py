@@ -16,8 +16,24 @@ import torch
 from torch import Tensor
 
 from svd_engine import checks, dispatch
-from svd_engine.kernels.reference import Projection, Sampled, Strength, TopK
+from svd_engine.kernels.reference import Head, Projection, Sampled, Strength, TopK
+from svd_engine.linear import linear_divergence, linear_project_strength, linear_score, linear_topk
 
+__all__ = [
+    "Head",
+    "backends",
+    "divergence",
+    "linear_divergence",
+    "linear_project_strength",
+    "linear_score",
+    "linear_topk",
+    "project_strength",
+    "sample",
+    "score",
+    "steer",
+    "steering_vector",
+    "topk",
+]
 INF = math.inf
 
 
@@ -105,8 +121,7 @@ def topk(
     adapted, base = _rows(adapted, base, backend)
     mu = checks.per_row("strength", strength, adapted, torch.float32)
     checks.mask(alpha, penalty)
-    if not 1 <= k <= adapted.shape[1]:
-        raise ValueError(f"k must lie in [1, V = {adapted.shape[1]}]; got {k}.")
+    checks.k(k, adapted.shape[1])
     return TopK(*_call("topk", backend, adapted, base, mu, k, alpha, penalty))
 
 
@@ -116,7 +131,7 @@ def project_strength(
     """numerator, gauss_newton (20) and newton (19) denominators, in_support; `[N]` each."""
     adapted, base = _rows(adapted, base, backend)
     checks.mask(alpha, 0.0)
-    checks.target(target, adapted)
+    checks.target(target, adapted, adapted.shape[1])
     return Projection(*_call("project_strength", backend, adapted, base, target, alpha))
 
 
@@ -134,7 +149,7 @@ def score(
     adapted, base = _rows(adapted, base, backend)
     mu = checks.per_row("strength", strength, adapted, torch.float32)
     checks.mask(alpha, penalty)
-    checks.target(target, adapted)
+    checks.target(target, adapted, adapted.shape[1])
     return _call("score", backend, adapted, base, target, mu, alpha, penalty)[0]
 
 
@@ -163,6 +178,6 @@ def _call(name: str, backend: str, *arguments: Any, out: Tensor | None = None) -
     """Traced as one node under torch.compile; else straight to the kernel."""
     if not torch.compiler.is_compiling():
         return dispatch.launch(name, backend, *arguments, out=out)
-    traced = getattr(torch.ops.svd_engine, name)(*dispatch.unfold(name, arguments), backend)
-    outputs = traced if isinstance(traced, tuple) else (traced,)
+    traced = getattr(torch.ops.svd_engine, name)
+    outputs = dispatch.wrap(traced(*dispatch.unfold(name, arguments), backend))
     return outputs if out is None else (out.copy_(outputs[0]),)
