@@ -76,7 +76,8 @@ def compile_cuda(sources: list[str]) -> Path:
         *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes),
         "csrc/cuda/launch.cu", "-o", str(partial),
     ]  # fmt: skip
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        raise RuntimeError("nvcc failed")
     return partial.rename(library)
 
 
@@ -103,7 +104,7 @@ def cuda_extension() -> Extension | None:
         print(f"svd_engine: no CUDA kernels (no nvcc on PATH or in {CUDA_BIN})", file=sys.stderr)
         return None
     # The sources are dependencies: torch's build refuses a .cu where torch itself has no CUDA.
-    depends = sorted(glob("csrc/*.h") + glob("csrc/cuda/*"))
+    depends = ["setup.py", *sorted(glob("csrc/*.h") + glob("csrc/cuda/*"))]
     return Extension(
         "svd_engine._cuda", sources=[], depends=depends, py_limited_api=True, optional=True
     )
