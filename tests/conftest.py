@@ -43,7 +43,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 def tiny_base(architecture: str, seed: int = 0):
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.float32).eval()
+    # Older transformers drop Gemma 2's soft cap in their default attention.
+    return AutoModelForCausalLM.from_config(
+        CONFIGS[architecture], dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def tiny_peft(architecture: str = "llama", config=None) -> PeftModel:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from svd_engine.kernels import launch, reference
-from svd_engine.kernels.triton_sample import gumbel_noise, random_bits
+from svd_engine.kernels.triton_noise import gumbel_noise, random_bits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
