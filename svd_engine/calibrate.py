@@ -42,6 +42,7 @@ class CalibrationReport:
     alpha: float
     strength: float
     interval: tuple[float, float]  # 95 % bootstrap
+    likelihood_strength: float  # the exact optimum of the right answers' likelihood
     paper_mean: float  # the mean of (44) with the Gauss-Newton denominator, for comparison
     loss_before: float  # of the objective at strength 0
     loss_after: float
@@ -97,6 +98,7 @@ def calibrate(
 
     curves = np.stack([losses(mu) for mu in GRID], axis=1)
     strength = _minimise(losses, np.ones(len(examples)), curves)
+    likeliest = _minimise(nll, np.ones(len(examples)), np.stack([nll(mu) for mu in GRID], axis=1))
     draws = intervals.resamples(len(examples), seed)
     interval = intervals.percentiles(np.array([_lowest(draw @ curves) for draw in draws]))
 
@@ -116,6 +118,7 @@ def calibrate(
         alpha=alpha,
         strength=strength,
         interval=interval,
+        likelihood_strength=likeliest,
         paper_mean=float((numerator / (gauss_newton + 1e-12)).mean()),
         loss_before=float(before.sum() / weights.sum()),
         loss_after=float(after.sum() / weights.sum()),

@@ -46,7 +46,7 @@ def run(folder: Path, console: Console, fresh: bool = False) -> None:
     # Where steering gains nothing the artefact holds 0; the comparison still shows the estimate.
     ranked = _rank(engine, task["test"], report)
     console.print(_metrics_table(ranked, report.strength))
-    console.print(_answers(engine, task["test"]))
+    console.print(_answers(engine, task["test"], folder / "answers.jsonl"))
     console.print(_times(engine, task["test"][0]["prompt"]))
     console.print(_last_word(ranked, report, adapter))
 
@@ -81,36 +81,47 @@ def _rank(engine, rows, report) -> dict[str, np.ndarray]:
 def _metrics_table(ranked: dict[str, np.ndarray], strength: float) -> Group:
     count = len(ranked["base"])
     title = f"Ranking right above wrong answers: {count} test questions, mu = {strength:+.2f}"
-    table = show.grid("", *ranking.NAMES, "average [95 % interval]")
+    table = show.grid("", *ranking.NAMES, "average")
     for name, values in ranked.items():
-        each = values.mean(1)
-        low, high = intervals.of_ratio(each)
+        columns = 100 * np.column_stack([values, values.mean(1)])
+        spans = [intervals.of_ratio(column) for column in columns.T]
         table.add_row(
             name,
-            *(f"{100 * v:.1f}" for v in values.mean(0)),
-            f"{100 * each.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+            *(
+                f"{mean:.1f} [{low:.0f}, {high:.0f}]"
+                for mean, (low, high) in zip(columns.mean(0), spans, strict=True)
+            ),
         )
-    return show.section(title, table)
+    return show.section(title, table, "Per cent, with 95 % bootstrap intervals.")
 
 
-def _answers(engine: SteeredEngine, rows: Sequence[Mapping[str, Any]]) -> Group:
-    """A few test questions, answered greedily by each model."""
-    rows = rows[:SHOWN]
-    prompts = [row["prompt"] for row in rows]
+def _answers(engine: SteeredEngine, rows: Sequence[Mapping[str, Any]], path: Path) -> Group:
+    """Every test question answered greedily by each model: all to a file, a few to the screen."""
+    answers = []
+    for model in ("base", "adapted", "steered"):
+        completions = engine.generate(
+            [row["prompt"] for row in rows], model=model, max_new_tokens=24, progress=True
+        )
+        answers.append([c.text.strip().split("\n")[0] for c in completions])
     table = show.grid("question", "model", "answer")
     for column in table.columns:
         column.justify, column.overflow = "left", "fold"
-    texts = {
-        model: engine.generate(prompts, model=model, max_new_tokens=28)
-        for model in ("base", "adapted", "steered")
-    }
-    for i, row in enumerate(rows):
+    lines = []
+    for row, base, adapted, steered in zip(rows, *answers, strict=True):
         question = row["prompt"].removeprefix("Q: ").removesuffix("\nA:")
-        for j, (model, completions) in enumerate(texts.items()):
-            first = completions[i].text.strip().split("\n")[0]
-            table.add_row(question if j == 0 else "", model, first)
-        table.add_row("", "wanted", f"[dim]{row['completion'].strip()}[/dim]", end_section=True)
-    return show.section("Greedy answers to test questions", table)
+        wanted = row["completion"].strip()
+        shown = dict(base=base, adapted=adapted, steered=steered, wanted=wanted)
+        lines.append(json.dumps(dict(question=question, **shown)) + "\n")
+        if len(lines) <= SHOWN:
+            for model, answer in shown.items():
+                table.add_row(
+                    question if model == "base" else "", model, answer,
+                    style="dim" if model == "wanted" else None, end_section=model == "wanted",
+                )  # fmt: skip
+    write_text(path, "".join(lines))
+    changed = sum(a != s for a, s in zip(answers[1], answers[2], strict=True))
+    note = f"Steering changed {changed} of {len(rows)} answers; all are in {path}."
+    return show.section("Greedy answers to test questions", table, note)
 
 
 def _times(engine: SteeredEngine, prompt: str) -> Group:

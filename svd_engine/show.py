@@ -32,7 +32,9 @@ def calibration(report: CalibrationReport) -> Group:
     table.add_row("strength (mu)", f"{report.strength:+.2f}  [{low:+.2f}, {high:+.2f}]")
     if report.at_bracket:
         table.add_row("", f"at the end of the search, |mu| <= {BRACKET:g}")
-    table.add_row("  the paper's mean of ratios gives", f"{report.paper_mean:+.3g}")
+    if report.objective != "nll":
+        table.add_row("  the optimum of the likelihood", f"{report.likelihood_strength:+.2f}")
+    table.add_row("  the paper's mean of ratios", f"{report.paper_mean:+.3g}")
     gain_low, gain_high = report.gain_interval
     gain = report.loss_before - report.loss_after
     name = "preference loss" if report.objective == "preference" else "NLL a token"

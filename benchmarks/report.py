@@ -1,0 +1,132 @@
+"""Put benchmarks/results into the tables of README.md: python -m benchmarks.report [--check]
+
+A table goes between `<!-- figures:operators -->` (or `engine`) and `<!-- /figures -->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB, ROWS, DTYPES = 151936, (1, 32), ("float32", "bfloat16")
+CONTENDERS = {
+    "steered": "**steered**, one paired batch",
+    "adapted": "the same engine, adapted model alone",
+    "sequential": 'steered, two passes (`pairing="sequential"`)',
+    "generate, merged": "Hugging Face `generate`, merged, un-steered",
+    "generate, PEFT": "Hugging Face `generate`, PEFT, un-steered",
+    "naive": "naive: PEFT on, PEFT off, eager steering",
+}
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def source(result: dict, *packages: str) -> str:
+    """Which machine, which versions, which command."""
+    versions = [f"{name} {result['versions'][name]}" for name in packages]
+    where = ", ".join([result["machine"], *versions, result["system"], result["date"]])
+    return f"{where}; `{result['command']}`"
+
+
+def operators(result: dict) -> str:
+    keys = ("dtype", "vocab", "n", "name")
+    measured = {tuple(map(case["params"].get, keys)): case for case in result["cases"]}
+    rows = []
+    for n in ROWS:
+        for dtype in DTYPES:
+            names = ("steer", "sample", "eager", "compiled", "read", "clone")
+            cases = {name: measured[dtype, VOCAB, n, name] for name in names}
+            times = {name: case["median"] for name, case in cases.items()}
+            rows.append([
+                f"N = {n}, {dtype}",
+                *(number(times[name] * 1e6) for name in ("steer", "sample")),
+                *(f"{number(times[name] / times['steer'])}x" for name in ("eager", "compiled")),
+                *(number(times[name] * 1e6) for name in ("read", "clone")),
+                number(cases["steer"]["bytes"] / times["steer"] / 1e9),
+            ])  # fmt: skip
+    head = ["", "`steer`, us", "`sample`, us", "eager / steer", "compiled / steer",
+            "read both rows, us", "copy one row, us", "`steer`, GB/s"]  # fmt: skip
+    return (
+        f"V = {VOCAB}; medians. {source(result, 'svd-engine')}.\n\n{table(head, rows)}\n\n"
+        "Eager is the paper's formula in PyTorch; compiled is `torch.compile` of the form in which "
+        "the base softmax cancels. GB/s counts two rows read and one written."
+    )
+
+
+def engine(result: dict) -> str:
+    measured = {(case["batch"], case["dtype"]): case for case in result["cases"]}
+    first = measured[1, DTYPES[0]]
+    rows = []
+    for name, words in CONTENDERS.items():
+        times = [measured[1, dtype]["contenders"][name] for dtype in DTYPES]
+        cells = [(number(time["median"] * 1e3), f"{time['ratio']:.2f}") for time in times]
+        rows.append([words, *cells[0], *cells[1]])
+    head = ["", *(cell for dtype in DTYPES for cell in (f"{dtype}, ms/token", "ratio"))]
+    batches = [
+        f"{number(case['8 prompts']['tokens/s'])} tokens/s in {dtype}, against "
+        f"{number(case['steered']['tokens/s'])} for one prompt"
+        for dtype in DTYPES
+        for case in [measured[8, dtype]["contenders"]]
+    ]
+    return (
+        f"SmolLM2-135M-Instruct with a LoRA (r = 8, all linear layers), batch 1, "
+        f"{first['prompt_tokens']} prompt tokens, {first['new_tokens']} new ones, prefill left "
+        f"out. {source(result, 'transformers', 'peft', 'svd-engine')}.\n\n{table(head, rows)}\n\n"
+        f"Medians of {first['contenders']['steered']['rounds']} rounds in which the contenders "
+        "take turns; a ratio is the median of the time over the steered time of the same round. "
+        f"Steered, a batch of 8 prompts of different lengths: {'; '.join(batches)}."
+    )
+
+
+TABLES = {"operators": operators, "engine": engine}
+
+
+def put(text: str, name: str, figures: str) -> str:
+    """The text with new figures between the markers. Raises ValueError where there are none."""
+    start, end = f"<!-- figures:{name} -->", "<!-- /figures -->"
+    pattern = re.compile(f"({re.escape(start)}\n).*?({re.escape(end)})", re.DOTALL)
+    text, found = pattern.subn(lambda m: f"{m[1]}\n{figures}\n\n{m[2]}", text)
+    if found != 1:
+        raise ValueError(f"README.md needs one {start} ... {end}; it has {found}")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> str | None:
+    """None, or what is wrong in one line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where README.md is out of date")
+    check = parser.parse_args(arguments).check
+    readme = root / "README.md"
+    try:
+        before = after = readme.read_text(encoding="utf-8")
+        for name, figures in TABLES.items():
+            path = root / "benchmarks" / "results" / f"cpu_{name}.json"
+            result = json.loads(path.read_text(encoding="utf-8"))
+            after = put(after, name, figures(result))
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(root)} does not exist."
+    except ValueError as error:
+        return f"{error}."
+    if before == after:
+        return None
+    if check:
+        return "README.md does not show the figures in benchmarks/results; run `make docs`."
+    readme.write_text(after, encoding="utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

