@@ -44,11 +44,16 @@ SVD_HD F difference(F adapted, F base) {
   return ((adapted > -INFINITY) & (base > -INFINITY)) ? adapted - base : F{};
 }
 
+// (10) for a token of weight e = exp(adapted - top) in a valid row.
+template <class F>
+SVD_HD F steering(F adapted, F base, F e, const RowStats& row) {
+  return base > -INFINITY ? e / row.mass * (row.mean - difference(adapted, base)) : F{};
+}
+
 // (12)-(14) for a token of weight e = exp(adapted - top) in a valid row.
 template <class F>
 SVD_HD F steered(F adapted, F base, F e, const RowStats& row, const Steering& by) {
-  const F p = e / row.mass;
-  const F delta = base > -INFINITY ? p * (row.mean - difference(adapted, base)) : F{};
+  const F delta = steering(adapted, base, e, row);
   // strength * -inf is never formed: it is NaN at 0 and +inf below.
   const F off = by.penalty == -INFINITY ? F{} - INFINITY
                                         : adapted + std::fabs(by.strength) * by.penalty;

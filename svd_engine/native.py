@@ -6,11 +6,16 @@ Nothing is loaded before the first use, and importing this module cannot fail.
 import functools
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
+OPERATORS = (
+    "steer", "steering_vector", "sample", "sample_cut", "topk", "score", "project_strength",
+    "divergence", "capability",
+)  # fmt: skip
 
 
 @functools.cache
@@ -22,11 +27,7 @@ def _load() -> SimpleNamespace | str:
     try:
         torch.ops.load_library(str(found[0]))
         ops = torch.ops.svd_engine_native
-        return SimpleNamespace(
-            steer=ops.steer.default,
-            sample=ops.sample.default,
-            capability=ops.capability.default,
-        )
+        return SimpleNamespace(**{name: getattr(ops, name).default for name in OPERATORS})
     except Exception as error:
         return f"{found[0].name} failed to load: {error}"
 
@@ -60,6 +61,11 @@ def _log_alpha(alpha: float) -> float:
     return float(torch.tensor(alpha, dtype=torch.float32).log())
 
 
+def _split(value: Any) -> tuple[Any, Tensor | None]:
+    """The operators take a number for all rows and, in its place, a tensor [N] or None."""
+    return (0, value) if isinstance(value, Tensor) else (value, None)
+
+
 def steer(
     adapted: Tensor,
     base: Tensor,
@@ -69,8 +75,12 @@ def steer(
     out: Tensor,
 ) -> None:
     """`reference.steer` into `out`, which may be `adapted` or `base` itself."""
-    mu, mus = (0.0, strength) if isinstance(strength, Tensor) else (strength, None)
-    _ops().steer(adapted, base, mu, mus, _log_alpha(alpha), penalty, out)
+    _ops().steer(adapted, base, *_split(strength), _log_alpha(alpha), penalty, out)
+
+
+def steering_vector(adapted: Tensor, base: Tensor, out: Tensor) -> None:
+    """`reference.steering_vector` into `out`, which may be `adapted` or `base` itself."""
+    _ops().steering_vector(adapted, base, out)
 
 
 def sample(
@@ -86,10 +96,79 @@ def sample(
     logprob: Tensor,
 ) -> None:
     """`reference.sample` without cuts into `token` (int64) and `logprob` (float32)."""
-    mu, mus = (0.0, strength) if isinstance(strength, Tensor) else (strength, None)
-    key, keys = (0, seed) if isinstance(seed, Tensor) else (seed, None)
-    at, ats = (0, position) if isinstance(position, Tensor) else (position, None)
     _ops().sample(
-        adapted, base, mu, mus, _log_alpha(alpha), penalty, temperature,
-        key, keys, at, ats, token, logprob,
+        adapted, base, *_split(strength), _log_alpha(alpha), penalty, temperature,
+        *_split(seed), *_split(position), token, logprob,
     )  # fmt: skip
+
+
+def sample_cut(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | Tensor,
+    position: int | Tensor,
+    token: Tensor,
+    logprob: Tensor,
+) -> None:
+    """`reference.sample` into `token` (int64) and `logprob` (float32)."""
+    _ops().sample_cut(
+        adapted, base, *_split(strength), _log_alpha(alpha), penalty, temperature,
+        top_k, top_p, min_p, *_split(seed), *_split(position), token, logprob,
+    )  # fmt: skip
+
+
+def topk(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    k: int,
+    alpha: float,
+    penalty: float,
+    logprob: Tensor,
+    token: Tensor,
+) -> None:
+    """`reference.topk` into `logprob` (float32) and `token` (int64), [N, k] each."""
+    _ops().topk(
+        adapted, base, *_split(strength), k, _log_alpha(alpha), penalty, logprob, token
+    )  # fmt: skip
+
+
+def score(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    logprob: Tensor,
+) -> None:
+    """`reference.score` into `logprob` (float32)."""
+    _ops().score(adapted, base, target, *_split(strength), _log_alpha(alpha), penalty, logprob)
+
+
+def project_strength(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    alpha: float,
+    numerator: Tensor,
+    gauss_newton: Tensor,
+    newton: Tensor,
+    in_support: Tensor,
+) -> None:
+    """`reference.project_strength` into three float32 tensors and a bool one."""
+    _ops().project_strength(
+        adapted, base, target, _log_alpha(alpha), numerator, gauss_newton, newton, in_support
+    )
+
+
+def divergence(adapted: Tensor, base: Tensor, out: Tensor) -> None:
+    """`reference.divergence` into `out` (float32)."""
+    _ops().divergence(adapted, base, out)

@@ -1,23 +1,17 @@
-// torch.ops.svd_engine_native: `steer` and `sample` on the CPU, on the LibTorch stable ABI.
+// torch.ops.svd_engine_native: the operators on the CPU, on the LibTorch stable ABI.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 
-#include "kernels.h"
+#include "row_ops.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Tokens that are worth a thread: below, waking it costs more than it saves.
-constexpr int64_t kScanGrain = 32768;
-constexpr int64_t kFinishGrain = 16384;
 
 // From here on steer writes past the cache, which saves reading the lines that it overwrites.
 constexpr int64_t kStreamBytes = 8 << 20;
@@ -48,105 +42,6 @@ int64_t chosen = best_capability();
 int64_t capability(int64_t limit) {
   if (limit >= 0) chosen = std::min(limit, best_capability());
   return chosen;
-}
-
-// One row's working memory, kept from call to call.
-struct Scratch {
-  Blocks blocks;
-  Choices choices;
-
-  static Scratch& of_thread(int64_t count) {
-    thread_local Scratch scratch;
-    if (count > scratch.capacity_) scratch.reserve((count + 15) / 16 * 16);
-    return scratch;
-  }
-
- private:
-  int64_t capacity_ = -1;
-  std::unique_ptr<float[]> floats_;
-  std::unique_ptr<int32_t[]> pending_;
-  std::unique_ptr<int64_t[]> tokens_;
-
-  void reserve(int64_t count) {
-    floats_ = std::make_unique<float[]>(8 * count);
-    pending_ = std::make_unique<int32_t[]>(count);
-    tokens_ = std::make_unique<int64_t[]>(count);
-    float* at = floats_.get();
-    for (float** array : {&blocks.top, &blocks.mass, &blocks.opinion, &blocks.gap, &choices.top,
-                          &choices.mass, &choices.merit, &choices.logit}) {
-      *array = at;
-      at += count;
-    }
-    blocks.pending = pending_.get();
-    choices.token = tokens_.get();
-    capacity_ = count;
-  }
-};
-
-template <class F>
-void each(int64_t count, int64_t grain, bool fork, const F& f) {
-  if (fork && count > grain)
-    torch::stable::parallel_for(0, count, grain, f);
-  else
-    f(0, count);
-}
-
-struct Scanned {
-  RowStats stats;
-  int64_t blocks;
-};
-
-Scanned scan(const Kernels& kernels, const Row& row, const Scratch& scratch, bool fork) {
-  const int64_t count = (row.vocab + kBlock - 1) / kBlock;
-  each(count, kScanGrain / kBlock, fork, [&](int64_t first, int64_t last) {
-    kernels.scan(row, first, last, scratch.blocks);
-  });
-  return {kernels.merge(scratch.blocks, count, row.by.log_alpha), count};
-}
-
-// Turns pending from flags into the list of the blocks for which `keep` holds.
-template <class F>
-int64_t list_pending(int64_t blocks, int32_t* pending, const F& keep) {
-  int64_t count = 0;
-  for (int64_t k = 0; k < blocks; ++k) {
-    const bool kept = keep(k);
-    pending[count] = static_cast<int32_t>(k);
-    count += kept;
-  }
-  return count;
-}
-
-void steer_row(const Kernels& kernels, const Row& row, bool fork) {
-  Scratch& scratch = Scratch::of_thread((row.vocab + kBlock - 1) / kBlock);
-  const auto [stats, blocks] = scan(kernels, row, scratch, fork);
-  if (!is_valid(stats)) return kernels.fill(row.out, 0, row.vocab, NAN, false);
-  int32_t* pending = scratch.blocks.pending;
-  const int64_t count = list_pending(blocks, pending, [&](int64_t k) { return pending[k] != 0; });
-  each(count, kFinishGrain / kBlock, fork, [&, &stats = stats](int64_t first, int64_t last) {
-    kernels.write(row, stats, first, last, scratch.blocks);
-  });
-}
-
-void sample_row(const Kernels& kernels, const Row& row, const Noise& noise, bool fork,
-                int64_t& token, float& logprob) {
-  Scratch& scratch = Scratch::of_thread((row.vocab + kBlock - 1) / kBlock);
-  const auto [stats, blocks] = scan(kernels, row, scratch, fork);
-  token = -1;
-  logprob = NAN;
-  if (!is_valid(stats)) return;
-  const bool keeps_all = row.by.penalty > -INFINITY;
-  const float* top = scratch.blocks.top;
-  const float threshold = stats.threshold;
-  const int64_t count = list_pending(blocks, scratch.blocks.pending, [&](int64_t k) {
-    return keeps_all || top[k] >= threshold;
-  });
-  const Choices& choices = scratch.choices;
-  each(count, kFinishGrain / kBlock, fork, [&, &stats = stats](int64_t first, int64_t last) {
-    kernels.choose(row, stats, noise, first, last, scratch.blocks, choices);
-  });
-  const int64_t best = std::max_element(choices.merit, choices.merit + count) - choices.merit;
-  token = choices.token[best];
-  logprob = choices.logit[best] - kernels.log_mass(choices, count);
 }
 
 // The rows of a [N, V] tensor.
@@ -195,6 +90,22 @@ PerRow<T> per_row(const std::optional<Tensor>& tensor, T scalar, int64_t rows, S
   return {static_cast<const T*>(tensor->data_ptr()), tensor->stride(0), scalar};
 }
 
+template <class T>
+Column<T> column(const Tensor& tensor, int64_t rows, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == rows, name,
+                  " must be a CPU tensor [N] with N = ", rows);
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
+  return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0)};
+}
+
+// The token ids to look up, each in [0, V).
+PerRow<int64_t> targets(const Tensor& target, int64_t rows, int64_t vocab) {
+  const auto ids = per_row(std::optional(target), int64_t{0}, rows, ScalarType::Long, "target");
+  for (int64_t i = 0; i < rows; ++i)
+    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < vocab, "target ", ids[i], " is not below V = ", vocab);
+  return ids;
+}
+
 void check_alike(const Matrix& adapted, const Matrix& other, const char* name) {
   STD_TORCH_CHECK(other.rows == adapted.rows && other.vocab == adapted.vocab, name, " is [",
                   other.rows, ", ", other.vocab, "], adapted is [", adapted.rows, ", ",
@@ -226,43 +137,155 @@ void steer(const Tensor adapted, const Tensor base, double strength,
   });
 }
 
-void sample(const Tensor adapted, const Tensor base, double strength,
-            const std::optional<Tensor> strengths, double log_alpha, double penalty,
-            double temperature, int64_t seed, const std::optional<Tensor> seeds, int64_t position,
-            const std::optional<Tensor> positions, Tensor token, Tensor logprob) {
+constexpr Steering kWholeVector = {0.0f, -INFINITY, 0.0f};  // no mask, and nothing is steered
+
+void steering_vector(const Tensor adapted, const Tensor base, Tensor out) {
+  const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base"), o = matrix(out, "out");
+  check_alike(z, b, "base");
+  check_alike(z, o, "out");
+  const bool stream = o.rows * o.row_bytes >= kStreamBytes;
+  const Kernels& kernels = *kVariants[chosen];
+  each_row(z, [&](int64_t i, bool fork) {
+    vector_row(kernels, {z[i], b[i], o[i], stream, z.vocab, kWholeVector}, fork);
+  });
+}
+
+void sample_cut(const Tensor adapted, const Tensor base, double strength,
+                const std::optional<Tensor> strengths, double log_alpha, double penalty,
+                double temperature, int64_t top_k, double top_p, double min_p, int64_t seed,
+                const std::optional<Tensor> seeds, int64_t position,
+                const std::optional<Tensor> positions, Tensor token, Tensor logprob) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
   check_alike(z, b, "base");
   const auto mu = per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
   const auto seed_of = per_row(seeds, seed, z.rows, ScalarType::Long, "seeds");
   const auto position_of = per_row(positions, position, z.rows, ScalarType::Long, "positions");
-  const auto tokens = per_row(std::optional(token), int64_t{0}, z.rows, ScalarType::Long, "token");
-  const auto logprobs = per_row(std::optional(logprob), 0.0f, z.rows, ScalarType::Float, "logprob");
+  const auto tokens = column<int64_t>(token, z.rows, ScalarType::Long, "token");
+  const auto logprobs = column<float>(logprob, z.rows, ScalarType::Float, "logprob");
+  const bool cuts = temperature > 0 && (top_k > 0 || top_p < 1 || min_p > 0);
+  const Cut by_cut = {top_k, top_p, min_p > 0 ? std::log(min_p) : -INFINITY};
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
     const Steering by = {mu[i], float(log_alpha), float(penalty)};
     const Row row = {z[i], b[i], {}, false, z.vocab, by};
-    const Noise noise = {float(temperature), uint64_t(seed_of[i]), uint64_t(position_of[i])};
-    sample_row(kernels, row, noise, fork, const_cast<int64_t*>(tokens.data)[i * tokens.stride],
-               const_cast<float*>(logprobs.data)[i * logprobs.stride]);
+    const Noise noise = {float(temperature), uint64_t(seed_of[i]), uint64_t(position_of[i]), cuts};
+    if (cuts)
+      sample_cut_row(kernels, row, noise, by_cut, fork, tokens[i], logprobs[i]);
+    else
+      sample_row(kernels, row, noise, fork, tokens[i], logprobs[i]);
+  });
+}
+
+void sample(const Tensor adapted, const Tensor base, double strength,
+            const std::optional<Tensor> strengths, double log_alpha, double penalty,
+            double temperature, int64_t seed, const std::optional<Tensor> seeds, int64_t position,
+            const std::optional<Tensor> positions, Tensor token, Tensor logprob) {
+  sample_cut(adapted, base, strength, strengths, log_alpha, penalty, temperature, 0, 1.0, 0.0, seed,
+             seeds, position, positions, token, logprob);
+}
+
+void topk(const Tensor adapted, const Tensor base, double strength,
+          const std::optional<Tensor> strengths, int64_t k, double log_alpha, double penalty,
+          Tensor logprob, Tensor token) {
+  const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
+  check_alike(z, b, "base");
+  const auto mu = per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
+  STD_TORCH_CHECK(k >= 1 && k <= z.vocab, "k is ", k, ", V is ", z.vocab);
+  for (const Tensor& out : {logprob, token})
+    STD_TORCH_CHECK(out.is_cpu() && out.dim() == 2 && out.size(0) == z.rows && out.size(1) == k,
+                    "logprob and token must be CPU tensors [N, k] with N = ", z.rows,
+                    " and k = ", k);
+  STD_TORCH_CHECK(logprob.scalar_type() == ScalarType::Float, "logprob must be float32");
+  STD_TORCH_CHECK(token.scalar_type() == ScalarType::Long, "token must be int64");
+  const Column<float> logprobs = {static_cast<float*>(logprob.data_ptr()), logprob.stride(0)};
+  const Column<int64_t> tokens = {static_cast<int64_t*>(token.data_ptr()), token.stride(0)};
+  const Kernels& kernels = *kVariants[chosen];
+  each_row(z, [&](int64_t i, bool fork) {
+    const Steering by = {mu[i], float(log_alpha), float(penalty)};
+    topk_row(kernels, {z[i], b[i], {}, false, z.vocab, by}, k, fork,
+             Column<float>{&logprobs[i], logprob.stride(1)},
+             Column<int64_t>{&tokens[i], token.stride(1)});
+  });
+}
+
+void score(const Tensor adapted, const Tensor base, const Tensor target, double strength,
+           const std::optional<Tensor> strengths, double log_alpha, double penalty,
+           Tensor logprob) {
+  const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
+  check_alike(z, b, "base");
+  const auto mu = per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
+  const auto target_of = targets(target, z.rows, z.vocab);
+  const auto logprobs = column<float>(logprob, z.rows, ScalarType::Float, "logprob");
+  const Kernels& kernels = *kVariants[chosen];
+  each_row(z, [&](int64_t i, bool fork) {
+    const Steering by = {mu[i], float(log_alpha), float(penalty)};
+    logprobs[i] = score_row(kernels, {z[i], b[i], {}, false, z.vocab, by}, target_of[i], fork);
+  });
+}
+
+void project_strength(const Tensor adapted, const Tensor base, const Tensor target,
+                      double log_alpha, Tensor numerator, Tensor gauss_newton, Tensor newton,
+                      Tensor in_support) {
+  const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
+  check_alike(z, b, "base");
+  const auto target_of = targets(target, z.rows, z.vocab);
+  const auto numerators = column<float>(numerator, z.rows, ScalarType::Float, "numerator");
+  const auto squares = column<float>(gauss_newton, z.rows, ScalarType::Float, "gauss_newton");
+  const auto variances = column<float>(newton, z.rows, ScalarType::Float, "newton");
+  const auto inside = column<bool>(in_support, z.rows, ScalarType::Bool, "in_support");
+  const Kernels& kernels = *kVariants[chosen];
+  each_row(z, [&](int64_t i, bool fork) {
+    const Steering by = {0.0f, float(log_alpha), -INFINITY};
+    const Row row = {z[i], b[i], {}, false, z.vocab, by};
+    const Projection projection = project_row(kernels, row, target_of[i], fork);
+    numerators[i] = projection.numerator;
+    squares[i] = projection.gauss_newton;
+    variances[i] = projection.newton;
+    inside[i] = projection.in_support;
+  });
+}
+
+void divergence(const Tensor adapted, const Tensor base, Tensor out) {
+  const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
+  check_alike(z, b, "base");
+  const auto nats = column<float>(out, z.rows, ScalarType::Float, "out");
+  const Kernels& kernels = *kVariants[chosen];
+  each_row(z, [&](int64_t i, bool fork) {
+    nats[i] = divergence_row(kernels, {z[i], b[i], {}, false, z.vocab, kWholeVector}, fork);
   });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(svd_engine_native, m) {
-  m.def(
-      "steer(Tensor adapted, Tensor base, float strength, Tensor? strengths, float log_alpha, "
-      "float penalty, Tensor(a!) out) -> ()");
-  m.def(
-      "sample(Tensor adapted, Tensor base, float strength, Tensor? strengths, float log_alpha, "
-      "float penalty, float temperature, int seed, Tensor? seeds, int position, "
-      "Tensor? positions, Tensor(a!) token, Tensor(b!) logprob) -> ()");
+#define ROWS "(Tensor adapted, Tensor base, "
+#define STRENGTH "float strength, Tensor? strengths, "
+#define MASK "float log_alpha, float penalty, "
+#define SEEDS "int seed, Tensor? seeds, int position, Tensor? positions, "
+#define PICKED "Tensor(a!) token, Tensor(b!) logprob) -> ()"
+  m.def("steer" ROWS STRENGTH MASK "Tensor(a!) out) -> ()");
+  m.def("steering_vector" ROWS "Tensor(a!) out) -> ()");
+  m.def("sample" ROWS STRENGTH MASK "float temperature, " SEEDS PICKED);
+  m.def("sample_cut" ROWS STRENGTH MASK
+        "float temperature, int top_k, float top_p, float min_p, " SEEDS PICKED);
+  m.def("topk" ROWS STRENGTH "int k, " MASK "Tensor(a!) logprob, Tensor(b!) token) -> ()");
+  m.def("score" ROWS "Tensor target, " STRENGTH MASK "Tensor(a!) logprob) -> ()");
+  m.def("project_strength" ROWS
+        "Tensor target, float log_alpha, Tensor(a!) numerator, Tensor(b!) gauss_newton, "
+        "Tensor(c!) newton, Tensor(d!) in_support) -> ()");
+  m.def("divergence" ROWS "Tensor(a!) out) -> ()");
   m.def("capability(int limit) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) {
   m.impl("steer", TORCH_BOX(&steer));
+  m.impl("steering_vector", TORCH_BOX(&steering_vector));
   m.impl("sample", TORCH_BOX(&sample));
+  m.impl("sample_cut", TORCH_BOX(&sample_cut));
+  m.impl("topk", TORCH_BOX(&topk));
+  m.impl("score", TORCH_BOX(&score));
+  m.impl("project_strength", TORCH_BOX(&project_strength));
+  m.impl("divergence", TORCH_BOX(&divergence));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CompositeExplicitAutograd, m) {

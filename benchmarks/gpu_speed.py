@@ -1,0 +1,222 @@
+"""How long the operators take, beside what one would write otherwise."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from gpu import Run, words
+from gpu_cases import BF16, F32, OPERATORS, Options, absent
+from gpu_measure import Call, host_cost, l2_bytes, per_call, sets
+from torch import Tensor
+
+INF = math.inf
+VOCABS, ROWS = (151936, 128256, 49152), (1, 1024, 32, 132, 4)
+EVERYWHERE = ("steer", "sample greedy", "score")  # the others at the first vocabulary only
+COMPILED = (1, 32, 1024)  # rows for which torch.compile is asked
+STRENGTH, ALPHA = 3.0, 0.1
+
+
+def eager(adapted: Tensor, base: Tensor) -> Tensor:
+    """(6)-(14) as the paper writes them."""
+    p, q = adapted.float().softmax(-1), base.float().softmax(-1)
+    gradient = -(torch.log(p / q) + 1)
+    delta = p * (gradient - (p * gradient).sum(-1, keepdim=True))
+    support = p >= ALPHA * p.amax(-1, keepdim=True)
+    return torch.where(support, adapted + STRENGTH * delta, -INF).to(adapted.dtype)
+
+
+def cancelled(adapted: Tensor, base: Tensor) -> Tensor:
+    """delta_i = p_i (E_p[d] - d_i) with d = adapted - base, and the mask on logits."""
+    z = adapted.float()
+    p, d = z.softmax(-1), z - base.float()
+    delta = p * ((p * d).sum(-1, keepdim=True) - d)
+    support = z >= z.amax(-1, keepdim=True) + math.log(ALPHA)
+    return torch.where(support, z + STRENGTH * delta, -INF).to(adapted.dtype)
+
+
+def two_softmaxes(adapted: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    return adapted.softmax(-1), base.softmax(-1)
+
+
+class Rows:
+    """Buffer sets of one shape, enough to find the L2 cold in a round trip."""
+
+    def __init__(self, run: Run, n: int, vocab: int, dtype: torch.dtype) -> None:
+        self.n, self.vocab, self.dtype, self.device = n, vocab, dtype, run.device
+        self.size = n * vocab * dtype.itemsize  # of one row set
+        count = sets(run.device, 2 * self.size, run.quick)
+        generator = torch.Generator(device=run.device).manual_seed(0)
+        self.z, self.b, self.out = [], [], []
+        for _ in range(count):
+            base = torch.randn(n, vocab, device=run.device, generator=generator, dtype=dtype)
+            noise = torch.randn(n, vocab, device=run.device, generator=generator, dtype=dtype)
+            self.b.append(base.mul_(3))
+            self.z.append(noise.mul_(0.5).add_(base))
+            self.out.append(torch.empty_like(base))
+        rows = torch.arange(n, device=run.device)
+        target = rows * 7919 % vocab
+        self.options = Options(target, rows, rows, mu=STRENGTH, temperature=1.0)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"n": self.n, "vocab": self.vocab, "dtype": str(self.dtype)[6:]}
+
+    def calls(self, name: str, backend: str) -> list[Call]:
+        """One call a buffer set; `steer` writes into the set, the others allocate in the graph."""
+        operate = OPERATORS[name].run
+        return [
+            partial(operate, z, b, self.options, backend, out if name == "steer" else None)
+            for z, b, out in zip(self.z, self.b, self.out, strict=True)
+        ]
+
+    def pairs(self, function: Callable[[Tensor, Tensor], object]) -> list[Call]:
+        return [partial(function, z, b) for z, b in zip(self.z, self.b, strict=True)]
+
+    def moved(self, name: str) -> int:
+        """Bytes: each element of the inputs once, and what is written of the vocabulary's width."""
+        written = {"steering_vector": self.n * self.vocab * 4}
+        wide = ("steer", "eager formula", "torch.compile, cancelled form")
+        return 2 * self.size + written.get(name, self.size if name in wide else 0)
+
+    def times(self, name: str, calls: Sequence[Call]) -> dict[str, Any]:
+        """Microseconds with the L2 cold, and hot where the rows fit in it."""
+        moved = self.moved(name)
+        seconds = per_call(self.device, calls)
+        found = {"cold_us": seconds * 1e6, "bytes": moved, "GB/s": moved / seconds / 1e9}
+        if len(calls) > 1 and 3 * self.size < 0.6 * l2_bytes(self.device):
+            found["hot_us"] = per_call(self.device, [calls[0]] * 50) * 1e6
+        return found
+
+
+def _compiled(rows: Rows) -> list[Call]:
+    # Shapes are compiled one by one, and there is a limit to how many a function may have.
+    torch.compiler.reset()
+    return rows.pairs(torch.compile(cancelled, dynamic=False, fullgraph=True))
+
+
+def _flashinfer(rows: Rows) -> list[Call]:
+    from flashinfer.sampling import sampling_from_logits  # type: ignore[import-not-found]
+
+    return [partial(sampling_from_logits, z) for z in rows.z]
+
+
+def _contenders(run: Run, rows: Rows, first: bool) -> Iterator[tuple[str, str, list[Call] | None]]:
+    """(name, backend, calls); None for an operator that the backend does not have."""
+    for name in OPERATORS if first else EVERYWHERE:
+        for backend in run.backends:
+            missing = absent(name, backend, run.device)
+            yield name, backend, None if missing else rows.calls(name, backend)
+    if first or rows.n == 1:
+        yield "two softmaxes", "torch", rows.pairs(two_softmaxes)
+    if first:
+        yield "eager formula", "torch", rows.pairs(eager)
+
+
+def operators(run: Run) -> dict[str, Any]:
+    """Medians by CUDA events around replays of a graph; on a CPU by the clock."""
+    copy = run.before("bandwidth").get("GB/s")
+    cases: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"copy GB/s": copy, "cases": cases, "skipped": []}
+
+    def point(name: str, backend: str, rows: Rows, calls: Callable[[], list[Call] | None]) -> None:
+        about = {"name": name, "backend": backend, **rows.about}
+        if run.left() < 2:
+            result["skipped"].append({**about, "why": "time"})
+            return
+        try:
+            if (made := calls()) is None:
+                result["skipped"].append({**about, "why": "absent"})
+                return
+            found = rows.times(name, made)
+            if copy:
+                found["of copy"] = found["GB/s"] / copy
+            cases.append(about | found)
+        except Exception as error:
+            cases.append(about | {"error": words(error)})
+            if run.device == "cuda":
+                torch.cuda.synchronize()
+        run.keep(result)
+
+    vocabs, counts = ((500,), (1, 4)) if run.quick else (VOCABS, ROWS)
+    for vocab in vocabs:
+        for dtype in (BF16, F32):
+            for n in counts:
+                if run.left() < 2:
+                    about = {"n": n, "vocab": vocab, "dtype": str(dtype)[6:]}
+                    result["skipped"].append({"name": "all", **about, "why": "time"})
+                    continue
+                rows = Rows(run, n, vocab, dtype)
+                for name, backend, calls in _contenders(run, rows, vocab == vocabs[0]):
+                    point(name, backend, rows, lambda calls=calls: calls)
+                del rows, calls
+    # Compiling takes seconds a shape, so it comes last.
+    for dtype in (BF16, F32):
+        for n in () if run.quick else COMPILED:
+            if run.left() < 12:
+                about = {"n": n, "vocab": vocabs[0], "dtype": str(dtype)[6:]}
+                result["skipped"].append({"name": "torch.compile", **about, "why": "time"})
+                continue
+            rows = Rows(run, n, vocabs[0], dtype)
+            name = "torch.compile, cancelled form"
+            point(name, "torch", rows, lambda rows=rows: _compiled(rows))
+            if run.device == "cuda" and dtype == F32 and find_spec("flashinfer"):
+                point("sampling", "flashinfer", rows, lambda rows=rows: _flashinfer(rows))
+            del rows
+    return result
+
+
+def latency(run: Run) -> dict[str, Any]:
+    """One row: inside a graph, each call after the one before; and the host's time of a call."""
+    vocab = 500 if run.quick else 151936
+    graph: list[dict[str, Any]] = []
+    host: list[dict[str, Any]] = []
+    result = {"vocab": vocab, "in a graph": graph, "host": host}
+    shown = ("steer", "sample greedy", "sample noisy")
+
+    def record(into: list[dict[str, Any]], measure: Callable[[], dict[str, Any]], **about) -> None:
+        if run.left() < 1:
+            into.append(about | {"skipped": "time"})
+            return
+        try:
+            into.append(about | measure())
+        except Exception as error:
+            into.append(about | {"error": words(error)})
+            if run.device == "cuda":
+                torch.cuda.synchronize()
+        run.keep(result)
+
+    count = 10 if run.quick else 200
+    for dtype in (BF16, F32):
+        rows = Rows(run, 1, vocab, dtype)
+        named = {"two softmaxes": rows.pairs(two_softmaxes), "eager formula": rows.pairs(eager)}
+        contenders = [(name, "torch", calls) for name, calls in named.items()] + [
+            (name, backend, rows.calls(name, backend))
+            for name in shown
+            for backend in run.backends
+            if absent(name, backend, run.device) is None
+        ]
+        for name, backend, calls in contenders:
+            about = {"name": name, "backend": backend, "dtype": str(dtype)[6:]}
+            record(graph, partial(rows.times, name, calls), **about)
+            if dtype == BF16:
+                measure = partial(host_cost, run.device, calls[0], count)
+                record(host, lambda m=measure: {"us": m() * 1e6}, **about)
+    for name, call in _empty_calls(run).items():
+        measure = partial(host_cost, run.device, call, count)
+        record(host, lambda m=measure: {"us": m() * 1e6}, name=name, backend="", dtype="")
+    return result
+
+
+def _empty_calls(run: Run) -> dict[str, Call]:
+    """What any call costs the host."""
+    x = torch.zeros(1, device=run.device)
+    calls: dict[str, Call] = {"torch: add_ on one element": lambda: x.add_(1)}
+    if run.device == "cuda":
+        from gpu_empty import nothing
+
+        nothing[(1,)](x, num_warps=4)
+        calls["Triton: an empty kernel"] = lambda: nothing[(1,)](x, num_warps=4)
+    return calls

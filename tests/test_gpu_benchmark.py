@@ -1,0 +1,190 @@
+"""`python benchmarks/gpu.py` end to end on a CPU, and what becomes of sections that go wrong."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = [
+    "machine", "bandwidth", "correctness_cpu", "correctness_reference", "graph", "latency",
+    "operators", "engine", "sanitizer",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu
+
+    yield gpu
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The command's output and its JSON."""
+    path = tmp_path_factory.mktemp("gpu") / "cpu.json"
+    command = ["benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", str(path)]
+    ran = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_section_runs(measured):
+    sections = measured[1]["sections"]
+    assert list(sections) == SECTIONS
+    assert {name: entry["status"] for name, entry in sections.items()} == dict.fromkeys(
+        SECTIONS, "ok"
+    )
+    for name in ("graph", "sanitizer"):
+        assert sections[name]["result"] == {"skipped": "needs a CUDA device"}
+
+
+def test_the_backends_are_right_on_every_case(measured):
+    for backend in ("cpu", "reference"):
+        result = measured[1]["sections"][f"correctness_{backend}"]["result"]
+        assert result["failures"] == [] and "skipped: time" not in result
+        assert all(worst["error"] <= worst["tolerance"] for worst in result["worst"].values())
+        assert result["compared"] >= 3 * 50
+        names = result["cases"][0].keys() - {"case"} | result["absent"].keys()
+        assert names >= {"steer", "sample cut", "score", "topk", "project_strength", "divergence"}
+
+
+def test_times_and_tokens(measured):
+    sections = {name: entry["result"] for name, entry in measured[1]["sections"].items()}
+    for case in sections["operators"]["cases"] + sections["latency"]["in a graph"]:
+        assert "error" not in case and case["cold_us"] > 0 and case["bytes"] > 0
+    assert all(case["us"] > 0 for case in sections["latency"]["host"])
+    assert set(sections["engine"]["tokens equal"].values()) == {"ok"}
+    raced = {(case["batch"], case["contender"]) for case in sections["engine"]["cases"]}
+    assert {(1, "steered"), (1, "naive"), (1, "generate, merged"), (8, "steered")} <= raced
+    assert not any("error" in case for case in sections["engine"]["cases"])
+
+
+def test_the_tables(measured, gpu):
+    output, result = measured
+    text = gpu.table(result)
+    titles = [line[4:] for line in text.splitlines() if line.startswith("### ")]
+    for begins in (
+        "Sections",
+        "Correctness",
+        "One row, V = 500",
+        "Host time",
+        "V = 500",
+        "The eng",
+    ):
+        assert any(title.startswith(begins) for title in titles)
+        assert begins in output
+    assert "Not right" not in titles
+    assert "`python benchmarks/gpu.py --device cpu --quick`" in text.splitlines()[0]
+
+
+def test_the_json_says_nothing_of_where_it_ran(measured):
+    assert str(ROOT) not in json.dumps(measured[1])
+
+
+FATE = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+import gpu
+
+def raises(run):
+    run.keep({{"half": 1}}, every=0)
+    raise RuntimeError("the kernel said no")
+
+def dies(run):
+    run.keep({{"half": 2}}, every=0)
+    os._exit(139)
+
+sections = {{
+    "good": (lambda run: {{"answer": float("nan")}}, 30),
+    "raises": (raises, 30),
+    "dies": (dies, 30),
+    "hangs": (lambda run: time.sleep(100), {hang}),
+    "last": (lambda run: run.before("raises"), 30),
+}}
+path, end, *names = sys.argv[1:]
+sys.exit(gpu.work(Path(path), names, sections, "cpu", True, float(end)))
+"""
+
+
+def fate(gpu, tmp_path, end, names=("good", "raises", "dies", "hangs", "last")):
+    script, path = tmp_path / "worker.py", tmp_path / "out.json"
+    text = FATE.format(benchmarks=str(ROOT / "benchmarks"), hang=4)
+    script.write_text(text, encoding="utf-8")
+    gpu.save(path, {"sections": {}})
+    gpu.drive(path, names, [sys.executable, str(script), str(path), str(end)], end)
+    return {name: entry for name, entry in gpu.load(path)["sections"].items()}
+
+
+def test_a_section_that_fails_crashes_or_hangs_costs_only_itself(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    entries = fate(gpu, tmp_path, time.time() + 100)
+    assert entries["good"]["result"] == {"answer": "nan"}
+    assert "RuntimeError: the kernel said no" in entries["raises"]["error"]
+    assert "exit code 139" in entries["dies"]["error"]
+    assert "killed after" in entries["hangs"]["error"]
+    assert [entries[name]["result"] for name in ("raises", "dies")] == [{"half": 1}, {"half": 2}]
+    assert entries["last"]["status"] == "ok" and entries["last"]["result"] == {"half": 1}
+
+
+def test_no_section_starts_when_the_time_is_over(gpu, tmp_path):
+    entries = fate(gpu, tmp_path, time.time(), ("good", "last"))
+    assert [entry["skipped"] for entry in entries.values()] == ["time", "time"]
+
+
+def test_a_wrong_kernel_is_found(gpu, monkeypatch):
+    """Each of these mistakes is one that the section must see."""
+    import gpu_cases
+    import gpu_correctness
+
+    steer, sample = (gpu_cases.OPERATORS[name] for name in ("steer", "sample greedy"))
+
+    def spoil(operator, change):
+        def run(z, b, o, backend, out):
+            outputs = operator.run(z, b, o, "reference", out)
+            return change(*outputs) if backend == "cpu" else outputs
+
+        return operator._replace(run=run)
+
+    def shifted(x):
+        return (x + 1e-3,)
+
+    def without_infinity(x):
+        return (x.nan_to_num(0.0, neginf=-1e30),)
+
+    def next_token(token, logprob):
+        return token + 1, logprob
+
+    for name, operator, change in (
+        ("steer", steer, shifted),
+        ("steer", steer, without_infinity),
+        ("sample greedy", sample, next_token),
+    ):
+        case = next(c for c in gpu_cases.cases("cpu", True) if c.name == "float32, V = 100")
+        with monkeypatch.context() as patch:
+            patch.setitem(gpu_cases.OPERATORS, name, spoil(operator, change))
+            try:
+                assert gpu_correctness.check(name, "cpu", case).ratio > 1
+            except gpu_correctness.WrongError:
+                pass
+
+
+def test_without_a_cuda_device_the_command_says_so(gpu, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "RuntimeError: no NVIDIA driver\n")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match=r"no NVIDIA driver\n--device cpu --quick"):
+        gpu.main([])
+
+
+def test_only_names_sections(gpu, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--only", "nonsense"])
+    assert "--only must begin one of machine" in capsys.readouterr().err
