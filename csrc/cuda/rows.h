@@ -138,6 +138,18 @@ SVD_DEVICE void store(const Logits& out, int row, int begin, int vocab,
     store_as<kAligned, kThreads>(row_of<__half>(out, row), begin, vocab, values);
 }
 
+// A struct of another lane.
+template <class T>
+SVD_DEVICE T across(T mine, int step) {
+  using Word = std::conditional_t<sizeof(T) % 8 == 0, unsigned long long, unsigned>;
+  Word word[sizeof(T) / sizeof(Word)];
+  std::memcpy(word, &mine, sizeof mine);
+#pragma unroll
+  for (Word& each : word) each = __shfl_xor_sync(kAllLanes, each, step);
+  std::memcpy(static_cast<void*>(&mine), word, sizeof mine);
+  return mine;
+}
+
 // Sums over some tokens of a row, with e = exp(adapted - top).
 struct alignas(16) Sums {
   float top;      // max adapted
@@ -212,12 +224,75 @@ SVD_DEVICE Sums sum_from(float top, const float (&adapted)[kEach], const float (
 }
 
 template <int kEach>
-SVD_DEVICE Sums sum(const float (&adapted)[kEach], const float (&base)[kEach]) {
+SVD_DEVICE float top_of(const float (&values)[kEach]) {
   float top = -INFINITY;
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) top = fmaxf(top, adapted[j]);  // NaN is passed over
-  const Sums sums = sum_from<false>(top, adapted, base);
-  return sums.gap - sums.gap == 0.0f ? sums : sum_from<true>(top, adapted, base);
+  for (int j = 0; j < kEach; ++j) top = fmaxf(top, values[j]);  // NaN is passed over
+  return top;
+}
+
+template <int kEach>
+SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], Sums& sums) {
+  const float top = top_of(adapted);
+  sums = sum_from<false>(top, adapted, base);
+  if (sums.gap - sums.gap != 0.0f) sums = sum_from<true>(top, adapted, base);
+}
+
+// What the divergence needs of some tokens: sums of both rows, each relative to its own top.
+struct alignas(16) PairSums {
+  float top;        // max adapted
+  float mass;       // sum of e; NaN where a token spoils the row
+  float gap;        // sum of e * ((adapted - top) - (base - base_top)); inf where only base is -inf
+  float base_top;   // max base
+  float base_mass;  // sum of exp(base - base_top)
+};
+
+// `part.gap` relative to the tops of `whole`.
+SVD_DEVICE float moved_gap(const PairSums& part, float top, float base_top) {
+  const float shift = (part.top - top) - (part.base_top - base_top);
+  const float gap = weight(part.top, top) * (part.gap + part.mass * shift);
+  return part.gap == INFINITY ? INFINITY : part.mass > 0.0f ? gap : 0.0f;
+}
+
+SVD_DEVICE PairSums join(const PairSums& a, const PairSums& b) {
+  const float top = fmaxf(a.top, b.top), base_top = fmaxf(a.base_top, b.base_top);
+  return {top, weight(a.top, top) * a.mass + weight(b.top, top) * b.mass,
+          moved_gap(a, top, base_top) + moved_gap(b, top, base_top), base_top,
+          weight(a.base_top, base_top) * a.base_mass + weight(b.base_top, base_top) * b.base_mass};
+}
+
+SVD_DEVICE PairSums join_warp(PairSums sums) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) sums = join(sums, across(sums, step));
+  return sums;
+}
+
+template <bool kCareful, int kEach>
+SVD_DEVICE PairSums pair_from(float top, float base_top, const float (&adapted)[kEach],
+                              const float (&base)[kEach]) {
+  PairSums sums = {top, 0.0f, 0.0f, base_top, 0.0f};
+  const float origin = top > -INFINITY ? top : 0.0f;
+  const float base_origin = base_top > -INFINITY ? base_top : 0.0f;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    float e = fast_exp(adapted[j] - origin);
+    float gap = e * ((adapted[j] - origin) - (base[j] - base_origin));
+    if (kCareful) {
+      e = base[j] < INFINITY ? e : NAN;
+      gap = adapted[j] > -INFINITY ? base[j] > -INFINITY ? gap : INFINITY : 0.0f;
+    }
+    sums.mass += e;
+    sums.gap += gap;
+    sums.base_mass += fast_exp(base[j] - base_origin);
+  }
+  return sums;
+}
+
+template <int kEach>
+SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], PairSums& sums) {
+  const float top = top_of(adapted), base_top = top_of(base);
+  sums = pair_from<false>(top, base_top, adapted, base);
+  if (sums.gap - sums.gap != 0.0f) sums = pair_from<true>(top, base_top, adapted, base);
 }
 
 // A row's statistics out of its tiles' sums: by every warp for itself, so no block has to meet, in

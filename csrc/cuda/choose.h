@@ -1,0 +1,271 @@
+// Pass 2 of the operators that choose tokens: sample, with cuts or without, and topk.
+#pragma once
+
+#include "walk.h"
+
+namespace {
+
+constexpr int kNone = INT_MAX;
+constexpr int kList = 512;  // tokens that fit in a block's memory; more are looked up again
+
+struct Sample {
+  Steered of;
+  float temperature;  // 0: greedy
+  int top_k;          // INT_MAX: all
+  float top_p;        // inf: all
+  float log_min_p;    // -inf: all
+  PerRow<int64_t> seed;
+  PerRow<int64_t> position;
+  int64_t* token;
+  float* logprob;
+};
+
+struct TopK {
+  Steered of;
+  int k;
+  float* logprob;
+  int64_t* token;
+};
+
+// A number for each token that is greater the earlier the token comes: greatest logit first, then
+// lowest id.
+SVD_DEVICE uint64_t order_of(float logit, int token) {
+  logit += 0.0f;  // -0 is 0
+  uint32_t bits;
+  std::memcpy(&bits, &logit, sizeof bits);
+  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return uint64_t{bits} << 32 | ~static_cast<uint32_t>(token);
+}
+
+SVD_DEVICE int token_of(uint64_t order) { return static_cast<int>(~static_cast<uint32_t>(order)); }
+
+SVD_DEVICE float logit_of(uint64_t order) {
+  uint32_t bits = static_cast<uint32_t>(order >> 32);
+  bits = bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits;
+  float logit;
+  std::memcpy(&logit, &bits, sizeof logit);
+  return logit;
+}
+
+SVD_DEVICE uint64_t greatest_of_block(uint64_t mine) {
+  return of_block(mine, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+}
+
+// Puts the orders of the first kList tokens that are not removed into `list`, lowest id first;
+// returns how many there are in all.
+SVD_DEVICE int collect(const Rows& rows, const Row& row, uint64_t* list) {
+  int count = 0;
+  walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+    int mine = 0, total;
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) mine += z[j] > -INFINITY;
+    int at = count + sum_before(mine, total);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      const bool live = z[j] > -INFINITY;
+      if (live && at < kList) list[at] = order_of(z[j], token + j);
+      at += live;
+    }
+    count += total;
+  });
+  __syncthreads();
+  return count;
+}
+
+// The tokens that come before one: how many, and the sum of exp((logit - top) / temperature).
+struct Before {
+  int count;
+  float mass;
+};
+
+SVD_DEVICE Before join(const Before& a, const Before& b) {
+  return {a.count + b.count, a.mass + b.mass};
+}
+
+// The order of the last token that the cuts keep. All of them keep the first token, and of any
+// other token all those before it.
+SVD_DEVICE uint64_t last_kept(const Sample& to, const Row& row) {
+  __shared__ uint64_t list[kList];
+  __shared__ float mass[kList];
+  const Rows& rows = to.of.rows;
+  const int count = collect(rows, row, list);
+  const auto keeps = [&](float top, float total, uint64_t order, const Before& before) {
+    return before.count < to.top_k && before.mass < to.top_p * total &&
+           (logit_of(order) - top) / to.temperature >= to.log_min_p;
+  };
+  const auto mass_of = [&](float logit, float top) {
+    return fast_exp((logit - top) / to.temperature);
+  };
+
+  if (count <= kList) {
+    uint64_t first = 0;
+    for (int i = threadIdx.x; i < count; i += kWalkThreads)
+      first = list[i] > first ? list[i] : first;
+    first = greatest_of_block(first);
+    const float top = logit_of(first);
+    for (int i = threadIdx.x; i < count; i += kWalkThreads)
+      mass[i] = mass_of(logit_of(list[i]), top);
+    __syncthreads();
+    float total = 0.0f;
+    for (int i = 0; i < count; ++i) total += mass[i];
+    uint64_t removed = 0;  // the first token that is
+    for (int i = threadIdx.x; i < count; i += kWalkThreads) {
+      const uint64_t order = list[i];
+      Before before = {};
+      for (int j = 0; j < count; ++j)
+        if (list[j] > order) before = join(before, {1, mass[j]});
+      if (order != first && !keeps(top, total, order, before) && order > removed) removed = order;
+    }
+    return greatest_of_block(removed) + 1;
+  }
+
+  uint64_t first = 0;
+  walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+    for (int j = 0; j < kRun; ++j) {
+      const uint64_t order = order_of(z[j], token + j);
+      first = z[j] > -INFINITY && order > first ? order : first;
+    }
+  });
+  first = greatest_of_block(first);
+  const float top = logit_of(first);
+  const auto before_order = [&](uint64_t order) {
+    Before before = {};
+    walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+#pragma unroll
+      for (int j = 0; j < kRun; ++j)
+        if (order_of(z[j], token + j) > order) before = join(before, {1, mass_of(z[j], top)});
+    });
+    return of_block(before, [](const Before& a, const Before& b) { return join(a, b); });
+  };
+  uint64_t low = order_of(-INFINITY, 0), high = first;  // low < the answer <= high
+  const float total = before_order(low).mass;
+  while (high - low > 1) {
+    const uint64_t middle = low + (high - low) / 2;
+    (keeps(top, total, middle, before_order(middle)) ? high : low) = middle;
+  }
+  return high;
+}
+
+// The best token of some, and the log sum exp of all.
+struct Choice {
+  float merit;
+  int token;  // kNone: none
+  float logit;
+  LogSum all;
+};
+
+SVD_DEVICE Choice better(const Choice& a, const Choice& b) {
+  const bool second = b.merit > a.merit || (b.merit == a.merit && b.token < a.token);
+  return {second ? b.merit : a.merit, second ? b.token : a.token, second ? b.logit : a.logit,
+          join(a.all, b.all)};
+}
+
+template <bool kCut>
+__global__ void __launch_bounds__(kWalkThreads) sample_rows(const Sample to) {
+  wait_for_pass_1();
+  const Rows& rows = to.of.rows;
+  const Row row = open_row(to.of);
+  if (!row.valid) {
+    if (threadIdx.x == 0) {
+      to.token[row.index] = -1;
+      to.logprob[row.index] = NAN;
+    }
+    return;
+  }
+  const uint64_t last = kCut ? last_kept(to, row) : 0;
+  const uint64_t seed = value_of(to.seed, row.index), position = value_of(to.position, row.index);
+
+  Choice choice = {-INFINITY, kNone, -INFINITY, {-INFINITY, 0.0f}};
+  walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+    add(choice.all, z);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      if (kCut && order_of(z[j], token + j) < last) continue;
+      float merit = z[j];
+      if (to.temperature > 0.0f && merit > -INFINITY) {
+        const uint64_t counter = token + j;
+        const uint32_t bits = static_cast<uint32_t>(philox(seed, counter, position));
+        // Relative to the top, so that large logits do not round the noise away.
+        merit = (merit - row.stats.top) / to.temperature + gumbel<float>(bits);
+      }
+      if (merit > choice.merit) {  // strictly: the lowest of equals stays
+        choice.merit = merit;
+        choice.token = token + j;
+        choice.logit = z[j];
+      }
+    }
+  });
+  choice = of_block(choice, [](const Choice& a, const Choice& b) { return better(a, b); });
+  if (threadIdx.x == 0) {
+    to.token[row.index] = choice.token == kNone ? -1 : choice.token;
+    to.logprob[row.index] = logprob_of(choice.logit, choice.all);
+  }
+}
+
+// Tokens that are left once the others are out, lowest id first: those of logit -inf.
+SVD_DEVICE void list_removed(const TopK& to, const Row& row, int slot) {
+  const Rows& rows = to.of.rows;
+  walk_steered(rows, row, [](float) { return true; }, [&](int token, const float (&z)[kRun]) {
+    int mine = 0, total;
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) mine += token + j < rows.vocab && !(z[j] > -INFINITY);
+    int at = slot + sum_before(mine, total);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      const bool removed = token + j < rows.vocab && !(z[j] > -INFINITY);
+      if (removed && at < to.k) {
+        to.token[int64_t{row.index} * to.k + at] = token + j;
+        to.logprob[int64_t{row.index} * to.k + at] = -INFINITY;
+      }
+      at += removed;
+    }
+    slot += total;
+    return slot < to.k;
+  });
+}
+
+__global__ void __launch_bounds__(kWalkThreads) topk_rows(const TopK to) {
+  wait_for_pass_1();
+  const Rows& rows = to.of.rows;
+  const Row row = open_row(to.of);
+  const int64_t start = int64_t{row.index} * to.k;
+  if (!row.valid) {
+    for (int slot = threadIdx.x; slot < to.k; slot += kWalkThreads) {
+      to.token[start + slot] = -1;
+      to.logprob[start + slot] = NAN;
+    }
+    return;
+  }
+  const LogSum all = log_sum(rows, row);
+  const auto put = [&](int slot, uint64_t order) {
+    to.token[start + slot] = token_of(order);
+    to.logprob[start + slot] = logprob_of(logit_of(order), all);
+  };
+
+  __shared__ uint64_t list[kList];
+  const int count = collect(rows, row, list);
+  if (count <= kList) {
+    for (int i = threadIdx.x; i < count; i += kWalkThreads) {
+      int before = 0;
+      for (int j = 0; j < count; ++j) before += list[j] > list[i];
+      if (before < to.k) put(before, list[i]);
+    }
+  } else {
+    uint64_t last = UINT64_MAX;
+    for (int slot = 0; slot < to.k && slot < count; ++slot) {
+      uint64_t next = 0;
+      walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+          const uint64_t order = order_of(z[j], token + j);
+          next = z[j] > -INFINITY && order < last && order > next ? order : next;
+        }
+      });
+      last = greatest_of_block(next);
+      if (threadIdx.x == 0) put(slot, last);
+    }
+  }
+  if (count < to.k) list_removed(to, row, count);
+}
+
+}  // namespace
