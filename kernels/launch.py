@@ -4,22 +4,31 @@
 be captured in a CUDA graph.
 """
 
+import itertools
 import math
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .reference import Strength, log_alpha
-from .triton_rows import STATISTICS, measure_tiles
-from .triton_sample import sample_rows
+from .triton_cut import cut_rows
+from .triton_measure import STATISTICS, measure_tiles
+from .triton_sample import choose_tiles, sample_rows, settle_rows
+from .triton_score import divergence_rows, project_rows, score_rows
 from .triton_steer import steer_tiles
+from .triton_topk import topk_rows
 
 # What one program takes of a row. It does not depend on the batch, so neither does a row's result,
 # to the bit.
 TILE = 2048
 STREAM_WARPS = 4  # programs that stream one tile each
-SAMPLE_WARPS = 8  # a program that walks a row's tiles one after the other
+ROW_WARPS = 8  # a program that walks a row's tiles one after the other
+# A bound for programs that walk them more than once. Without one ptxas spills to come under a lower
+# one of its own choice.
+ROW_REGISTERS = 168
 
 
 def unavailable() -> str | None:
@@ -39,6 +48,13 @@ def workspace_size(rows: int, vocab: int) -> int:
     return rows * STATISTICS.value * _tiles(vocab)
 
 
+# Of every operator: adapted, base: `[N, V]`, each float32, bfloat16 or float16, last stride 1.
+# strength: a number or float32 `[N]`. target: int64 `[N]`. seed, position: numbers or int64 `[N]`.
+# Results are contiguous, and float32 but for tokens (int64) and in_support (bool), unless they are
+# `[N, V]`: those may have any row stride, and of `steer` any of the three dtypes.
+# workspace: float32 `[workspace_size(N, V)]` or more.
+
+
 def steer(
     adapted: Tensor,
     base: Tensor,
@@ -49,35 +65,23 @@ def steer(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """out = reference.steer(adapted, base, strength).
+    """out = reference.steer(adapted, base, strength)."""
+    rows = _Rows(adapted, base, workspace)
+    rows.each_tile(
+        steer_tiles, *rows.mask(strength, alpha, penalty), out, out.stride(0),
+        REMOVE=penalty == -math.inf, DELTA=False, ALIGNED=rows.aligned and _aligned(out),
+    )  # fmt: skip
 
-    adapted, base, out: `[N, V]`, each float32, bfloat16 or float16, last stride 1. strength: a
-    number or float32 `[N]`. workspace: float32 `[workspace_size(N, V)]` or more.
-    """
-    rows, vocab = adapted.shape
-    if rows == 0:
-        return
-    with torch.cuda.device_of(adapted):  # Triton launches on the current device
-        workspace = _measure(adapted, base, workspace)
-        steer_tiles[(rows * _tiles(vocab),)](
-            adapted,
-            adapted.stride(0),
-            base,
-            base.stride(0),
-            workspace,
-            *_per_row(strength),
-            log_alpha(alpha),
-            penalty,
-            out,
-            out.stride(0),
-            vocab,
-            REMOVE=penalty == -math.inf,
-            ALIGNED=_aligned(adapted, base, out),
-            LANES=_lanes(vocab),
-            TILE=TILE,
-            num_warps=STREAM_WARPS,
-            enable_fp_fusion=True,
-        )
+
+def steering_vector(
+    adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
+) -> None:
+    """out = reference.steering_vector(adapted, base)."""
+    rows = _Rows(adapted, base, workspace)
+    rows.each_tile(
+        steer_tiles, *rows.mask(0.0, 0.0, 0.0), out, out.stride(0),
+        REMOVE=True, DELTA=True, ALIGNED=rows.aligned and _aligned(out),
+    )  # fmt: skip
 
 
 def sample(
@@ -96,60 +100,191 @@ def sample(
 ) -> None:
     """token, logprob = reference.sample(adapted, base, strength) without cuts.
 
-    adapted, base: `[N, V]`, each float32, bfloat16 or float16, last stride 1. strength: a number or
-    float32 `[N]`. seed, position: numbers or int64 `[N]`. token int64 and logprob float32: `[N]`.
-    workspace: float32 `[workspace_size(N, V)]` or more.
+    Where a token may come from any tile, every tile gets a program and a third launch settles the
+    row; else one program walks the few tiles with support.
     """
-    rows, vocab = adapted.shape
-    if rows == 0:
-        return
-    with torch.cuda.device_of(adapted):
-        workspace = _measure(adapted, base, workspace)
-        sample_rows[(rows,)](
-            adapted,
-            adapted.stride(0),
-            base,
-            base.stride(0),
-            workspace,
-            *_per_row(strength),
-            log_alpha(alpha),
-            penalty,
-            temperature,
-            *_per_row(seed),
-            *_per_row(position),
-            token,
-            logprob,
-            vocab,
-            REMOVE=penalty == -math.inf,
-            GREEDY=temperature == 0,
-            ALIGNED=_aligned(adapted, base),
-            LANES=_lanes(vocab),
-            TILE=TILE,
-            num_warps=SAMPLE_WARPS,
-            enable_fp_fusion=True,
-        )
+    rows = _Rows(adapted, base, workspace)
+    mask, noise = rows.mask(strength, alpha, penalty), _noise(temperature, seed, position, token)
+    greedy = temperature == 0
+    if alpha == 0 or penalty > -math.inf:
+        rows.each_tile(choose_tiles, *mask, *noise, REMOVE=penalty == -math.inf, GREEDY=greedy)
+        rows.settle(settle_rows, token, logprob)
+    else:
+        rows.each_row(sample_rows, *mask, *noise, token, logprob, GREEDY=greedy)
 
 
-def _measure(adapted: Tensor, base: Tensor, workspace: Tensor | None) -> Tensor:
-    rows, vocab = adapted.shape
-    size = workspace_size(rows, vocab)
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.float32, device=adapted.device)
-    assert workspace.dtype == torch.float32 and workspace.is_contiguous()
-    assert workspace.numel() >= size, f"workspace: {workspace.numel()} elements, {size} needed"
-    measure_tiles[(rows * _tiles(vocab),)](
-        adapted,
-        adapted.stride(0),
-        base,
-        base.stride(0),
-        workspace,
-        vocab,
-        ALIGNED=_aligned(adapted, base),
-        TILE=TILE,
-        num_warps=STREAM_WARPS,
-        enable_fp_fusion=True,
-    )
-    return workspace
+def sample_cut(
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    alpha: float,
+    penalty: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | Tensor,
+    position: int | Tensor,
+    token: Tensor,
+    logprob: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """token, logprob = reference.sample(adapted, base, strength), temperature above 0."""
+    rows = _Rows(adapted, base, workspace)
+    rows.each_row(
+        cut_rows, *rows.mask(strength, alpha, penalty), *_noise(temperature, seed, position, token),
+        min(top_k, adapted.shape[1]) or adapted.shape[1],
+        top_p if top_p < 1 else math.inf,
+        math.log(min_p) if min_p else -math.inf,
+        token, logprob, REMOVE=penalty == -math.inf, maxnreg=ROW_REGISTERS,
+    )  # fmt: skip
+
+
+def topk(
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    k: int,
+    alpha: float,
+    penalty: float,
+    logprob: Tensor,
+    token: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """logprob, token `[N, k]` = reference.topk(adapted, base, strength, k)."""
+    rows = _Rows(adapted, base, workspace)
+    rows.each_row(
+        topk_rows, *rows.mask(strength, alpha, penalty), k, logprob, token,
+        REMOVE=penalty == -math.inf, maxnreg=ROW_REGISTERS,
+    )  # fmt: skip
+
+
+def score(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    strength: Strength,
+    alpha: float,
+    penalty: float,
+    logprob: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """logprob = reference.score(adapted, base, target, strength)."""
+    rows = _Rows(adapted, base, workspace)
+    mask, remove = rows.mask(strength, alpha, penalty), penalty == -math.inf
+    if alpha == 0:
+        noise = _noise(0.0, 0, 0, target)
+        rows.each_tile(choose_tiles, *mask, *noise, REMOVE=remove, GREEDY=True)
+    rows.each_row(score_rows, *mask, target.contiguous(), logprob, REMOVE=remove, CHOSEN=alpha == 0)
+
+
+def project_strength(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    alpha: float,
+    numerator: Tensor,
+    gauss_newton: Tensor,
+    newton: Tensor,
+    in_support: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """numerator, gauss_newton, newton, in_support = reference.project_strength(...)."""
+    rows = _Rows(adapted, base, workspace)
+    rows.each_row(
+        project_rows, log_alpha(alpha), target.contiguous(),
+        numerator, gauss_newton, newton, in_support,
+    )  # fmt: skip
+
+
+def divergence(
+    adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
+) -> None:
+    """out = reference.divergence(adapted, base)."""
+    _Rows(adapted, base, workspace, BASE=True).settle(divergence_rows, out)
+
+
+def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str = "cuda") -> None:
+    """Compile all that requests with this vocabulary and these dtypes, in any mix, can need.
+
+    `out` of `steer` counts among them; `steering_vector` writes float32.
+
+    Every operator runs on one small row for each compiled form; no later batch compiles anything.
+    """
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    number = torch.zeros(1, device=device)
+    several = number, number, number, torch.zeros(1, dtype=torch.bool, device=device)
+    width = -(-vocab // 8) * 8 + 8
+    buffers = [torch.zeros(1, width, dtype=x, device=device) for x in dtypes]
+    delta = torch.empty(1, width, device=device)
+    # One token past an aligned address is unaligned, and so is every row if V is no multiple of 8.
+    layouts = (0, 1) if vocab % 8 == 0 else (1,)
+    for lead, z, b in itertools.product(layouts, buffers, buffers):
+        z, b = z[:, lead : lead + vocab], b[:, lead : lead + vocab]
+        divergence(z, b, number)
+        project_strength(z, b, token, 0.1, *several)
+        for penalty in (-math.inf, -1.0):
+            topk(z, b, 1.0, 1, 0.1, penalty, number, token)
+            sample_cut(z, b, 1.0, 0.1, penalty, 1.0, 1, 1.0, 0.0, 0, 0, token, number)
+            for alpha, temperature in itertools.product((0.0, 0.1), (0.0, 1.0)):
+                sample(z, b, 1.0, alpha, penalty, temperature, 0, 0, token, number)
+                score(z, b, token, 1.0, alpha, penalty, number)
+        for out_lead in layouts:
+            steering_vector(z, b, delta[:, out_lead : out_lead + vocab])
+            for out, penalty in itertools.product(buffers, (-math.inf, -1.0)):
+                out = torch.empty_like(out)[:, out_lead : out_lead + vocab]
+                steer(z, b, 1.0, 0.1, penalty, out)
+
+
+class _Rows:
+    """The two operands of a call and their launches; `measure_tiles` is the first. None if N = 0.
+
+    A kernel takes the operands, the workspace and V before, ALIGNED, LANES and TILE after its own
+    arguments.
+    """
+
+    def __init__(
+        self, adapted: Tensor, base: Tensor, workspace: Tensor | None, BASE: bool = False
+    ) -> None:
+        self.count, self.vocab = adapted.shape
+        size = workspace_size(self.count, self.vocab)
+        if workspace is None:
+            workspace = torch.empty(size, dtype=torch.float32, device=adapted.device)
+        assert workspace.dtype == torch.float32 and workspace.is_contiguous()
+        assert workspace.numel() >= size, f"workspace: {workspace.numel()} elements, {size} needed"
+        self.workspace = workspace
+        self.operands = adapted, adapted.stride(0), base, base.stride(0), workspace, self.vocab
+        self.aligned = _aligned(adapted, base)
+        self.each_tile(measure_tiles, BASE=BASE)
+
+    def mask(self, strength: Strength, alpha: float, penalty: float) -> tuple[Any, ...]:
+        return *_per_row(strength, self.workspace), log_alpha(alpha), penalty
+
+    def each_tile(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+        """A program for every tile of every row."""
+        options = {"ALIGNED": self.aligned, "num_warps": STREAM_WARPS} | options
+        self._launch(kernel, self.count * _tiles(self.vocab), *self.operands, *arguments, **options)
+
+    def each_row(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+        """A program for every row."""
+        options |= {"ALIGNED": self.aligned, "num_warps": ROW_WARPS}
+        self._launch(kernel, self.count, *self.operands, *arguments, **options)
+
+    def settle(self, kernel: Any, *arguments: Any) -> None:
+        """A program for every row, of what the workspace holds of it."""
+        self._launch(kernel, self.count, self.workspace, self.vocab, *arguments, num_warps=1)
+
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        if programs == 0:
+            return
+        with torch.cuda.device_of(self.workspace):  # Triton launches on the current device
+            kernel[(programs,)](
+                *arguments, **options, LANES=_lanes(self.vocab), TILE=TILE, enable_fp_fusion=True
+            )
 
 
 def _tiles(vocab: int) -> int:
@@ -169,6 +304,12 @@ def _aligned(*rows: Tensor) -> bool:
     )
 
 
-def _per_row(value: float | Tensor) -> tuple[float, Tensor | None]:
+def _per_row(value: float | Tensor, unread: Tensor) -> tuple[float, Tensor, int]:
     """One number for all rows or a tensor with one for each: what `triton_rows.per_row` takes."""
-    return (0, value.contiguous()) if isinstance(value, Tensor) else (value, None)
+    return (0, value.contiguous(), 1) if isinstance(value, Tensor) else (value, unread, 0)
+
+
+def _noise(
+    temperature: float, seed: int | Tensor, position: int | Tensor, unread: Tensor
+) -> tuple[Any, ...]:
+    return temperature, *_per_row(seed, unread), *_per_row(position, unread)

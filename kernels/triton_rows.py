@@ -1,17 +1,34 @@
-"""The row mathematics of the Triton operators, and the pass that reads the two rows once.
-
-A row is cut into tiles. `measure_tiles` leaves four numbers a tile. Whoever needs the row's own
-combines them again with `combine`: a few hundred bytes, no atomics, the same bits in every program.
-"""
+"""The row mathematics of the Triton operators: what is computed of the logits of a tile."""
 
 import inspect
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
-STATISTICS = tl.constexpr(4)
+
+
+class Rows(NamedTuple):
+    """The operands: both `[N, V]`."""
+
+    adapted: tl.tensor
+    adapted_stride: tl.tensor
+    base: tl.tensor
+    base_stride: tl.tensor
+    vocab: tl.tensor
+
+
+class Steering(NamedTuple):
+    """What the steered logits of a row follow from. An invalid row's top is NaN."""
+
+    top: tl.tensor  # max z
+    total: tl.tensor  # sum exp(z - top)
+    mean: tl.tensor  # E_p[d]
+    threshold: tl.tensor  # of the support
+    strength: tl.tensor
+    penalty: tl.tensor
 
 
 def kernel(function):
@@ -25,12 +42,9 @@ def kernel(function):
 
 
 @triton.jit
-def per_row(shared, each, row):
-    """`each[row]`, or `shared` where `each` is None."""
-    if each is None:
-        return shared
-    else:
-        return tl.load(each + row)
+def per_row(shared, each, per, row):
+    """`each[row]` if `per`, or `shared`: one kernel for both."""
+    return tl.load(each + row, per != 0, other=shared)
 
 
 @triton.jit
@@ -45,12 +59,22 @@ def locate(rows, stride, row, token, vocab, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load_tile(adapted, adapted_stride, base, base_stride, row, token, vocab, ALIGNED: tl.constexpr):
+def load_tile(at, row, token, ALIGNED: tl.constexpr):
     """Both rows' logits in float32, -inf outside the vocabulary."""
-    z_at, inside = locate(adapted, adapted_stride, row, token, vocab, ALIGNED)
-    b_at, inside = locate(base, base_stride, row, token, vocab, ALIGNED)
+    z_at, inside = locate(at.adapted, at.adapted_stride, row, token, at.vocab, ALIGNED)
+    b_at, inside = locate(at.base, at.base_stride, row, token, at.vocab, ALIGNED)
     z = tl.load(z_at, inside, other=-INF)
     b = tl.load(b_at, inside, other=-INF)
+    return z.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def load_target(at, row, target):
+    """Both rows' logits of one token in float32, NaN for an id outside the vocabulary."""
+    inside = (target >= 0) & (target < at.vocab)
+    here = row.to(tl.int64)
+    z = tl.load(at.adapted + here * at.adapted_stride + target, inside, other=NAN)
+    b = tl.load(at.base + here * at.base_stride + target, inside, other=NAN)
     return z.to(tl.float32), b.to(tl.float32)
 
 
@@ -61,71 +85,55 @@ def difference(z, b):
 
 
 @triton.jit
-def steered(z, b, top, total, mean, strength, threshold, penalty, REMOVE: tl.constexpr):
-    """z + strength * delta  (13) on the support; off it z + |strength| * penalty, or -inf."""
-    p = tl.exp(z - top) / total
-    delta = tl.where(b > -INF, p * (mean - difference(z, b)), 0.0)
+def probability(z, by):
+    return tl.exp(z - by.top) / by.total
+
+
+@triton.jit
+def direction(z, b, by):
+    """delta = p (E_p[d] - d), 0 where the base has no opinion  (10)."""
+    return tl.where(b > -INF, probability(z, by) * (by.mean - difference(z, b)), 0.0)
+
+
+@triton.jit
+def penalised(z, by):
+    """What a finite penalty makes of a logit off the support."""
+    return tl.fma(tl.abs(by.strength), by.penalty, z)
+
+
+@triton.jit
+def steered(z, b, by, REMOVE: tl.constexpr):
+    """z + strength * delta  (13) on the support; off it z + |strength| * penalty, or -inf.
+
+    The sums are fused by name, so that every place that computes one gets the same bits: what is
+    picked in order, or cut, is compared again with what was seen before.
+    """
+    delta = direction(z, b, by)
     if REMOVE:
         # strength * -inf is never formed: it is NaN at 0 and +inf below.
-        off = tl.full(z.shape, -INF, tl.float32)
+        off = -INF
     else:
-        off = z + tl.abs(strength) * penalty
-    return tl.where(z >= threshold, z + strength * delta, off)
-
-
-@kernel
-def measure_tiles(
-    adapted,
-    adapted_stride: tl.int64,
-    base,
-    base_stride: tl.int64,
-    workspace,
-    vocab: tl.int32,
-    ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """workspace[row, :, tile] = max z, sum e, sum e where b > -inf, sum e * d; e = exp(z - max z).
-
-    A NaN or +inf makes the sum of e NaN if it is adapted, that of e * d if it is base.
-    """
-    count = tl.cdiv(vocab, TILE)
-    row = tl.program_id(0) // count
-    tile = tl.program_id(0) % count
-    token = tile * TILE + tl.arange(0, TILE)
-    z, b = load_tile(adapted, adapted_stride, base, base_stride, row, token, vocab, ALIGNED)
-
-    top = tl.max(z)
-    e = tl.exp(z - tl.where(top > -INF, top, 0.0))  # 0, not NaN, where the whole tile is -inf
-    weighted = tl.where(b < INF, e * difference(z, b), NAN)
-
-    place = workspace + row.to(tl.int64) * (STATISTICS * count) + tile
-    tl.store(place, top)
-    tl.store(place + count, tl.sum(e))
-    tl.store(place + 2 * count, tl.sum(tl.where(b > -INF, e, 0.0)))
-    tl.store(place + 3 * count, tl.sum(weighted))
+        off = penalised(z, by)
+    return tl.where(z >= by.threshold, tl.fma(delta, by.strength, z), off)
 
 
 @triton.jit
-def combine(workspace, row, count, LANES: tl.constexpr):
-    """Of a row: the max of each tile, max z, sum e, E_p[d]. An invalid row's max z is NaN."""
-    lane = tl.arange(0, LANES)
-    inside = lane < count
-    place = workspace + row.to(tl.int64) * (STATISTICS * count) + lane
-    tops = tl.load(place, inside, other=-INF)
-    top = tl.max(tops)
-    scale = tl.where(tops > -INF, tl.exp(tops - top), 0.0)
-    total = tl.sum(scale * tl.load(place + count, inside, other=0.0))
-    mass = tl.sum(scale * tl.load(place + 2 * count, inside, other=0.0))
-    weighted = tl.sum(scale * tl.load(place + 3 * count, inside, other=0.0))
-    mean = tl.where(mass > 0, weighted / mass, 0.0)
-    valid = (top > -INF) & (total == total) & (weighted == weighted)
-    return tops, tl.where(valid, top, NAN), total, mean
+def steered_tile(at, by, row, token, REMOVE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The steered logits of a tile's tokens, -inf outside the vocabulary."""
+    z, b = load_tile(at, row, token, ALIGNED)
+    return steered(z, b, by, REMOVE)
 
 
 @triton.jit
-def tile_threshold(top, threshold, REMOVE: tl.constexpr):
-    """A tile whose max is under this has no token left. No tile reaches an invalid row's, a NaN."""
-    if REMOVE:
-        return threshold
-    else:
-        return top - INF
+def only(lane, tile, values):
+    """The value of one lane."""
+    return tl.sum(tl.where(lane == tile, values, 0))
+
+
+@triton.jit
+def grow(peak, mass, logits, temperature):
+    """log sum exp(logits / temperature) is peak / temperature + log(mass), one tile more."""
+    higher = tl.maximum(peak, tl.max(logits))
+    shift = tl.where(higher > -INF, higher, 0.0)
+    more = tl.sum(tl.exp((logits - shift) / temperature))
+    return higher, mass * tl.exp((peak - shift) / temperature) + more

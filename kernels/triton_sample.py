@@ -1,43 +1,50 @@
-"""The pass of `sample` that picks the token, and its noise."""
+"""The passes of `sample` that pick the token."""
 
 import triton
 import triton.language as tl
 
-from .triton_rows import INF, combine, kernel, load_tile, per_row, steered, tile_threshold
+from .triton_measure import (
+    EXTRA,
+    STATISTICS,
+    combine,
+    has_tokens,
+    next_tile,
+    statistic,
+    steer_row,
+    tiles_lse,
+)
+from .triton_noise import gumbel_noise, random_bits
+from .triton_rows import INF, NAN, Rows, grow, kernel, only, per_row, steered_tile
 
 
 @triton.jit
-def random_bits(seed, token, position):
-    """reference.philox: the first word of Philox4x32-10, uint32 of token's shape."""
-    seed = seed.to(tl.int64)
-    position = position.to(tl.int64)
-    zero = tl.zeros(token.shape, tl.uint32)
-    word, _, _, _ = tl.philox_impl(
-        token.to(tl.uint32),
-        zero + position.to(tl.uint32),
-        zero + (position >> 32).to(tl.uint32),
-        zero,
-        zero + seed.to(tl.uint32),
-        zero + (seed >> 32).to(tl.uint32),
-    )
-    return word
+def choose(
+    at,
+    by,
+    row,
+    token,
+    temperature,
+    seed,
+    position,
+    REMOVE: tl.constexpr,
+    GREEDY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """The steered logits of a tile's tokens, and how each fares: the greatest merit is chosen."""
+    z_hat = steered_tile(at, by, row, token, REMOVE, ALIGNED)
+    merit = z_hat
+    if not GREEDY:
+        noise = gumbel_noise(random_bits(seed, token, position))
+        # Relative to top, so that large logits do not round the noise away.
+        merit = (z_hat - by.top) / temperature + noise
+    return z_hat, merit
 
 
 @triton.jit
-def gumbel_noise(bits):
-    """reference.gumbel_noise of the 32 random bits, to float32 rounding: -log(-log(1 - u)).
-
-    u, or 1 - u if that is less, is exact to its last bit near 0, so no tail is clipped.
-    """
-    low = bits < 0x80000000
-    u = (tl.where(low, bits, bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.0**-32
-    # -log(1 - u) = 2 atanh(u / (2 - u)): with u <= 1/2 the series is right to 2e-9.
-    s = u / (2.0 - u)
-    w = s * s
-    series = 1 / 9 + w * (1 / 11 + w * (1 / 13 + w * (1 / 15)))
-    series = 1.0 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * series)))
-    exponential = tl.where(low, 2.0 * s * series, -tl.log(u))
-    return -tl.log(exponential)
+def best_of(token, z_hat, merit, first):
+    """The greatest merit, ties to the lowest token id, its token, and the steered logit of that."""
+    best, index = tl.max(merit, 0, return_indices=True)
+    return best, first + index, tl.sum(tl.where(token == first + index, z_hat, 0.0))
 
 
 @kernel
@@ -47,65 +54,137 @@ def sample_rows(
     base,
     base_stride: tl.int64,
     workspace,
+    vocab: tl.int32,
     strength: tl.float32,
     strengths,
+    per_strength: tl.int32,
     log_alpha: tl.float32,
     penalty: tl.float32,
     temperature: tl.float32,
     seed: tl.int64,
     seeds,
+    per_seed: tl.int32,
     position: tl.int64,
     positions,
+    per_position: tl.int32,
     token_out,
     logprob_out,
+    GREEDY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One row: the best token and its log-probability, from the few tiles with support."""
+    row = tl.program_id(0)
+    mu = per_row(strength, strengths, per_strength, row)
+    seed_here = per_row(seed, seeds, per_seed, row)
+    position_here = per_row(position, positions, per_position, row)
+    at = Rows(adapted, adapted_stride, base, base_stride, vocab)
+    tops, _, by = steer_row(workspace, row, vocab, mu, log_alpha, penalty, LANES, TILE)
+    live = has_tokens(tops, by, True)
+
+    # An invalid row has no live tile, and what stands here then is its result.
+    best = -INF  # the greatest merit, its token and the steered logit of that
+    best_token = -1
+    best_logit = -INF
+    peak = -INF
+    mass = 0.0
+    tile = next_tile(live, -1, LANES)
+    while tile < LANES:
+        token = tile * TILE + tl.arange(0, TILE)
+        z_hat, merit = choose(
+            at, by, row, token, temperature, seed_here, position_here, True, GREEDY, ALIGNED
+        )
+        here, here_token, here_logit = best_of(token, z_hat, merit, tile * TILE)
+        if here > best:  # strictly: ties go to the lowest token id
+            best = here
+            best_token = here_token
+            best_logit = here_logit
+        peak, mass = grow(peak, mass, z_hat, 1.0)
+        tile = next_tile(live, tile, LANES)
+
+    tl.store(token_out + row, best_token)
+    tl.store(logprob_out + row, best_logit - peak - tl.log(mass))
+
+
+@kernel
+def choose_tiles(
+    adapted,
+    adapted_stride: tl.int64,
+    base,
+    base_stride: tl.int64,
+    workspace,
     vocab: tl.int32,
+    strength: tl.float32,
+    strengths,
+    per_strength: tl.int32,
+    log_alpha: tl.float32,
+    penalty: tl.float32,
+    temperature: tl.float32,
+    seed: tl.int64,
+    seeds,
+    per_seed: tl.int32,
+    position: tl.int64,
+    positions,
+    per_position: tl.int32,
     REMOVE: tl.constexpr,
     GREEDY: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One row: the best token and its log-probability, from the tiles that can hold it.
+    """One tile's part of `sample_rows`, where every tile has a part: `settle_rows` has the rest.
 
-    If REMOVE, those are the tiles with support; otherwise all but the impossible ones.
+    The extras are the merit, the token and the steered logit of the tile's best, and the peak and
+    the mass of its steered logits.
     """
+    count = tl.cdiv(vocab, TILE)
+    row = tl.program_id(0) // count
+    tile = tl.program_id(0) % count
+    mu = per_row(strength, strengths, per_strength, row)
+    seed_here = per_row(seed, seeds, per_seed, row)
+    position_here = per_row(position, positions, per_position, row)
+    at = Rows(adapted, adapted_stride, base, base_stride, vocab)
+    tops, _, by = steer_row(workspace, row, vocab, mu, log_alpha, penalty, LANES, TILE)
+    best = -INF
+    best_token = -1
+    best_logit = -INF
+    peak = -INF
+    mass = 0.0
+    if has_tokens(only(tl.arange(0, LANES), tile, tops), by, REMOVE):
+        token = tile * TILE + tl.arange(0, TILE)
+        z_hat, merit = choose(
+            at, by, row, token, temperature, seed_here, position_here, REMOVE, GREEDY, ALIGNED
+        )
+        best, best_token, best_logit = best_of(token, z_hat, merit, tile * TILE)
+        peak, mass = grow(peak, mass, z_hat, 1.0)
+    place = workspace + tl.cast(row, tl.int64) * (STATISTICS * count) + EXTRA * count + tile
+    tl.store(place, best)
+    tl.store(place + count, best_token.to(tl.float32, bitcast=True))
+    tl.store(place + 2 * count, best_logit)
+    tl.store(place + 3 * count, peak)
+    tl.store(place + 4 * count, mass)
+
+
+@kernel
+def settle_rows(
+    workspace,
+    vocab: tl.int32,
+    token_out,
+    logprob_out,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The best of the tiles' choices."""
     row = tl.program_id(0)
     count = tl.cdiv(vocab, TILE)
     lane = tl.arange(0, LANES)
-    tops, top, total, mean = combine(workspace, row, count, LANES)
-    threshold = top + log_alpha
-    mu = per_row(strength, strengths, row)
-    seed_here = per_row(seed, seeds, row)
-    position_here = per_row(position, positions, row)
-    live = (tops >= tile_threshold(top, threshold, REMOVE)) & (tops > -INF)
-
-    # An invalid row has no live tile, and what stands here then is its result.
-    best = -INF  # the greatest merit, its token and the steered logit of that
-    best_token = -1
-    best_logit = -INF
-    peak = -INF  # log sum exp of the steered logits is peak + log(mass)
-    mass = 0.0
-    tile = tl.min(tl.where(live, lane, count))
-    while tile < count:
-        token = tile * TILE + tl.arange(0, TILE)
-        z, b = load_tile(adapted, adapted_stride, base, base_stride, row, token, vocab, ALIGNED)
-        z_hat = steered(z, b, top, total, mean, mu, threshold, penalty, REMOVE)
-        merit = z_hat
-        if not GREEDY:
-            bits = random_bits(seed_here, token, position_here)
-            # Relative to top, so that large logits do not round the noise away.
-            merit = (z_hat - top) / temperature + gumbel_noise(bits)
-        merit_here, index = tl.max(merit, 0, return_indices=True)
-        if merit_here > best:  # strictly: ties go to the lowest token id
-            best = merit_here
-            best_token = tile * TILE + index
-            best_logit = tl.sum(tl.where(token == best_token, z_hat, 0.0))
-
-        peak_here = tl.maximum(peak, tl.max(z_hat))
-        shift = tl.where(peak_here > -INF, peak_here, 0.0)
-        mass = mass * tl.exp(peak - shift) + tl.sum(tl.exp(z_hat - shift))
-        peak = peak_here
-        tile = tl.min(tl.where(live & (lane > tile), lane, count))
-
-    tl.store(token_out + row, best_token)
-    tl.store(logprob_out + row, best_logit - peak - tl.log(mass))
+    _, _, top, _, _ = combine(workspace, row, vocab, LANES, TILE)
+    merits = statistic(workspace, row, count, EXTRA, -INF, LANES)
+    tokens = statistic(workspace, row, count, EXTRA + 1, 0.0, LANES).to(tl.int32, bitcast=True)
+    logits = statistic(workspace, row, count, EXTRA + 2, 0.0, LANES)
+    best, tile = tl.max(merits, 0, return_indices=True)  # ties go to the lowest tile
+    found = (top == top) & (best > -INF)
+    tl.store(token_out + row, tl.where(found, only(lane, tile, tokens), -1))
+    logit = tl.where(found, only(lane, tile, logits), NAN)
+    tl.store(logprob_out + row, logit - tiles_lse(workspace, row, count, LANES))

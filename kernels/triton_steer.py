@@ -1,18 +1,19 @@
-"""The pass of `steer` that writes."""
+"""The pass of `steer` and `steering_vector` that writes."""
 
 import triton.language as tl
 
+from .triton_measure import has_tokens, steer_row
 from .triton_rows import (
     INF,
     NAN,
-    STATISTICS,
-    combine,
+    Rows,
+    direction,
     kernel,
     load_tile,
     locate,
+    only,
     per_row,
     steered,
-    tile_threshold,
 )
 
 
@@ -23,33 +24,38 @@ def steer_tiles(
     base,
     base_stride: tl.int64,
     workspace,
+    vocab: tl.int32,
     strength: tl.float32,
     strengths,
+    per_strength: tl.int32,
     log_alpha: tl.float32,
     penalty: tl.float32,
     out,
     out_stride: tl.int64,
-    vocab: tl.int32,
     REMOVE: tl.constexpr,
+    DELTA: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of steered logits. A tile without support is filled, not read, if REMOVE."""
+    """One tile of steered logits, or of delta. A tile without tokens left is filled, not read."""
     count = tl.cdiv(vocab, TILE)
     row = tl.program_id(0) // count
     tile = tl.program_id(0) % count
     token = tile * TILE + tl.arange(0, TILE)
     place, inside = locate(out, out_stride, row, token, vocab, ALIGNED)
 
-    _, top, total, mean = combine(workspace, row, count, LANES)
-    threshold = top + log_alpha
-    tile_top = tl.load(workspace + row.to(tl.int64) * (STATISTICS * count) + tile)
-    if tile_top >= tile_threshold(top, threshold, REMOVE):
-        z, b = load_tile(adapted, adapted_stride, base, base_stride, row, token, vocab, ALIGNED)
-        mu = per_row(strength, strengths, row)
-        z_hat = steered(z, b, top, total, mean, mu, threshold, penalty, REMOVE)
-        tl.store(place, z_hat.to(out.dtype.element_ty), inside)
+    mu = per_row(strength, strengths, per_strength, row)
+    tops, _, by = steer_row(workspace, row, vocab, mu, log_alpha, penalty, LANES, TILE)
+    if has_tokens(only(tl.arange(0, LANES), tile, tops), by, REMOVE):
+        at = Rows(adapted, adapted_stride, base, base_stride, vocab)
+        z, b = load_tile(at, row, token, ALIGNED)
+        if DELTA:
+            values = direction(z, b, by)
+        else:
+            values = steered(z, b, by, REMOVE)
+        tl.store(place, values.to(out.dtype.element_ty), inside)
     else:
-        fill = tl.zeros((TILE,), tl.float32) + tl.where(top == top, -INF, NAN)
+        empty = 0.0 if DELTA else -INF
+        fill = tl.zeros((TILE,), tl.float32) + tl.where(by.top == by.top, empty, NAN)
         tl.store(place, fill.to(out.dtype.element_ty), inside)

@@ -349,31 +349,3 @@ def test_elements_read(narrow, monkeypatch):
     monkeypatch.setattr(builder, "create_masked_load", count)
     assert reads(sample) == reads(sample, temperature=1.0) == reads(steer) == vocab + 2 * tile
     assert reads(sample, alpha=0.0) == reads(steer, penalty=-1.0) == 2 * vocab
-
-
-def test_what_is_compiled_does_not_depend_on_the_batch(monkeypatch):
-    """Kernels are specialised by dtypes, constexpr arguments and which arguments are None."""
-    keys = []
-
-    class Kernel:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return self.run
-
-        def run(self, *arguments, **options):
-            kinds = [x.dtype if isinstance(x, torch.Tensor) else type(x) for x in arguments]
-            keys.append((self.name, *kinds, *options.items()))
-
-    for name in ("measure_tiles", "steer_tiles", "sample_rows"):
-        monkeypatch.setattr(launch, name, Kernel(name))
-    for vocab in (50257, 151936):
-        warm = None
-        for n in (1, 2, 15, 16, 33):
-            keys.clear()
-            z, b = (torch.empty(n, vocab, dtype=BF16, device=DEVICE) for _ in range(2))
-            launch.steer(z, b, 1.0, 0.1, -INF, z)
-            launch.sample(z, b, 1.0, 0.1, -INF, 1.0, 2**40, 7, z[:, 0].long(), z[:, 0].float())
-            warm = warm or list(keys)
-            assert len(keys) == 4 and keys == warm

@@ -1,0 +1,85 @@
+"""After `warmup` no request compiles a kernel, whatever its size, its strides or its numbers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from svd_engine.kernels import launch
+
+BF16, FLOAT = torch.bfloat16, torch.float32
+KERNELS = [x for x in vars(launch) if x[0] != "_" and x.endswith(("_tiles", "_rows"))]
+NUMBERS = torch.zeros(40)
+TOKENS = torch.zeros(40, dtype=torch.int64)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What Triton would compile: kernel, argument types, options. No size is part of it."""
+    asked = set()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            assert grid[0] > 0
+            return self.run
+
+        def run(self, *arguments, **options):
+            kinds = [x.dtype if isinstance(x, torch.Tensor) else "number" for x in arguments]
+            assert not any(x is None for x in arguments)  # it would specialise
+            asked.add((self.name, *kinds, *sorted(options.items())))
+
+    for name in KERNELS:
+        monkeypatch.setattr(launch, name, Kernel(name))
+    return asked
+
+
+def rows(n, vocab, dtype, lead, pad):
+    return torch.empty(n * (vocab + pad) + lead, dtype=dtype)[lead:].as_strided(
+        (n, vocab), (vocab + pad, 1)
+    )
+
+
+def every_request(vocab, dtypes):
+    either = lambda n, values: (values[0].item(), values[:n])  # noqa: E731
+    layouts = list(itertools.product((0, 1, 8), (0, 1, 8)))
+    for n, z_dtype, b_dtype in itertools.product((1, 2, 16, 33), dtypes, dtypes):
+        for (lead, pad), other in itertools.product(layouts, [(0, 0), (1, 3)]):
+            z, b = rows(n, vocab, z_dtype, lead, pad), rows(n, vocab, b_dtype, *other)
+            token, number = TOKENS[:n], NUMBERS[:n]
+            launch.divergence(z, b, number)
+            launch.steering_vector(z, b, rows(n, vocab, FLOAT, lead, pad))
+            for alpha, mu, penalty in itertools.product(
+                (0.0, 0.1), either(n, NUMBERS), (-math.inf, -2.0, 0.0)
+            ):
+                launch.project_strength(z, b, token, alpha, number, number, number, number > 0)
+                for dtype in dtypes:
+                    out = rows(n, vocab, dtype, lead, pad)
+                    launch.steer(z, b, mu, alpha, penalty, out)
+                launch.score(z, b, token, mu, alpha, penalty, number)
+                launch.topk(z, b, mu, 3, alpha, penalty, NUMBERS[: 3 * n], TOKENS[: 3 * n])
+                for temperature, seed, at in itertools.product(
+                    (0.0, 0.7), either(n, TOKENS), either(n, TOKENS)
+                ):
+                    draw = seed, at, token, number
+                    launch.sample(z, b, mu, alpha, penalty, temperature, *draw)
+                    if temperature > 0:
+                        launch.sample_cut(z, b, mu, alpha, penalty, 0.7, 5, 0.9, 0.1, *draw)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtypes"), [(512, [BF16]), (515, [FLOAT]), (5000, [BF16, FLOAT]), (1, [BF16])]
+)
+def test_warmup_compiles_what_requests_need(vocab, dtypes, compiled):
+    launch.warmup(vocab, dtypes, "cpu")
+    warm = set(compiled)
+    assert {x[0] for x in warm} == set(KERNELS)
+    compiled.clear()
+    every_request(vocab, dtypes)
+    assert compiled <= warm
+    assert warm <= compiled, "compiled for nothing"
