@@ -160,7 +160,7 @@ def choose_tiles(
         peak, mass = grow(peak, mass, z_hat, 1.0)
     place = workspace + tl.cast(row, tl.int64) * (STATISTICS * count) + EXTRA * count + tile
     tl.store(place, best)
-    tl.store(place + count, best_token.to(tl.float32, bitcast=True))
+    tl.store(place + count, tl.cast(best_token, tl.float32, bitcast=True))
     tl.store(place + 2 * count, best_logit)
     tl.store(place + 3 * count, peak)
     tl.store(place + 4 * count, mass)
