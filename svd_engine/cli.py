@@ -94,11 +94,12 @@ def calibrate(
     device: Device = "cpu",
 ) -> None:
     """Find the strength, say what it is worth, write steering_config.json beside the adapter."""
-    from svd_engine import examples, show
+    from svd_engine import examples, models, show
     from svd_engine.engine import SteeredEngine
 
     rows = examples.read(data)
-    engine = SteeredEngine.from_pretrained(base, adapter, dtype=dtype, device=device)
+    model, tokenizer = models.load_base(base, dtype=dtype, device=device)
+    engine = SteeredEngine(models.load_adapter(model, adapter), tokenizer)
     report = engine.calibrate(
         rows, objective=objective, alpha=alpha, folds=folds, seed=seed, force=force, progress=True
     )

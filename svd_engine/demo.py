@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console, Group
 
 from svd_engine import demo_task, intervals, models, ranking, show, supports
-from svd_engine.calibrate import Answers, CalibrationReport
+from svd_engine.calibrate import Answers
 from svd_engine.engine import SteeredEngine
 from svd_engine.examples import encode
 from svd_engine.files import write_text
@@ -20,7 +21,7 @@ from svd_engine.warm_start import warm_start
 TRAINING: dict[str, Any] = dict(method="lora", steps=20, batch_size=8, learning_rate=4e-4, seed=0)
 SPLIT = 1  # the training was chosen looking at split 0
 SHOWN = 4  # questions whose answers are printed
-TIMED_TOKENS = 64
+TIMED_TOKENS, TIMED_RUNS = 64, 3
 
 
 def run(folder: Path, console: Console, fresh: bool = False) -> None:
@@ -47,8 +48,21 @@ def run(folder: Path, console: Console, fresh: bool = False) -> None:
     ranked = _rank(engine, task["test"], report)
     console.print(_metrics_table(ranked, report.strength))
     console.print(_answers(engine, task["test"], folder / "answers.jsonl"))
-    console.print(_times(engine, task["test"][0]["prompt"]))
-    console.print(_last_word(ranked, report, adapter))
+    times = _times(engine, task["test"][0]["prompt"])
+    console.print(_times_table(times))
+    gains = 100 * (ranked["steered"] - ranked["adapted"]).mean(1)
+    gain = float(gains.mean()), *intervals.of_ratio(gains)
+    console.print(_last_word(gain, report.strength, adapter))
+    results = dict(
+        training=TRAINING, split=SPLIT, strength=report.strength, interval=report.interval,
+        per_cent={
+            name: dict(zip(ranking.NAMES, (100 * values.mean(0)).round(2).tolist(), strict=True))
+            for name, values in ranked.items()
+        },
+        gain=dict(zip(("points", "low", "high"), gain, strict=True)),
+        ms_a_token=times, torch=torch.__version__, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def _adapter(folder, base, tokenizer, rows, console, fresh) -> Path:
@@ -124,8 +138,8 @@ def _answers(engine: SteeredEngine, rows: Sequence[Mapping[str, Any]], path: Pat
     return show.section("Greedy answers to test questions", table, note)
 
 
-def _times(engine: SteeredEngine, prompt: str) -> Group:
-    """Milliseconds a token, batch 1, the same loop and KV cache for both."""
+def _times(engine: SteeredEngine, prompt: str) -> dict[str, float]:
+    """Milliseconds a token, batch 1, the same loop and KV cache for both; medians of TIMED_RUNS."""
 
     def once(model: str) -> float:
         marks = [
@@ -138,9 +152,14 @@ def _times(engine: SteeredEngine, prompt: str) -> Group:
 
     for model in ("adapted", "steered"):
         once(model)
-    runs = [(once("adapted"), once("steered")) for _ in range(3)]
+    runs = [(once("adapted"), once("steered")) for _ in range(TIMED_RUNS)]
     alone, steered = (statistics.median(column) for column in zip(*runs, strict=True))
-    title = f"Time a token: batch 1, {TIMED_TOKENS} tokens, median of {len(runs)} runs"
+    return dict(adapted=alone, steered=steered)
+
+
+def _times_table(times: dict[str, float]) -> Group:
+    alone, steered = times["adapted"], times["steered"]
+    title = f"Time a token: batch 1, {TIMED_TOKENS} tokens, median of {TIMED_RUNS} runs"
     table = show.grid("", "ms a token", "tokens/s")
     table.add_row("adapted alone, un-steered", f"{alone:.1f}", f"{1e3 / alone:.1f}")
     table.add_row("steered", f"{steered:.1f}", f"{1e3 / steered:.1f}")
@@ -148,9 +167,8 @@ def _times(engine: SteeredEngine, prompt: str) -> Group:
     return show.section(title, table, note)
 
 
-def _last_word(ranked: dict[str, np.ndarray], report: CalibrationReport, adapter: Path) -> str:
-    gains = 100 * (ranked["steered"] - ranked["adapted"]).mean(1)
-    low, high = intervals.of_ratio(gains)
+def _last_word(gain: tuple[float, float, float], strength: float, adapter: Path) -> str:
+    points, low, high = gain
     verdict = (
         "Steering helped: the interval is above 0."
         if low > 0
@@ -159,8 +177,8 @@ def _last_word(ranked: dict[str, np.ndarray], report: CalibrationReport, adapter
         else "The interval contains 0: on these questions steering cannot be told from none."
     )
     return (
-        f"[bold]Steered against adapted: {gains.mean():+.1f} points on average, 95 % interval "
+        f"[bold]Steered against adapted: {points:+.1f} points on average, 95 % interval "
         f"[{low:+.1f}, {high:+.1f}]. {verdict}[/bold]\n"
-        f"The strength {report.strength:+.2f} was fitted on the calibration questions alone.\n"
+        f"The strength {strength:+.2f} was fitted on the calibration questions alone.\n"
         f"Try it: svd-engine generate --adapter {adapter} --compare 'Q: Will it rain today?\\nA:'"
     )

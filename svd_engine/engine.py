@@ -119,12 +119,14 @@ class SteeredEngine:
         """
         events = self._events(prompts, Sampling(**sampling), eos_token_id, model, text=False)
         completions = [Completion() for _ in next(events)]
-        most = len(completions) * sampling.get("max_new_tokens", Sampling.max_new_tokens)
-        for event in tqdm(events, total=most, disable=not progress, unit="token"):
-            completion = completions[event.row]
-            completion.token_ids.append(event.token_id)
-            completion.logprobs.append(event.logprob)
-            completion.finish_reason = event.finish_reason or completion.finish_reason
+        with tqdm(total=len(completions), disable=not progress, desc="generating") as bar:
+            for event in events:
+                completion = completions[event.row]
+                completion.token_ids.append(event.token_id)
+                completion.logprobs.append(event.logprob)
+                if event.finish_reason:
+                    completion.finish_reason = event.finish_reason
+                    bar.update()
         for completion in completions:
             completion.text = self._text(completion.token_ids)
         return completions

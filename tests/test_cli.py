@@ -118,8 +118,12 @@ def test_errors_are_one_line(run, tmp_path, tiny_folder):
     try:
         message = "vocabulary of 999 tokens; the model has 211"
         check_error(run("generate", "w005", "--adapter", adapter, *at), message)
+        # What is calibrated anew may be of another vocabulary.
+        assert run("calibrate", adapter, data, *at)[0] == 0
+        assert run("generate", "w005", "--adapter", adapter, *at, "--max-new-tokens", 2)[0] == 0
     finally:
-        (adapter / "steering_config.json").unlink()
+        for name in ("steering_config.json", "calibration_report.json"):
+            (adapter / name).unlink(missing_ok=True)
 
 
 def test_verbose_shows_where_an_error_came_from(run, tmp_path):

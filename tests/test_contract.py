@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from svd_engine import dispatch, ops
 from svd_engine.kernels import reference
@@ -40,6 +42,16 @@ OPERATORS = {
 }
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_operator = pytest.mark.parametrize("operator", OPERATORS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison():
+    """What an operator allocates begins as NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def rows(n=3, v=700, dtype=torch.float32, base_dtype=None, spread=3.0, seed=0):
@@ -234,3 +246,39 @@ def test_a_small_support_fills_topk_with_the_lowest_ids(backend):
     got = ops.topk(z, b, 1.0, 4, backend=backend)
     assert got.token.tolist() == [[200, 0, 1, 2]]
     assert got.logprob[0, 1:].tolist() == [-INF] * 3
+
+
+@each_backend
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40),
+    st.integers(0, 2**31),
+    st.floats(-20, 20),
+    st.integers(-16, 16),
+)
+def test_properties(backend, values, seed, strength, shift):
+    on = dict(backend=backend)
+    noise = torch.Generator().manual_seed(seed)
+    z = torch.tensor([values])
+    b = (z + torch.randn(z.shape, generator=noise)).to(DEVICE)
+    z = z.to(DEVICE)
+    near = dict(atol=1e-4, rtol=1e-4)
+
+    delta = ops.steering_vector(z, b, **on)
+    assert abs(float(delta.sum())) < 1e-4
+    torch.testing.assert_close(ops.steering_vector(z + shift, b - shift, **on), delta, **near)
+
+    unsteered = ops.steer(z, b, 0.0, **on)
+    kept = unsteered.isfinite()
+    assert torch.equal(unsteered[kept], z[kept])
+
+    steered = ops.steer(z, b, strength, **on)
+    drawn, best = ops.sample(z, b, strength, **on), ops.topk(z, b, strength, 1, **on)
+    assert torch.equal(drawn.token, best.token[:, 0])
+    torch.testing.assert_close(drawn.logprob, best.logprob[:, 0], **near)
+    scored = ops.score(z, b, drawn.token, strength, **on)
+    torch.testing.assert_close(scored, steered.log_softmax(-1).amax(-1), **near)
+
+    order = torch.randperm(z.shape[1], generator=noise).to(DEVICE)
+    moved = order[ops.sample(z[:, order], b[:, order], strength, **on).token]
+    assert float(steered[0, moved]) >= float(steered.max()) - 1e-4  # but for near ties

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from svd_engine.kernels import launch
 
@@ -83,3 +83,34 @@ def test_warmup_compiles_what_requests_need(vocab, dtypes, compiled):
     every_request(vocab, dtypes)
     assert compiled <= warm
     assert warm <= compiled, "compiled for nothing"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_after_warmup_triton_compiles_nothing(monkeypatch):
+    from svd_engine import ops, warmup
+
+    compiled = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **info: compiled.append(info["repr"])
+    )
+    vocab = 3001
+    warmup(vocab, (FLOAT, BF16), "cuda")
+    assert compiled
+    compiled.clear()
+    for n, dtype in itertools.product((1, 2, 3, 15, 16, 33, 200), (FLOAT, BF16)):
+        z, b = torch.randn(2, n, vocab, device="cuda").to(dtype)
+        target = torch.zeros(n, dtype=torch.int64, device="cuda")
+        on = dict(backend="triton")
+        for penalty in (-math.inf, -1.0):
+            ops.steer(z, b, 1.0, penalty=penalty, **on)
+            ops.topk(z, b, torch.ones(n, device="cuda"), 3, penalty=penalty, **on)
+            ops.score(z, b, target, 2.0, penalty=penalty, **on)
+            for temperature in (0.0, 1.0):
+                ops.sample(z, b, 1.0, penalty=penalty, temperature=temperature, seed=n, **on)
+        ops.sample(z, b, 1.0, temperature=1.0, top_k=n, position=n, **on)
+        ops.steering_vector(z, b, **on)
+        ops.project_strength(z, b, target, **on)
+        ops.divergence(z, b, **on)
+    torch.cuda.synchronize()
+    assert compiled == []
