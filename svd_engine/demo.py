@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def run(folder: Path, console: Console, fresh: bool = False) -> None:
     gain = float(gains.mean()), *intervals.of_ratio(gains)
     console.print(_last_word(gain, report.strength, adapter))
     results = dict(
-        training=TRAINING, split=SPLIT, strength=report.strength, interval=report.interval,
+        training=TRAINING, split=SPLIT,
+        calibration={k: v for k, v in asdict(report).items() if k != "curve"},
         per_cent={
             name: dict(zip(ranking.NAMES, (100 * values.mean(0)).round(2).tolist(), strict=True))
             for name, values in ranked.items()
