@@ -229,6 +229,11 @@ def divergence(adapted: Tensor, base: Tensor) -> Tensor:
     return torch.where(valid, terms, math.nan).sum(-1)
 
 
+def softcapped(x: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(x / softcap); x itself without one."""
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
 class Head(NamedTuple):
     """A language model head: hidden `[N, H]` -> logits `[N, V]`."""
 
@@ -238,9 +243,9 @@ class Head(NamedTuple):
     scale: float = 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """softcap * tanh(x / softcap) of x = scale * (hidden @ weight^T + bias)."""
+        """`softcapped` of scale * (hidden @ weight^T + bias)."""
         x = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
-        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+        return softcapped(x, self.softcap)
 
 
 def linear_topk(

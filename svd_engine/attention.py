@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from svd_engine.kernels.reference import softcapped
+
 NAME = "svd_engine"
 
 
@@ -49,7 +51,7 @@ def attend(
         out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     else:
         weights = packed @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
-        weights = softcap * torch.tanh(weights / softcap)
+        weights = softcapped(weights, softcap)
         if mask is not None:
             weights = weights.masked_fill(~mask, -torch.inf)
         out = weights.softmax(-1, dtype=torch.float32).to(value.dtype) @ value

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from svd_engine import pairing
 from svd_engine.attention import visible
 from svd_engine.cache import KVCache
+from svd_engine.kernels.reference import softcapped
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Stream:
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
         x = x if scale == 1 else x * scale
-        return x if softcap is None else softcap * torch.tanh(x / softcap)
+        return softcapped(x, softcap)
 
 
 class Paired:

@@ -172,14 +172,13 @@ def warmup(
     dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
     device: torch.device | str = "cpu",
 ) -> None:
-    """Load or compile all that operators on this device can need, ahead of the first request.
+    """Compile all that operators on this device can need; the CPU's kernels are compiled already.
 
     vocab and dtypes: of the logits to come. After it no batch size compiles anything.
     """
     device = torch.device(device)
-    for name in dispatch.PREFERENCE.get(device.type, ()):
-        if dispatch.unavailable(name) is None and name == "triton":
-            import_module(dispatch.MODULES[name]).warmup(vocab, tuple(dtypes), device)
+    if device.type == "cuda" and dispatch.unavailable("triton") is None:
+        import_module(dispatch.MODULES["triton"]).warmup(vocab, tuple(dtypes), device)
 
 
 def _rows(adapted: Tensor, base: Tensor, backend: str) -> tuple[Tensor, Tensor]:
