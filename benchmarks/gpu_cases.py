@@ -96,7 +96,7 @@ OPERATORS: dict[str, Operator] = {
 def absent(name: str, backend: str, device: str) -> str | None:
     """Why a backend does not have an operator; None where it does."""
     try:
-        dispatch.choose(OPERATORS[name].registered, backend, device)
+        dispatch.choose(OPERATORS[name].registered, backend, torch.device(device))
     except ValueError as error:
         return str(error)
     return None

@@ -125,15 +125,16 @@ def unavailable(backend: str) -> str | None:
 
 
 @cache
-def choose(operator: str, backend: str, device: str) -> ModuleType:
-    """The module that computes `operator` on tensors of a device type. Raises ValueError."""
+def choose(operator: str, backend: str, device: torch.device) -> ModuleType:
+    """The module that computes `operator` on tensors of a device. Raises ValueError."""
+    kind = device.type
     if backend == "auto":
         modules = (
             import_module(MODULES[name])
-            for name in PREFERENCE.get(device, ())
+            for name in PREFERENCE.get(kind, ())
             if unavailable(name) is None
         )
-        able = (module for module in modules if module.takes(device) and hasattr(module, operator))
+        able = (module for module in modules if module.takes(kind) and hasattr(module, operator))
         return next(able, reference)
     if backend == "reference":
         return reference
@@ -143,18 +144,18 @@ def choose(operator: str, backend: str, device: str) -> ModuleType:
     reason = unavailable(backend)
     if reason is None:
         module = import_module(MODULES[backend])
-        if module.takes(device) and hasattr(module, operator):
+        if module.takes(kind) and hasattr(module, operator):
             return module
-        reason = f"it has no {operator} for {device} tensors"
+        reason = f"it has no {operator} for {kind} tensors"
     raise ValueError(f"backend={backend!r} cannot run here: {reason}. backend='auto' falls back.")
 
 
 def launch(
-    name: str, backend: str, *arguments: Any, out: Tensor | None = None
+    name: str, backend: str, arguments: tuple[Any, ...], out: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Run an operator whose arguments are checked; its outputs, the first one in `out` if given."""
     adapted = arguments[0]
-    module = choose(name, backend, adapted.device.type)
+    module = choose(name, backend, adapted.device)
     operator = OPERATORS[name]
     if module is reference or adapted.shape[0] == 0:
         with torch.no_grad():
@@ -222,7 +223,7 @@ def _kernels(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator as torch calls it, and as torch traces it."""
 
     def run(*arguments: Any) -> Any:
-        return unwrap(launch(name, arguments[-1], *fold(name, arguments[:-1])))
+        return unwrap(launch(name, arguments[-1], tuple(fold(name, arguments[:-1]))))
 
     def fake(*arguments: Any) -> Any:
         return unwrap(OPERATORS[name].outputs(*fold(name, arguments[:-1])))

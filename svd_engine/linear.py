@@ -103,7 +103,7 @@ def _chunked(name: str, backend: str, adapted: Tensor, base: Tensor, head: Head,
         with torch.no_grad():
             z, b = head.logits(adapted[part]), head.logits(base[part])
         arguments = (x[part] if isinstance(x, Tensor) else x for x in rest)
-        parts.append(dispatch.launch(name, backend, z, b, *arguments))
+        parts.append(dispatch.launch(name, backend, (z, b, *arguments)))
         del z, b
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svd_engine.kernels import reference
+
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
 OPERATORS = (
     "steer", "steering_vector", "sample", "sample_cut", "topk", "score", "project_strength",
@@ -56,9 +58,7 @@ def capability(limit: str | None = None) -> str:
     return CAPABILITIES[_ops().capability(-1 if limit is None else CAPABILITIES.index(limit))]
 
 
-@functools.lru_cache(maxsize=64)
-def _log_alpha(alpha: float) -> float:
-    return float(torch.tensor(alpha, dtype=torch.float32).log())
+_log_alpha = functools.lru_cache(maxsize=64)(reference.log_alpha)
 
 
 def _split(value: Any) -> tuple[Any, Tensor | None]:

@@ -186,15 +186,15 @@ def _rows(adapted: Tensor, base: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     checks.rows(adapted, base, checks.DTYPES + extra)
     # Kernels walk columns that lie next to each other; any other layout is copied once.
     return (
-        adapted if adapted.stride(1) == 1 else adapted.contiguous(),
-        base if base.stride(1) == 1 else base.contiguous(),
+        adapted if adapted.is_contiguous() or adapted.stride(1) == 1 else adapted.contiguous(),
+        base if base.is_contiguous() or base.stride(1) == 1 else base.contiguous(),
     )
 
 
 def _call(name: str, backend: str, *arguments: Any, out: Tensor | None = None) -> Any:
     """Traced as one node under torch.compile; else straight to the kernel."""
     if not torch.compiler.is_compiling():
-        return dispatch.launch(name, backend, *arguments, out=out)
+        return dispatch.launch(name, backend, arguments, out)
     traced = getattr(torch.ops.svd_engine, name)
     outputs = dispatch.wrap(traced(*dispatch.unfold(name, arguments), backend))
     return outputs if out is None else (out.copy_(outputs[0]),)

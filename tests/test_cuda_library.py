@@ -129,11 +129,11 @@ def test_it_is_the_second_choice_on_a_cuda_device(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for running, chosen in (("triton", "cuda"), launch), (("cuda",), cuda), ((), reference):
         monkeypatch.setattr(dispatch, "unavailable", lambda x, y=running: None if x in y else "no")
-        assert choose("sample", "auto", "cuda") is chosen
-        assert choose("divergence", "auto", "cuda") is chosen
+        assert choose("sample", "auto", torch.device("cuda")) is chosen
+        assert choose("divergence", "auto", torch.device("cuda")) is chosen
     monkeypatch.setattr(dispatch, "unavailable", lambda x: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which takes tensors on the CPU alone
-    assert choose("sample", "auto", "cuda") is cuda
+    assert choose("sample", "auto", torch.device("cuda")) is cuda
 
 
 @needs_library

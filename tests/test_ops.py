@@ -71,7 +71,7 @@ def test_a_seed_a_row_makes_rows_independent_of_the_batch():
 
 def _elsewhere(z, b):
     """The Triton backend with a device that it does not take."""
-    return dispatch.choose("steer", "triton", "meta")
+    return dispatch.choose("steer", "triton", torch.device("meta"))
 
 
 BAD = {
