@@ -26,8 +26,7 @@ from .triton_topk import topk_rows
 TILE = 2048
 STREAM_WARPS = 4  # programs that stream one tile each
 ROW_WARPS = 8  # a program that walks a row's tiles one after the other
-# Bounds for programs that write rows and that walk them more than once. Without one ptxas spills to
-# come under a lower one of its own choice.
+# Registers a thread at most. Without a bound ptxas spills to come under a lower one of its choice.
 STREAM_REGISTERS, ROW_REGISTERS = 128, 168
 
 
@@ -70,7 +69,6 @@ def steer(
     rows.each_tile(
         steer_tiles, *rows.mask(strength, alpha, penalty), out, out.stride(0),
         REMOVE=penalty == -math.inf, DELTA=False, ALIGNED=rows.aligned and aligned(out),
-        maxnreg=STREAM_REGISTERS,
     )  # fmt: skip
 
 
@@ -81,7 +79,7 @@ def steering_vector(
     rows = _Rows(adapted, base, workspace)
     rows.each_tile(
         steer_tiles, *rows.mask(0.0, 0.0, 0.0), out, out.stride(0),
-        REMOVE=True, DELTA=True, ALIGNED=rows.aligned and aligned(out), maxnreg=STREAM_REGISTERS,
+        REMOVE=True, DELTA=True, ALIGNED=rows.aligned and aligned(out),
     )  # fmt: skip
 
 
@@ -138,7 +136,7 @@ def sample_cut(
         min(top_k, adapted.shape[1]) or adapted.shape[1],
         top_p if top_p < 1 else math.inf,
         math.log(min_p) if min_p else -math.inf,
-        token, logprob, REMOVE=penalty == -math.inf, maxnreg=ROW_REGISTERS,
+        token, logprob, REMOVE=penalty == -math.inf,
     )  # fmt: skip
 
 
@@ -158,7 +156,7 @@ def topk(
     rows = _Rows(adapted, base, workspace)
     rows.each_row(
         topk_rows, *rows.mask(strength, alpha, penalty), k, logprob, token,
-        REMOVE=penalty == -math.inf, maxnreg=ROW_REGISTERS,
+        REMOVE=penalty == -math.inf,
     )  # fmt: skip
 
 
@@ -267,12 +265,16 @@ class _Rows:
 
     def each_tile(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """A program for every tile of every row."""
-        options = {"ALIGNED": self.aligned, "num_warps": STREAM_WARPS} | options
+        options = {
+            "ALIGNED": self.aligned, "num_warps": STREAM_WARPS, "maxnreg": STREAM_REGISTERS,
+        } | options  # fmt: skip
         self._launch(kernel, self.count * _tiles(self.vocab), *self.operands, *arguments, **options)
 
     def each_row(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """A program for every row."""
-        options |= {"ALIGNED": self.aligned, "num_warps": ROW_WARPS}
+        options |= {
+            "ALIGNED": self.aligned, "num_warps": ROW_WARPS, "maxnreg": ROW_REGISTERS,
+        }  # fmt: skip
         self._launch(kernel, self.count, *self.operands, *arguments, **options)
 
     def settle(self, kernel: Any, *arguments: Any) -> None:

@@ -14,37 +14,38 @@ from pathlib import Path
 import pytest
 
 TARGETS = (80, 90, 100)
-MIXED = 90  # where float16 rows beside others are compiled too; that is half the work
-# 65536 registers: 4 programs of 4 warps at once, 2 of 8 warps; of `cut_rows` 1 or 2.
+MIXED = 80  # where float16 rows beside others are compiled too; that is half the work
+# 65536 registers: 4 programs of 4 warps at once, 2 of 8 warps; of the last two 1 or 2.
 REGISTERS = {
     "measure_tiles": 128,
     "steer_tiles": 128,
     "choose_tiles": 128,
     "settle_rows": 64,
     "sample_rows": 128,
-    "cut_rows": 168,
-    "topk_rows": 128,
     "score_rows": 128,
     "project_rows": 128,
     "divergence_rows": 64,
     "linear_tiles": 128,
     "linear_rows": 128,
+    "cut_rows": 168,
+    "topk_rows": 168,
 }
 WIDE_COPY = "cp.async.cg.shared.global"  # of 16 bytes always: how the linear reads
 
 
 @pytest.fixture(scope="module")
-def compilers():
-    """A process a target, all at work at once."""
+def compilers(request):
+    """A process for each target that is asked for, all at work at once."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    asked = {x.callspec.params["target"] for x in request.session.items if x.path == Path(__file__)}
     started = {
         target: subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, str(target)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for target in TARGETS
+        for target in asked
     }  # fmt: skip
     yield started
     for process in started.values():
@@ -53,7 +54,7 @@ def compilers():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target, compilers):
-    out, told = compilers[target].communicate(timeout=600)
+    out, told = compilers[target].communicate(timeout=900)
     assert compilers[target].returncode == 0, told
     kernels = [json.loads(line) for line in out.splitlines()]
     assert {x["name"] for x in kernels} == set(REGISTERS)
