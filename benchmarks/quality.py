@@ -32,8 +32,8 @@ from svd_engine.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("lora", "ia3", "prompt", "prefix")
-STEPS, STEPS_TRIED = 30, (10, 30)
-SEEDS = (0,)
+STEPS, STEPS_TRIED = 30, (10, 30, 80)
+SEEDS = (0, 1, 2)
 COMMONSENSE, COMMONSENSE_TRAINING = ("obqa", "boolq", "arc-easy"), dict(steps=20, batch_size=8)
 
 
@@ -72,13 +72,13 @@ def pooled(gains: Sequence[Table]) -> Table:
 
 
 def commonsense(data: Path) -> dict[str, Any]:
-    """Table 2: LoRA, accuracy by likelihood."""
+    """Table 2: four methods, accuracy by likelihood."""
     cases = []
     for name in COMMONSENSE:
         task = commonsense_split(data, name)
-        found = made(task, "lora", **COMMONSENSE_TRAINING)
-        case, _ = quality_measure.worth(task, *found)
-        cases.append({"task": name, "method": "lora"} | COMMONSENSE_TRAINING | case)
+        for method in METHODS:
+            case, _ = quality_measure.worth(task, *made(task, method, **COMMONSENSE_TRAINING))
+            cases.append({"task": name, "method": method} | COMMONSENSE_TRAINING | case)
     return {"cases": cases}
 
 
@@ -106,7 +106,7 @@ def over_methods(
 
 
 def steps(data: Path) -> dict[str, Any]:
-    """Figure 3: LoRA after a shorter and a longer warm start."""
+    """Figure 3: LoRA after warm starts of several lengths."""
     task = truthfulqa_split(data, SEEDS[0])
     cases = []
     for count in STEPS_TRIED:
@@ -125,8 +125,12 @@ def decoding(data: Path) -> dict[str, Any]:
 
 def cost(data: Path) -> dict[str, Any]:
     """CPU seconds and peak memory of calibration and evaluation."""
-    folder = adapter(truthfulqa_split(data, SEEDS[0]), "lora", STEPS)
-    return {"cases": quality_cost.cost(data, folder)}
+    task = truthfulqa_split(data, SEEDS[0])
+    folder = adapter(task, "lora", STEPS)
+    return {
+        "cases": quality_cost.cost(data, folder),
+        "overhead": quality_cost.overhead(folder, task.calibration.rows),
+    }
 
 
 COMMANDS = (truthfulqa, commonsense, ablations, alpha, steps, decoding, cost)

@@ -1,4 +1,5 @@
-"""CPU seconds and peak memory of the commands that calibrate and evaluate, a process each."""
+"""CPU seconds and peak memory of the commands that calibrate and evaluate, a process each; and
+what calibration adds to the forward passes that it needs."""
 
 import json
 import os
@@ -6,13 +7,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-from benchmarks.quality_tasks import truthfulqa_split
+import numpy as np
+
+from benchmarks.quality_tasks import Rows, tokenizer, truthfulqa_split
+from svd_engine import models, teacher
+from svd_engine.calibrate import calibrate
+from svd_engine.engine import SteeredEngine
+from svd_engine.examples import encode
 from svd_engine.files import write_text
+from svd_engine.objectives import Answers
 
 QUESTIONS = 100
+TOKENS, ROUNDS = 1000, 5  # answer tokens of `overhead`, and how often it is timed
 LOAD = "import svd_engine as s, sys; s.SteeredEngine.from_pretrained('smollm2', sys.argv[1])"
 
 
@@ -38,6 +49,33 @@ def cost(data: Path, adapter: Path) -> list[dict[str, Any]]:
             ],
         }  # fmt: skip
         return [{"what": what} | measured(arguments) for what, arguments in runs.items()]
+
+
+def overhead(adapter: Path, rows: Rows) -> dict[str, float]:
+    """Seconds of the forward passes over `TOKENS` answer tokens, and of calibration with them."""
+    engine = SteeredEngine.from_pretrained(models.SMOLLM2, adapter, dtype="bfloat16")
+    examples = encode(rows, tokenizer())
+    tokens = np.cumsum([sum(map(len, (e.completion, *e.accepted, *e.rejected))) for e in examples])
+    examples = examples[: int(np.searchsorted(tokens, TOKENS)) + 1]
+    passages = Answers(examples).passages
+
+    def forward() -> None:
+        for _ in teacher.predictions(engine.pair, passages):
+            pass
+
+    def timed(work: Callable[[], Any]) -> float:
+        start = perf_counter()
+        work()
+        return perf_counter() - start
+
+    works = forward, lambda: calibrate(engine.pair, examples, alpha=0.1)
+    seconds = np.array([[timed(work) for work in works] for _ in range(ROUNDS + 1)])[1:]
+    return {
+        "tokens": int(tokens[len(examples) - 1]),
+        "forward": float(np.median(seconds[:, 0])),
+        "calibrate": float(np.median(seconds[:, 1])),
+        "ratio": float(np.median(seconds[:, 1] / seconds[:, 0])),
+    }
 
 
 def measured(arguments: list[str]) -> dict[str, float]:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.quality_report import METHODS
 
 
@@ -43,13 +45,18 @@ def curves(cases: list[dict[str, Any]]) -> Any:
 def gains(cases: list[dict[str, Any]]) -> Any:
     """What steering gains by method and split, with 95 % intervals."""
     figure, axes = _axes()
-    for i, case in enumerate(cases):
-        gain = case["gain"]["average"]
-        spread = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
-        axes.errorbar(i, gain["mean"], spread, fmt="o", capsize=4, color=f"C{case['seed']}")
+    methods = list(dict.fromkeys(case["method"] for case in cases))
+    seeds = list(dict.fromkeys(case["seed"] for case in cases))
+    for i, seed in enumerate(seeds):
+        found = [case["gain"]["average"] for case in cases if case["seed"] == seed]
+        means, lows, highs = (np.array([x[key] for x in found]) for key in ("mean", "low", "high"))
+        places = np.arange(len(found)) + 0.15 * (i - (len(seeds) - 1) / 2)
+        axes.errorbar(
+            places, means, [means - lows, highs - means], fmt="o", capsize=4, label=f"split {seed}"
+        )
     axes.axhline(0, color="0.6", linewidth=0.8)
-    names = [f"{METHODS[case['method']]}\nsplit {case['seed']}" for case in cases]
-    axes.set_xticks(range(len(cases)), names, fontsize="small")
+    axes.set_xticks(range(len(methods)), [METHODS[method] for method in methods])
+    axes.legend(fontsize="small")
     axes.set_ylabel("gain over un-steered, points")
     return figure
 
