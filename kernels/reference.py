@@ -68,7 +68,7 @@ def log_alpha(alpha: float) -> float:
     return float(torch.tensor(alpha, dtype=torch.float32).log())
 
 
-def _rows(adapted: Tensor, base: Tensor, alpha: float) -> _Rows:
+def _rows(adapted: Tensor, base: Tensor, alpha: float, projection: bool = True) -> _Rows:
     z, b = _wide(adapted, base)
     top = z.amax(-1, keepdim=True)
     valid = top.isfinite() & (b < INF).all(-1, keepdim=True)
@@ -78,14 +78,19 @@ def _rows(adapted: Tensor, base: Tensor, alpha: float) -> _Rows:
     d = torch.where(opinion & (z > -INF), z - b, 0.0)
     mass = torch.where(opinion, p, 0.0).sum(-1, keepdim=True)
     mean = torch.where(mass > 0, (p * d).sum(-1, keepdim=True) / mass, 0.0)
-    delta = torch.where(opinion, p * (mean - d), 0.0)
+    delta = torch.where(opinion, (p if projection else 1) * (mean - d), 0.0)
     return _Rows(z, p, torch.where(valid, delta, math.nan), z >= top + log_alpha(alpha), valid)
 
 
 def _steered(
-    adapted: Tensor, base: Tensor, strength: Strength, alpha: float, penalty: float
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    alpha: float,
+    penalty: float,
+    projection: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(adapted, base, alpha)
+    rows = _rows(adapted, base, alpha, projection)
     mu = _column(strength, rows.z)
     # mu * -inf is never formed: it is NaN at mu = 0 and +inf below.
     off = -INF if penalty == -INF else rows.z + mu.abs() * penalty
@@ -108,6 +113,7 @@ def steer(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    projection: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Steered logits  (12)-(14), `[N, V]` in `dtype` or that of `adapted`.
@@ -117,8 +123,11 @@ def steer(
             out[i] = adapted[i] + strength * delta[i]
         else:
             out[i] = -inf if penalty == -inf else adapted[i] + abs(strength) * penalty
+
+    Without the projection delta is g - E_p[g] = E_p[d] - d.
     """
-    return _steered(adapted, base, strength, alpha, penalty)[0].to(dtype or adapted.dtype)
+    steered, _ = _steered(adapted, base, strength, alpha, penalty, projection)
+    return steered.to(dtype or adapted.dtype)
 
 
 def sample(

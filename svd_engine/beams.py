@@ -12,7 +12,8 @@ import torch
 
 from svd_engine import ops
 from svd_engine.branches import Decoder, Outputs
-from svd_engine.decode import not_finite, steered_logits
+from svd_engine.decode import not_finite
+from svd_engine.distribution import steered, steered_logits
 from svd_engine.processors import Process
 from svd_engine.sampling import Sampling
 from svd_engine.steering import SteeringConfig
@@ -132,10 +133,8 @@ def _best(
     """The k best log-probabilities of each row and their tokens."""
     k = min(k, logits[0].shape[1])
     if process is None:
-        best = ops.topk(
-            logits[0], logits[-1], steering.strength, k, alpha=steering.alpha,
-            penalty=steering.penalty,
-        )  # fmt: skip
+        drawn_from = steered(logits, steering)
+        best = ops.topk(*drawn_from.rows, k, **drawn_from.mask)
         return best.logprob.tolist(), best.token.tolist()
     processed = process(tokens, steered_logits(logits, steering).log_softmax(-1))
     top = processed.topk(k)

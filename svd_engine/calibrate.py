@@ -28,6 +28,7 @@ def calibrate(
     hessian: str = "gauss-newton",
     alpha: float | Sequence[float] = 0.1,
     length_normalised: bool = False,
+    projection: bool = True,
     folds: int = 5,
     seed: int = 0,
     progress: bool = False,
@@ -37,7 +38,8 @@ def calibrate(
     estimator: "exact", the optimum of the objective, or "mean", "median", "trimmed" or "ratio" of
     the right answers' tokens (44)-(46) with the denominator of `hessian`: "gauss-newton" (20) or
     "newton" (19). alpha: one, or several to choose from. length_normalised: answers are compared
-    by their log-probability a token. The held-out figures come from `folds`-fold cross-validation
+    by their log-probability a token. projection: False steers by the gradient (7) less its mean in
+    place of its projection (10). The held-out figures come from `folds`-fold cross-validation
     over examples, the choice of alpha included. Raises ValueError.
     """
     if objective is None:
@@ -67,8 +69,9 @@ def calibrate(
         pair, answers.passages, min(alphas), "calibrating" if progress else None
     )
     return fit(
-        answers, entries, alphas, objective, estimator, hessian, length_normalised, folds, seed
-    )
+        answers, entries, alphas, objective, estimator, hessian, length_normalised, projection,
+        folds, seed,
+    )  # fmt: skip
 
 
 def fit(
@@ -79,18 +82,18 @@ def fit(
     estimator: str = "exact",
     hessian: str = "gauss-newton",
     length_normalised: bool = False,
+    projection: bool = True,
     folds: int = 5,
     seed: int = 0,
 ) -> CalibrationReport:
     """What `calibrate` makes of its one pass; entries: those of the smallest of alphas or below."""
     examples = len(answers.right)
-    candidates = [
-        Candidate(
-            a, answers, entries.at(a), objective,
-            length_normalised, estimator, hessian,
+    candidates = []
+    for a in alphas:
+        kept = entries.at(a) if projection else entries.at(a).unprojected()
+        candidates.append(
+            Candidate(a, answers, kept, objective, length_normalised, estimator, hessian)
         )
-        for a in alphas
-    ]  # fmt: skip
     everything = np.ones(examples, bool)
     fold = np.random.default_rng(seed).permutation(examples) % folds
     weights = answers.tokens() if objective == "nll" else np.ones(examples)
@@ -116,6 +119,7 @@ def fit(
     return CalibrationReport(
         objective=objective,
         length_normalised=length_normalised,
+        projection=projection,
         estimator=estimator,
         hessian=hessian,
         alpha=chosen.alpha,

@@ -17,6 +17,7 @@ class CalibrationReport:
 
     objective: str
     length_normalised: bool
+    projection: bool
     estimator: str
     hessian: str
     alpha: float

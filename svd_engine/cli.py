@@ -124,6 +124,9 @@ def calibrate(
     length_normalised: Annotated[
         bool, typer.Option(help="Compare answers by their log-probability a token.")
     ] = False,
+    projection: Annotated[
+        bool, typer.Option(help="Steer by the projection of the gradient, or by itself.")
+    ] = True,
     folds: Annotated[int, typer.Option(help="Parts of the cross-validation.")] = 5,
     seed: int = 0,
     force: Annotated[bool, typer.Option(help="Keep the strength though it gains nothing.")] = False,
@@ -148,7 +151,8 @@ def calibrate(
     engine = SteeredEngine(models.load_adapter(model, adapter), tokenizer)
     report = engine.calibrate(
         rows, objective=objective, estimator=estimator, hessian=hessian, alpha=alpha or 0.1,
-        length_normalised=length_normalised, folds=folds, seed=seed, force=force, progress=True,
+        length_normalised=length_normalised, projection=projection, folds=folds, seed=seed,
+        force=force, progress=True,
     )  # fmt: skip
     assert engine.steering is not None
     report.save(adapter)

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 from svd_engine import ops
 from svd_engine.beams import Beam, search
 from svd_engine.branches import Outputs
-from svd_engine.decode import Distribution, decode
+from svd_engine.decode import decode
+from svd_engine.distribution import Distribution, unsteered
 from svd_engine.requests import Best, Completion, Event, Request
 from svd_engine.text import RowText, first_stop
 
@@ -125,7 +126,8 @@ class _TopLogprobs:
         tables = {self.model: ops.topk(*drawn_from.rows, self.k, **drawn_from.mask)}
         if self.model == "steered":
             for name, own in zip(("adapted", "base"), logits, strict=True):
-                tables[name] = ops.topk(own, own, 0.0, self.k, alpha=0.0)
+                alone = unsteered(own)
+                tables[name] = ops.topk(*alone.rows, self.k, **alone.mask)
         lists = {name: (t.token.tolist(), t.logprob.tolist()) for name, t in tables.items()}
         self.latest = {
             row: {

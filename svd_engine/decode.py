@@ -1,24 +1,15 @@
 """The decoding loop: prefill, then one forward step and one operator call a token."""
 
 from collections.abc import Callable, Iterator, Set
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from svd_engine import graphs, ops
+from svd_engine import distribution, graphs, ops
 from svd_engine.branches import Decoder, Outputs
+from svd_engine.distribution import Distribution
 from svd_engine.processors import Process
 from svd_engine.sampling import Sampling
 from svd_engine.steering import SteeringConfig
-
-
-class Distribution(NamedTuple):
-    """What the tokens of a step are drawn from, as the operators take it."""
-
-    rows: tuple[Tensor, Tensor, float]  # adapted, base, strength
-    mask: dict[str, Any]  # alpha, penalty
-
 
 # (rows of the step, logits of the models, the distribution drawn from)
 Observe = Callable[[list[int], Outputs, Distribution], None]
@@ -59,7 +50,7 @@ def decode(
     ending = [len(row) + limit for row, limit in zip(so_far, limits, strict=True)]
     while True:
         tokens = [so_far[i] for i in running] if process else []
-        drawn_from = distribution(logits, steering, process, tokens)
+        drawn_from = _distribution(logits, steering, process, tokens)
         token, logprob = ops.sample(
             *drawn_from.rows, **drawn_from.mask, temperature=sampling.temperature,
             top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p, seed=seed,
@@ -99,25 +90,16 @@ def not_finite(tokens: list[int]) -> ValueError:
     return ValueError(f"the model's logits are not finite after the tokens ... {tokens[-8:]}.")
 
 
-def distribution(
+def _distribution(
     logits: Outputs, steering: SteeringConfig, process: Process | None, tokens: list[list[int]]
 ) -> Distribution:
     """The steered distribution, after `process` where there is one."""
     if process is None:
-        mask = dict(alpha=steering.alpha, penalty=steering.penalty)
-        return Distribution((logits[0], logits[-1], steering.strength), mask)
-    processed = process(tokens, steered_logits(logits, steering))
+        return distribution.steered(logits, steering)
+    processed = process(tokens, distribution.steered_logits(logits, steering))
     if processed.isneginf().all(1).any():
         raise ValueError(
             "logits_processor removed every token that steering left to a row. Steer with alpha=0 "
             "or a finite penalty where tokens are constrained."
         )
-    return Distribution((processed, processed, 0.0), dict(alpha=0.0))
-
-
-def steered_logits(logits: Outputs, steering: SteeringConfig) -> Tensor:
-    """float32 `[R, V]`."""
-    return ops.steer(
-        logits[0], logits[-1], steering.strength, alpha=steering.alpha, penalty=steering.penalty,
-        out=torch.empty_like(logits[0], dtype=torch.float32),
-    )  # fmt: skip
+    return distribution.unsteered(processed)

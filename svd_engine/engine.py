@@ -159,7 +159,7 @@ class SteeredEngine:
         self.inputs.check_passages(passages)
         _, pair, steering = self._decoded(model)
         with self._turns.hold():
-            return teacher.score(pair, passages, steering.strength, steering.alpha, penalty)
+            return teacher.score(pair, passages, steering, penalty)
 
     def calibrate(
         self, examples: Sequence[Mapping[str, Any]], *, force: bool = False, **options: Any
@@ -168,8 +168,9 @@ class SteeredEngine:
 
         examples: mappings with `prompt` and `completion`, and `rejected` to fit right against wrong
         answers, each text or token ids. options: objective, estimator, hessian, alpha (one or
-        several), length_normalised, folds, seed and progress; see `calibrate.calibrate`. Where the
-        held-out gain is not clear of 0 the strength is set to 0, unless forced.
+        several), length_normalised, projection, folds, seed and progress; see
+        `calibrate.calibrate`. Where the held-out gain is not clear of 0 the strength is set to 0,
+        unless forced.
         """
         encoded = example_files.encode(examples, self.tokenizer)
         self.inputs.check_passages(calibrate.Answers(encoded).passages)
@@ -178,6 +179,7 @@ class SteeredEngine:
         self.steering = SteeringConfig(
             strength=report.strength if report.worthwhile or force else 0.0,
             alpha=report.alpha,
+            projection=report.projection,
             objective=report.objective,
             estimator=report.estimator,
             interval=report.interval,

@@ -18,6 +18,7 @@ class SteeringConfig:
     strength: float
     alpha: float = 0.1
     penalty: float = -math.inf
+    projection: bool = True  # False: the gradient less its mean (7) in place of delta (10)
     objective: str | None = None
     estimator: str | None = None
     interval: tuple[float, float] | None = None  # 95 % bootstrap interval of the strength

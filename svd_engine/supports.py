@@ -45,9 +45,18 @@ class Supports:
 
     def logprob(self, strength: float) -> Tensor:
         """log P_hat of every target token, `[T]`."""
-        gained = self._per_token(self.p * torch.expm1(strength * self.delta))
-        # Above -1 by its meaning, not always by its rounding.
-        return self.adapted + strength * self.target_delta - gained.clamp(-1 + 1e-15).log1p()
+        moved = strength * self.delta
+        if not len(moved) or moved.max() < 100:
+            gained = self._per_token(self.p * torch.expm1(moved))
+            # Above -1 by its meaning, not always by its rounding.
+            normaliser = gained.clamp(-1 + 1e-15).log1p()
+        else:  # relative to the greatest, or the exponentials overflow
+            top = torch.zeros_like(self.adapted)
+            top.scatter_reduce_(0, self.position, moved, "amax")
+            kept = self._per_token(self.p * torch.exp(moved - top[self.position]))
+            left = (1 - self._per_token(self.p)).clamp(0) * torch.exp(-top)
+            normaliser = top + (kept + left).log()
+        return self.adapted + strength * self.target_delta - normaliser
 
     def divergence(self, strength: float) -> Tensor:
         """KL(p || P_hat) at every position, `[T]`: what steering costs where the model is right."""
@@ -77,6 +86,10 @@ class Supports:
         kept = self.p >= alpha * top[self.position]
         entries = {name: getattr(self, name)[kept] for name in ("position", "p", "delta")}
         return replace(self, **entries, on_target=self.on_target[kept])
+
+    def unprojected(self) -> "Supports":
+        """The same tokens steered by g - E_p[g]  (7), which is delta / p, in place of delta."""
+        return replace(self, delta=self.delta / self.p)
 
     def _per_token(self, entries: Tensor) -> Tensor:
         return torch.zeros_like(self.adapted).index_add_(0, self.position, entries)

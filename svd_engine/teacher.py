@@ -9,6 +9,8 @@ from tqdm.auto import tqdm
 
 from svd_engine import ops
 from svd_engine.branches import Branches, Outputs
+from svd_engine.distribution import Distribution, steered
+from svd_engine.steering import SteeringConfig
 from svd_engine.stream import padded
 
 BATCH_TOKENS = 2048  # positions whose keys and values are held at once
@@ -88,15 +90,19 @@ def _batches(passages: Sequence[Passage]) -> Iterator[list[int]]:
 def score(
     branches: Branches,
     passages: Sequence[Passage],
-    strength: float,
-    alpha: float,
+    steering: SteeringConfig,
     penalty: float,
     progress: str | None = None,
 ) -> list[float]:
-    """log P of each completion, summed over its tokens, under the steered distribution."""
+    """log P of each completion, summed over its tokens; penalty: in place of the steering's."""
     totals = torch.zeros(len(passages), dtype=torch.float64)
     for logits, target, index in predictions(branches, passages, progress):
-        adapted, base = logits[0], logits[-1]
-        values = ops.score(adapted, base, target, strength, alpha=alpha, penalty=penalty)
+        values = scores(steered(logits, steering, penalty), target)
         totals.index_add_(0, index, values.double().cpu())
     return totals.tolist()
+
+
+def scores(under: Distribution, target: Tensor) -> Tensor:
+    """log P of the targets `[n]`."""
+    adapted, base, strength = under.rows
+    return ops.score(adapted, base, target, strength, **under.mask)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_peft
 
-from svd_engine import SteeredEngine, teacher
+from svd_engine import SteeredEngine, SteeringConfig, teacher
 from svd_engine.calibrate import Answers
 from svd_engine.evaluate.truthfulqa import Question
 from svd_engine.examples import encode
@@ -81,7 +81,7 @@ def made(quality, engine, tmp_path_factory):
 
 
 def scored(engine, answers, strength, alpha, penalty=0.0):
-    return teacher.score(engine.pair, answers.passages, strength, alpha, penalty)
+    return teacher.score(engine.pair, answers.passages, SteeringConfig(strength, alpha), penalty)
 
 
 def test_a_pass_scores_as_the_operators_do(quality, engine, made):

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_peft
 from peft import LoraConfig, PrefixTuningConfig
 
-from svd_engine import branches, teacher
+from svd_engine import SteeringConfig, branches, teacher
 from svd_engine.kernels import reference
 
 PROMPTS = [[5, 17, 40, 9], [7], [120, 3, 88, 61, 14, 90]]
@@ -34,7 +34,7 @@ def test_scores_equal_two_pass(monkeypatch, method, form, slots):
     monkeypatch.setattr(teacher, "BATCH_TOKENS", slots)
     model = tiny_peft("mistral", METHODS[method])
     pair = branches.pair(model, form)
-    got = teacher.score(pair, PASSAGES, -3.0, 0.1, 0.0)
+    got = teacher.score(pair, PASSAGES, SteeringConfig(-3.0), 0.0)
     assert got == pytest.approx([two_pass(model, *passage) for passage in PASSAGES], abs=2e-4)
 
 
@@ -49,5 +49,5 @@ def test_a_shared_prompt_is_computed_once(monkeypatch):
             return call(rows, *rest)
 
         monkeypatch.setattr(pair, name, counted)
-    teacher.score(pair, PASSAGES, -3.0, 0.1, 0.0)
+    teacher.score(pair, PASSAGES, SteeringConfig(-3.0), 0.0)
     assert fed == [3, 9]

@@ -7,7 +7,8 @@ import torch
 from tqdm.auto import tqdm
 
 from svd_engine import examples as example_files
-from svd_engine import ops, teacher
+from svd_engine import teacher
+from svd_engine.distribution import steered, unsteered
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.journal import Journal
 from svd_engine.inputs import Inputs
@@ -118,13 +119,11 @@ def _scores(engine: SteeredEngine, passages: Sequence[teacher.Passage]) -> dict[
     for logits, target, index in teacher.predictions(engine.pair, passages):
         adapted, base = logits[0], logits[-1]
         values = {
-            "base": ops.score(base, base, target, 0.0, alpha=0.0, penalty=0.0),
-            "adapted": ops.score(adapted, adapted, target, 0.0, alpha=0.0, penalty=0.0),
+            "base": teacher.scores(unsteered(base), target),
+            "adapted": teacher.scores(unsteered(adapted), target),
         }
         if (steering := engine.steering) is not None:
-            values["steered"] = ops.score(
-                adapted, base, target, steering.strength, alpha=steering.alpha, penalty=0.0
-            )
+            values["steered"] = teacher.scores(steered(logits, steering, penalty=0.0), target)
         for name, total in totals.items():
             total.index_add_(0, index.cpu(), values[name].double().cpu())
     return {name: total.tolist() for name, total in totals.items()}

@@ -5,7 +5,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from svd_engine import branches, ops, pairing
+from svd_engine import branches, distribution, ops, pairing
 from svd_engine.branches import Outputs
 from svd_engine.steering import SteeringConfig
 
@@ -44,12 +44,9 @@ class SteeringLogitsProcessor(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """input_ids `[R, n]`, scores `[R, V]` of the adapted model -> steered logits `[R, V]`."""
-        base = self._base_logits(self._unpadded(input_ids))
-        steering = self.steering
-        return ops.steer(
-            scores, base.to(scores.device), steering.strength, alpha=steering.alpha,
-            penalty=steering.penalty,
-        )  # fmt: skip
+        base = self._base_logits(self._unpadded(input_ids)).to(scores.device)
+        drawn_from = distribution.steered((scores, base), self.steering)
+        return ops.steer(*drawn_from.rows, **drawn_from.mask).to(scores.dtype)
 
     @torch.inference_mode()
     def _base_logits(self, rows: list[list[int]]) -> Tensor:
