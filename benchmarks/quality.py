@@ -33,7 +33,7 @@ from svd_engine.files import write_text
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("lora", "ia3", "prompt", "prefix")
 STEPS, STEPS_TRIED = 30, (10, 30, 80)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3)
 COMMONSENSE, COMMONSENSE_TRAINING = ("obqa", "boolq", "arc-easy"), dict(steps=20, batch_size=8)
 
 

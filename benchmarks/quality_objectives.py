@@ -9,10 +9,15 @@ from torch import Tensor
 
 from benchmarks.quality_measure import ALPHAS, Table, at, summary
 from benchmarks.quality_tasks import Part, Task
-from benchmarks.quality_work import RAW, Pass
+from benchmarks.quality_work import Pass
 from svd_engine.candidates import Candidate, held_out
+from svd_engine.supports import Supports
 
-OBJECTIVES = (("ranking", False), ("ranking", True), ("preference", False), ("preference", True))
+# (objective, length-normalised, steered by the projection)
+OBJECTIVES = (
+    ("ranking", False, True), ("ranking", True, True), ("preference", False, True),
+    ("preference", True, True), ("ranking", False, False), ("ranking", True, False),
+)  # fmt: skip
 FOLDS = 5
 Questions = NDArray[np.bool_]
 
@@ -20,15 +25,14 @@ Questions = NDArray[np.bool_]
 def objectives(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
     """Every objective's strength: its gain on calibration questions held out, and on the test.
 
-    The last two steer by the gradient g itself, without the projection. "changes" are those of
-    every test question.
+    "changes" are those of every test question.
     """
     part, fold = task.calibration, folds(task.calibration)
     cases = []
-    for objective, per_token in OBJECTIVES:
+    for objective, per_token, projection in OBJECTIVES:
         candidates = [
             Candidate(
-                alpha, part.answers, calibration.entries.at(alpha), objective, per_token,
+                alpha, part.answers, kept(calibration, alpha, projection), objective, per_token,
                 "exact", "gauss-newton",
             )
             for alpha in ALPHAS
@@ -38,25 +42,20 @@ def objectives(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]
             chosen = candidates[int(np.argmin(held_out(candidates, fold, inside)))]
             return chosen.estimate(inside), chosen.alpha
 
-        def steered(part: Part, made: Pass, chosen: tuple[float, float]) -> Table:
+        def steered(
+            part: Part, made: Pass, chosen: tuple[float, float], projection=projection
+        ) -> Table:
             mu, alpha = chosen
-            return at(part, made.entries.at(alpha), mu)
+            return at(part, kept(made, alpha, projection), mu)
 
-        found = judge(task, calibration, test, choose, steered, (0.0, 1.0))
-        cases.append({"objective": words(objective, per_token)} | found)
-    for objective, per_token in OBJECTIVES[:2]:
-        losses = grid(part, calibration.raw, objective, per_token)
-
-        def nearest(inside: Questions, losses=losses) -> tuple[float, float]:
-            return RAW[int(losses[inside].mean(0).argmin())], 0.0
-
-        def contrasted(part: Part, made: Pass, chosen: tuple[float, float]) -> Table:
-            return part.figures(made.raw[:, RAW.index(chosen[0])].numpy())
-
-        found = judge(task, calibration, test, nearest, contrasted, (0.0, 0.0))
-        name = f"{words(objective, per_token)}, by g itself"
-        cases.append({"objective": name} | found)
+        found = judge(task, calibration, test, choose, steered)
+        cases.append({"objective": words(objective, per_token, projection)} | found)
     return cases
+
+
+def kept(made: Pass, alpha: float, projection: bool) -> Supports:
+    entries = made.entries.at(alpha)
+    return entries if projection else entries.unprojected()
 
 
 def judge(
@@ -65,9 +64,9 @@ def judge(
     test: Pass,
     choose: Callable[[Questions], tuple[float, float]],
     steered: Callable[[Part, Pass, tuple[float, float]], Table],
-    off: tuple[float, float],
 ) -> dict[str, Any]:
-    """choose: questions -> (mu, alpha); steered: the figures there; off: the un-steered place."""
+    """choose: questions -> (mu, alpha); steered: the figures there."""
+    off = (0.0, 1.0)
     part, fold = task.calibration, folds(task.calibration)
     unsteered = steered(part, calibration, off)[:, -1]
     gains = np.empty(len(unsteered))
@@ -90,8 +89,9 @@ def folds(part: Part) -> NDArray[np.int64]:
     return np.random.default_rng(0).permutation(len(part.items)) % FOLDS
 
 
-def words(objective: str, per_token: bool) -> str:
-    return objective + (" a token" if per_token else "")
+def words(objective: str, per_token: bool, projection: bool) -> str:
+    name = objective + (" a token" if per_token else "")
+    return name if projection else f"{name}, without the projection"
 
 
 def grid(part: Part, scores: Tensor, objective: str, per_token: bool) -> Table:

@@ -78,7 +78,7 @@ def objectives(result: Result) -> str:
     return (
         f"{table(head, rows)}\n\nEach cell is the mu of every split: gain of the average of MC1, "
         "MC2 and MC3 on calibration questions held out (5-fold), gain on the test, in points, "
-        "averaged over splits. By g itself: without the projection."
+        "averaged over splits."
     )
 
 

@@ -26,7 +26,7 @@ def steered(
     mask = dict(alpha=steering.alpha, penalty=steering.penalty if penalty is None else penalty)
     if steering.projection:
         return Distribution((adapted, base, strength), mask)
-    # The operators steer by the projection alone; this is a sum that they need not steer again.
+    # The operators steer by the projection alone: formed here, the sum is drawn from as it is.
     formed = reference.steer(adapted, base, strength, **mask, projection=False, dtype=torch.float32)
     return unsteered(formed)
 
