@@ -29,9 +29,14 @@ def _load() -> SimpleNamespace | str:
     try:
         torch.ops.load_library(str(found[0]))
         ops = torch.ops.svd_engine_native
-        return SimpleNamespace(**{name: getattr(ops, name).default for name in OPERATORS})
+        return SimpleNamespace(**{name: _called(getattr(ops, name).default) for name in OPERATORS})
     except Exception as error:
         return f"{found[0].name} failed to load: {error}"
+
+
+def _called(overload: Any) -> Any:
+    """What calling an operator comes to; the wrapper around it takes a third of a microsecond."""
+    return getattr(overload, "_op", overload)
 
 
 @functools.cache
