@@ -145,7 +145,7 @@ def test_operator(benchmark, name, n, vocab, dtype):
     call()
     benchmark.group = f"{dtype} N={n} V={vocab}"
     large = n * vocab > 4_000_000
-    benchmark.pedantic(call, rounds=10 if large else 100, iterations=1, warmup_rounds=3)
+    benchmark.pedantic(call, rounds=50 if large else 100, iterations=1, warmup_rounds=3)
     moved *= n * vocab * adapted.element_size()
     benchmark.extra_info |= {"bytes": moved, "machine": machine()}
     if benchmark.stats:
