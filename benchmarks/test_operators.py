@@ -15,7 +15,7 @@ import cpuinfo
 import pytest
 import torch
 
-from svd_engine import dispatch, native
+from svd_engine import dispatch, native, ops
 from svd_engine.kernels import reference
 
 STRENGTH, ALPHA, INF = 3.0, 0.1, math.inf
@@ -153,9 +153,14 @@ def test_operator(benchmark, name, n, vocab, dtype):
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
-@pytest.mark.parametrize("name", ["steer", "sample"])
+@pytest.mark.parametrize("name", ["steer", "sample", "ops.steer", "ops.sample"])
 def test_host_overhead(benchmark, name):
-    """A call on one row of 8 tokens: what is left is the way into C++."""
+    """A call on one row of 8 tokens: what is left is the way into C++, or all of a checked call."""
     benchmark.group = "host overhead"
-    benchmark(operators(*(torch.randn(1, 8) for _ in range(2)))[name][0])
+    rows = torch.randn(1, 8), torch.randn(1, 8)
+    checked = {
+        "ops.steer": lambda: ops.steer(*rows, STRENGTH),
+        "ops.sample": lambda: ops.sample(*rows, STRENGTH),
+    }
+    benchmark(checked[name] if name in checked else operators(*rows)[name][0])
     benchmark.extra_info["machine"] = machine()
