@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALL_DTYPES = (*DTYPES, torch.float64)  # of the reference
 
 
 def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
@@ -46,9 +47,9 @@ def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
 
 def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
     """A finite number as it is; a tensor as contiguous `[N]` of `dtype`."""
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     if not isinstance(value, Tensor):
-        if type(value) is int and -(2**63) <= value < 2**63:
-            return value
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite; got {value}.")
         if dtype == torch.int64 and not (-(2**63) <= value < 2**63 and value == int(value)):

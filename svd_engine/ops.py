@@ -182,8 +182,7 @@ def warmup(
 
 
 def _rows(adapted: Tensor, base: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    extra = (torch.float64,) if backend == "reference" else ()
-    checks.rows(adapted, base, checks.DTYPES + extra)
+    checks.rows(adapted, base, checks.ALL_DTYPES if backend == "reference" else checks.DTYPES)
     # Kernels walk columns that lie next to each other; any other layout is copied once.
     return (
         adapted if adapted.is_contiguous() or adapted.stride(1) == 1 else adapted.contiguous(),

@@ -20,7 +20,7 @@ struct Row {
   Logits adapted;
   Logits base;
   Logits out;   // steer and steering_vector only
-  bool stream;  // `out` is one of too many rows to stay in the cache: write past it
+  bool stream;  // one of too many rows to stay in the cache: read ahead, and write past it
   int64_t vocab;
   Steering by;
 };

@@ -14,7 +14,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// From here on steer writes past the cache, which saves reading the lines that it overwrites.
+// Rows of so many bytes do not stay in the cache from one call to the next.
 constexpr int64_t kStreamBytes = 8 << 20;
 
 // From the least to the most able; the best that runs here is taken at load.
@@ -60,6 +60,7 @@ struct Matrix {
   Dtype dtype;
 
   Logits operator[](int64_t i) const { return {data + i * row_bytes, dtype}; }
+  bool stream() const { return rows * row_bytes >= kStreamBytes; }
 };
 
 Matrix matrix(const Tensor& tensor, const char* name) {
@@ -138,11 +139,10 @@ void steer(const Tensor adapted, const Tensor base, double strength,
   check_alike(z, b, "base");
   check_alike(z, o, "out");
   const auto mu = per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
-  const bool stream = o.rows * o.row_bytes >= kStreamBytes;
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
     const Steering by = {mu[i], float(log_alpha), float(penalty)};
-    steer_row(kernels, {z[i], b[i], o[i], stream, z.vocab, by}, fork);
+    steer_row(kernels, {z[i], b[i], o[i], z.stream(), z.vocab, by}, fork);
   });
 }
 
@@ -152,10 +152,9 @@ void steering_vector(const Tensor adapted, const Tensor base, Tensor out) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base"), o = matrix(out, "out");
   check_alike(z, b, "base");
   check_alike(z, o, "out");
-  const bool stream = o.rows * o.row_bytes >= kStreamBytes;
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    vector_row(kernels, {z[i], b[i], o[i], stream, z.vocab, kWholeVector}, fork);
+    vector_row(kernels, {z[i], b[i], o[i], z.stream(), z.vocab, kWholeVector}, fork);
   });
 }
 
@@ -176,7 +175,7 @@ void sample_cut(const Tensor adapted, const Tensor base, double strength,
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
     const Steering by = {mu[i], float(log_alpha), float(penalty)};
-    const Row row = {z[i], b[i], {}, false, z.vocab, by};
+    const Row row = {z[i], b[i], {}, z.stream(), z.vocab, by};
     const Noise noise = {float(temperature), uint64_t(seed_of[i]), uint64_t(position_of[i]), cuts};
     if (cuts)
       sample_cut_row(kernels, row, noise, by_cut, fork, tokens[i], logprobs[i]);
@@ -211,7 +210,7 @@ void topk(const Tensor adapted, const Tensor base, double strength,
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
     const Steering by = {mu[i], float(log_alpha), float(penalty)};
-    topk_row(kernels, {z[i], b[i], {}, false, z.vocab, by}, k, fork,
+    topk_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, by}, k, fork,
              Column<float>{&logprobs[i], logprob.stride(1)},
              Column<int64_t>{&tokens[i], token.stride(1)});
   });
@@ -228,7 +227,7 @@ void score(const Tensor adapted, const Tensor base, const Tensor target, double 
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
     const Steering by = {mu[i], float(log_alpha), float(penalty)};
-    logprobs[i] = score_row(kernels, {z[i], b[i], {}, false, z.vocab, by}, target_of[i], fork);
+    logprobs[i] = score_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, by}, target_of[i], fork);
   });
 }
 
@@ -245,7 +244,7 @@ void project_strength(const Tensor adapted, const Tensor base, const Tensor targ
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
     const Steering by = {0.0f, float(log_alpha), -INFINITY};
-    const Row row = {z[i], b[i], {}, false, z.vocab, by};
+    const Row row = {z[i], b[i], {}, z.stream(), z.vocab, by};
     const Projection projection = project_row(kernels, row, target_of[i], fork);
     numerators[i] = projection.numerator;
     squares[i] = projection.gauss_newton;
@@ -260,7 +259,7 @@ void divergence(const Tensor adapted, const Tensor base, Tensor out) {
   const auto nats = column<float>(out, z.rows, ScalarType::Float, "out");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    nats[i] = divergence_row(kernels, {z[i], b[i], {}, false, z.vocab, kWholeVector}, fork);
+    nats[i] = divergence_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, kWholeVector}, fork);
   });
 }
 
