@@ -1,9 +1,9 @@
 """The whole GPU story in one command: python benchmarks/gpu.py
 
 Correctness on the device, CUDA graphs, bandwidth, the operators' speed and latency, the linear
-layers of decode steps, the engine beside its rivals, compute-sanitizer: under eight minutes, into
-`benchmarks/results/<device>.json`, which is written again after every section and often within
-one, so a kill loses little.
+layers of decode steps, the engine beside its rivals, other splits of the vocabulary,
+compute-sanitizer: under eight minutes, into `benchmarks/results/<device>.json`, which is written
+again after every section and often within one, so a kill loses little.
 
 Sections run in a worker process. One that fails is recorded; one that crashes the process, poisons
 the CUDA context or overruns is recorded too, and a fresh worker goes on with the next.
@@ -46,6 +46,7 @@ def sections(device: str) -> dict[str, tuple[str, float]]:
         "operators": ("gpu_speed:operators", 110),
         "linear": ("gpu_linear:section", 40),
         "engine": ("gpu_engine:section", 170),
+        "tiles": ("gpu_tiles:section", 40),
         "sanitizer": ("gpu_graph:sanitizer", 60),
     }
 

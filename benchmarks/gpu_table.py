@@ -40,6 +40,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         "operators": _operators,
         "linear": _linear,
         "engine": _engine,
+        "tiles": _tiles,
         "sanitizer": _sanitizer,
     }
     for begins, build in builders.items():
@@ -144,8 +145,8 @@ def _operators(found: Mapping[str, Any]) -> list[Table]:
 def _point(case: Mapping[str, Any] | None) -> Cell:
     if case is None:
         return "-"
-    if "error" in case:
-        return short(case["error"], 60)
+    if why := case.get("error") or case.get("skipped"):
+        return short(why, 60)
     hot = f" ({number(case['hot_us'])})" if "hot_us" in case else ""
     share = f", {percent(case['of copy'])}" if "of copy" in case else ""
     return f"{number(case['cold_us'])}{hot}{share}"
@@ -202,6 +203,26 @@ def _engine(found: Mapping[str, Any]) -> list[Table]:
         Table("The engine, bfloat16", head, rows),
         Table("Paired, sequential and single decoding draw the same tokens", ["", ""], equal),
     ]
+
+
+def _tiles(found: Mapping[str, Any]) -> list[Table]:
+    result = found["tiles"]
+    cases, chosen = result["cases"], result["chosen"]
+    splits = dict.fromkeys((case["tile"], case["warps"]) for case in cases)
+    rows = []
+    for name, vocab, n in dict.fromkeys((c["name"], c["vocab"], c["n"]) for c in cases):
+        at = {
+            (c["tile"], c["warps"]): c
+            for c in cases
+            if (c["name"], c["vocab"], c["n"]) == (name, vocab, n)
+        }
+        rows.append([name, str(vocab), str(n), *(_point(at.get(split)) for split in splits)])
+    title = (
+        f"Other splits, bfloat16: us with the L2 cold (hot); launch.py has tiles of "
+        f"{chosen['tile']} and {chosen['warps']} warps"
+    )
+    head = ["", "V", "N", *(f"{tile}, {warps} warps" for tile, warps in splits)]
+    return [Table(title, head, rows)]
 
 
 def _sanitizer(found: Mapping[str, Any]) -> list[Table]:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SECTIONS = [
     "machine", "bandwidth", "correctness_cpu", "correctness_reference", "graph", "latency",
-    "operators", "linear", "engine", "sanitizer",
+    "operators", "linear", "engine", "tiles", "sanitizer",
 ]  # fmt: skip
 
 
@@ -61,6 +61,9 @@ def test_times_and_tokens(measured):
     for case in sections["operators"]["cases"] + sections["latency"]["in a graph"]:
         assert "error" not in case and case["cold_us"] > 0 and case["bytes"] > 0
     assert all(case["us"] > 0 for case in sections["latency"]["host"])
+    tiles = sections["tiles"]
+    assert len(tiles["cases"]) == 2 * 3 * 2
+    assert all(case["cold_us"] > 0 for case in tiles["cases"])
     linear = sections["linear"]
     assert linear["checked"] and linear["skipped"] == []
     assert all(case["of tolerance"] <= 1 for case in linear["checked"])
@@ -85,6 +88,7 @@ def test_the_tables(measured, gpu):
         "V = 500",
         "Linear layers of tiny",
         "The eng",
+        "Other splits",
     ):
         assert any(title.startswith(begins) for title in titles)
         assert begins in output
