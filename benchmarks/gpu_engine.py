@@ -17,8 +17,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from baselines import ALPHA, STRENGTH, eager
 from gpu import Run, words
-from gpu_speed import ALPHA, STRENGTH, eager
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,

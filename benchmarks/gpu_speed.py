@@ -1,40 +1,20 @@
 """How long the operators take, beside what one would write otherwise."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from baselines import STRENGTH, cancelled, eager
 from gpu import Run, words
 from gpu_cases import BF16, F32, OPERATORS, Options, absent
 from gpu_measure import Call, host_cost, l2_bytes, per_call, sets
 from torch import Tensor
 
-INF = math.inf
 VOCABS, ROWS = (151936, 128256, 49152), (1, 1024, 32, 132, 4)
 EVERYWHERE = ("steer", "sample greedy", "score")  # the others at the first vocabulary only
 COMPILED = (1, 32, 1024)  # rows for which torch.compile is asked
-STRENGTH, ALPHA = 3.0, 0.1
-
-
-def eager(adapted: Tensor, base: Tensor) -> Tensor:
-    """(6)-(14) as the paper writes them."""
-    p, q = adapted.float().softmax(-1), base.float().softmax(-1)
-    gradient = -(torch.log(p / q) + 1)
-    delta = p * (gradient - (p * gradient).sum(-1, keepdim=True))
-    support = p >= ALPHA * p.amax(-1, keepdim=True)
-    return torch.where(support, adapted + STRENGTH * delta, -INF).to(adapted.dtype)
-
-
-def cancelled(adapted: Tensor, base: Tensor) -> Tensor:
-    """delta_i = p_i (E_p[d] - d_i) with d = adapted - base, and the mask on logits."""
-    z = adapted.float()
-    p, d = z.softmax(-1), z - base.float()
-    delta = p * ((p * d).sum(-1, keepdim=True) - d)
-    support = z >= z.amax(-1, keepdim=True) + math.log(ALPHA)
-    return torch.where(support, z + STRENGTH * delta, -INF).to(adapted.dtype)
 
 
 def two_softmaxes(adapted: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:

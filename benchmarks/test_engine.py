@@ -16,8 +16,9 @@ from time import perf_counter
 
 import pytest
 import torch
+from baselines import ALPHA, STRENGTH, eager
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from test_operators import ALPHA, STRENGTH, eager, machine
+from test_operators import machine
 from transformers import DynamicCache
 
 from svd_engine import models, native

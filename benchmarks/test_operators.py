@@ -14,33 +14,16 @@ from functools import cache, partial
 import cpuinfo
 import pytest
 import torch
+from baselines import ALPHA, STRENGTH, cancelled, eager
 
 from svd_engine import dispatch, native, ops
 from svd_engine.kernels import reference
 
-STRENGTH, ALPHA, INF = 3.0, 0.1, math.inf
+INF = math.inf
 VOCABS = [49152, 128256, 151936]
 ROWS = [1, 4, 32, 256]
 NAMES = [*dispatch.OPERATORS, "eager", "compiled", "read", "clone"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def eager(adapted, base):
-    """(6)-(14) as the paper writes them."""
-    p, q = adapted.float().softmax(-1), base.float().softmax(-1)
-    gradient = -(torch.log(p / q) + 1)
-    delta = p * (gradient - (p * gradient).sum(-1, keepdim=True))
-    support = p >= ALPHA * p.amax(-1, keepdim=True)
-    return torch.where(support, adapted + STRENGTH * delta, -INF).to(adapted.dtype)
-
-
-def cancelled(adapted, base):
-    """delta_i = p_i (E_p[d] - d_i) with d = adapted - base, and the mask on logits."""
-    z = adapted.float()
-    p, d = z.softmax(-1), z - base.float()
-    delta = p * ((p * d).sum(-1, keepdim=True) - d)
-    support = z >= z.amax(-1, keepdim=True) + math.log(ALPHA)
-    return torch.where(support, z + STRENGTH * delta, -INF).to(adapted.dtype)
 
 
 def compiled():

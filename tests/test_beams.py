@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import PROMPTS, tiny_peft
+from tiny import PROMPTS, tiny_peft
 from transformers import NoRepeatNGramLogitsProcessor, TemperatureLogitsWarper
 from transformers.modeling_outputs import CausalLMOutput
 

@@ -7,7 +7,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny_peft
+from tiny import VOCAB, tiny_peft
 
 from svd_engine import (
     SteeredEngine,

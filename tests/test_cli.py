@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from conftest import tiny_base, tiny_peft
+from tiny import tiny_base, tiny_peft
 
 from svd_engine import __version__, cli
 

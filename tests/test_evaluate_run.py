@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_peft
+from tiny import tiny_peft
 
 from svd_engine import SteeredEngine, SteeringConfig
 from svd_engine.evaluate import report, run, settings

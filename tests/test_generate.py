@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, PROMPTS, VOCAB, assert_same_tokens, tiny_peft, two_pass
+from tiny import CONFIGS, PROMPTS, VOCAB, assert_same_tokens, tiny_peft, two_pass
 
 from svd_engine import SteeredEngine, SteeringConfig, dispatch
 from svd_engine.kernels import reference

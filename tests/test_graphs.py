@@ -7,8 +7,8 @@ import logging
 
 import pytest
 import torch
-from conftest import PROMPTS, tiny_peft
 from peft import PrefixTuningConfig
+from tiny import PROMPTS, tiny_peft
 
 from svd_engine import SteeredEngine, SteeringConfig, graphs
 from svd_engine.graphs import Graphed, bucket_rows, bucket_slots

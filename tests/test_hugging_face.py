@@ -6,7 +6,6 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import VOCAB, assert_same_tokens, tiny_base, tiny_peft, two_pass
 from peft import (
     IA3Config,
     LoraConfig,
@@ -18,6 +17,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from test_docs import snippets
+from tiny import VOCAB, assert_same_tokens, tiny_base, tiny_peft, two_pass
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     LogitsProcessor,

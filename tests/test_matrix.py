@@ -4,14 +4,6 @@ import copy
 
 import pytest
 import torch
-from conftest import (
-    CONFIGS,
-    PROMPTS,
-    assert_same_tokens,
-    teacher_forced_two_pass,
-    tiny_base,
-    tiny_peft,
-)
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -19,6 +11,14 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+)
+from tiny import (
+    CONFIGS,
+    PROMPTS,
+    assert_same_tokens,
+    teacher_forced_two_pass,
+    tiny_base,
+    tiny_peft,
 )
 
 from svd_engine import SteeredEngine, SteeringConfig, branches

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_peft
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from tiny import tiny_base, tiny_peft
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 

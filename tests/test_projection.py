@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny_peft
+from tiny import VOCAB, tiny_peft
 from transformers import LogitsProcessorList
 
 from svd_engine import (

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import tiny_peft
+from tiny import tiny_peft
 
 from svd_engine import SteeredEngine, SteeringConfig, teacher
 from svd_engine.calibrate import Answers

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_same_tokens, tiny_base, two_pass
 from peft import LoraConfig, get_peft_model
+from tiny import assert_same_tokens, tiny_base, two_pass
 
 from svd_engine import SteeredEngine, SteeringConfig
 

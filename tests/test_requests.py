@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, tiny_peft
+from tiny import PROMPTS, tiny_peft
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from svd_engine import Sampling, SteeredEngine, SteeringConfig

@@ -1,7 +1,7 @@
 """The real model: a LoRA that PEFT trained, decoded token for token as by two plain passes."""
 
 import pytest
-from conftest import assert_same_tokens, teacher_forced_two_pass
+from tiny import assert_same_tokens, teacher_forced_two_pass
 
 from svd_engine import SteeredEngine, SteeringConfig, demo_task, models
 from svd_engine.warm_start import warm_start

@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-from conftest import tiny_base, tiny_peft
 from peft import PeftModel
+from tiny import tiny_base, tiny_peft
 
 from svd_engine import SteeringConfig
 from svd_engine.files import write_text

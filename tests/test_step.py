@@ -5,7 +5,7 @@ import copy
 import pytest
 import test_skinny
 import torch
-from conftest import CONFIGS, tiny_base, tiny_peft
+from tiny import CONFIGS, tiny_base, tiny_peft
 from torch import nn
 
 from svd_engine import attention, native, norm, pairing, rotary, skinny

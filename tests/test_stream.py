@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_peft
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from tiny import tiny_peft
 
 from svd_engine import branches
 from svd_engine.cache import KVCache

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_peft
 from peft import LoraConfig, PrefixTuningConfig
+from tiny import tiny_peft
 
 from svd_engine import SteeringConfig, branches, teacher
 from svd_engine.kernels import reference

@@ -3,9 +3,9 @@
 from itertools import pairwise
 
 import pytest
-from conftest import PROMPTS, tiny_peft
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import PROMPTS, tiny_peft
 
 from svd_engine import SteeredEngine, SteeringConfig
 from svd_engine.text import RowText, first_stop

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from conftest import PROMPTS, tiny_peft
+from tiny import PROMPTS, tiny_peft
 
 from svd_engine import SteeredEngine, SteeringConfig
 

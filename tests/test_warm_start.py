@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_base
 from peft import PeftModel
+from tiny import VOCAB, tiny_base
 from transformers import Trainer
 
 from svd_engine import models, overlap, plots, training
