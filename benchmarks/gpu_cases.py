@@ -128,6 +128,20 @@ def logits(
     return z.to(dtype).to(device), b.to(base or dtype).to(device)
 
 
+def impossible(z: Tensor, b: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Nine rows with -inf wherever it has been got wrong: in one row, in both, in whole tiles."""
+    z[0, :tile] = -INF
+    z[1, tile:] = -INF
+    b[2, : 2 * tile] = -INF
+    z[3, 10:-10] = b[3, 10:-10] = -INF
+    b[4] = -INF  # no opinion at all
+    z[5], z[5, -10] = -INF, -4.0  # one token
+    b[6, z[6].argmax()] = -INF
+    z[7, ::2], b[7, 1::2] = -INF, -INF
+    z[8, :-1] = b[8, :-1] = -INF
+    return z, b
+
+
 def cases(device: str, quick: bool) -> Iterator[Case]:
     """Small vocabularies only if quick. What matters most comes first."""
 
@@ -177,16 +191,7 @@ def _values(case: Callable[..., Case], device: str) -> Iterator[Case]:
     yield case("ties: two tokens", z, b)
     yield case("ties: flat rows", torch.ones_like(z), torch.zeros_like(b))
     for vocab in (4800, 4801):
-        z, b = logits(9, vocab, device)
-        z[0, :2048] = -INF  # the first tile
-        z[1, 2048:] = -INF  # all but the first
-        b[2, :4096] = -INF
-        z[3, 10:4700] = b[3, 10:4700] = -INF
-        b[4] = -INF  # no opinion at all
-        z[5], z[5, 4700] = -INF, -4.0  # one token
-        b[6, z[6].argmax()] = -INF
-        z[7, ::2], b[7, 1::2] = -INF, -INF
-        z[8, :-1] = b[8, :-1] = -INF
+        z, b = impossible(*logits(9, vocab, device), 2048)
         yield case(f"-inf in tiles, one row or both, V = {vocab}", z, b)
         yield case(f"-inf, alpha = 0, V = {vocab}", z, b, alpha=0.0)
         yield case(f"-inf, penalty = -1, V = {vocab}", z, b, penalty=-1.0)

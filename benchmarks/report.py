@@ -124,6 +124,28 @@ def requests(result: dict) -> str:
     )
 
 
+def start(result: dict) -> str:
+    """Seconds of a fresh process by what it does."""
+    rows = []
+    for case in result["cases"]:
+        seconds = case["seconds"]
+        until = sum(seconds[part] for part in ("import", "load", "first token"))
+        cells = [number(x) for x in (*seconds.values(), until)]
+        rows.append([f"{case['base']}, {case['dtype']}", *cells])
+    head = [
+        "SmolLM2-135M from",
+        "import",
+        "load",
+        "first token",
+        "the same again",
+        "all to the first",
+    ]
+    return (
+        f"Seconds; medians of {result['cases'][0]['rounds']} processes, files in the page cache. "
+        f"{source(result, 'transformers', 'peft')}.\n\n{table(head, rows)}"
+    )
+
+
 def plot(result: dict, path: Path) -> None:
     """GB/s of the operators against V, beside what reading the rows reaches, to an SVG."""
     import matplotlib
@@ -158,6 +180,7 @@ TABLES = (
     ("README.md", "operators", "cpu_operators", operators),
     ("README.md", "engine", "cpu_engine", engine),
     ("docs/performance.md", "requests", "cpu_engine", requests),
+    ("docs/performance.md", "start", "cpu_start", start),
     *quality_report.TABLES,
 )
 

@@ -12,11 +12,15 @@ import svd_engine
 from svd_engine.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = {"cpu_operators": "test_operators.py", "cpu_engine": "test_engine.py"}
+SUITES = {
+    "cpu_operators": "test_operators.py",
+    "cpu_start": "test_start.py",
+    "cpu_engine": "test_engine.py",
+}
 # Of the operators' grid. Its 256-row cases take more time than all others together:
 # `pytest benchmarks/test_operators.py` has them.
 USUAL = "not -256-"
-QUICK = "test_token or test_batch or host_overhead or 151936-1- or 151936-32-"
+QUICK = "test_token or test_start or test_batch or host_overhead or 151936-1- or 151936-32-"
 
 
 def measure(suite: str, cases: str) -> dict | None:

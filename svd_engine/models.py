@@ -1,5 +1,8 @@
 """Loading: base models, the embedded SmolLM2, adapters; errors say what to do."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,13 +56,29 @@ def load_base(
             **tokenizer_arguments,
         }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_arguments)
-        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        with _parsed_once() if tokenizer_arguments else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_arguments)
+            model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"base {str(name)!r} cannot be loaded: {error}") from error
     model.name_or_path = str(name)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Keep what gguf has parsed: transformers asks for the file three times, names per module."""
+    import gguf
+
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in originals.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(gguf, name, function)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:

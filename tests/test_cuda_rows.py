@@ -4,6 +4,7 @@ import cuda_device
 import pytest
 import torch
 from cuda_device import BF16, F16, F32, INF, NAN, POISON, assert_earned, logits, with_workspace
+from gpu_cases import impossible
 
 from svd_engine import cuda
 from svd_engine.kernels import reference
@@ -183,16 +184,7 @@ def test_alphas(alpha, penalty, device):
 
 @pytest.mark.parametrize("vocab", [4800, 4801])
 def test_minus_infinity(vocab, device):
-    z, b = logits(9, vocab, device)
-    z[0, :2048] = -INF  # the first tile
-    z[1, 2048:] = -INF  # all but the first
-    b[2, :4096] = -INF
-    z[3, 10:4700] = b[3, 10:4700] = -INF
-    b[4] = -INF  # no opinion at all
-    z[5], z[5, 4700] = -INF, -4.0  # one token
-    b[6, z[6].argmax()] = -INF
-    z[7, ::2], b[7, 1::2] = -INF, -INF
-    z[8, :-1] = b[8, :-1] = -INF
+    z, b = impossible(*logits(9, vocab, device), tile=2048)
     check(z, b, 3.0)
     check(z, b, 3.0, alpha=0.0, k=30)
     check(z[5:], b[5:], 3.0, k=2500)  # most of them removed

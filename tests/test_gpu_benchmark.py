@@ -6,6 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import gpu
+import gpu_cases
+import gpu_correctness
+import gpu_linear
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -13,15 +17,6 @@ SECTIONS = [
     "machine", "bandwidth", "correctness_cpu", "correctness_reference", "graph", "latency",
     "operators", "linear", "engine", "tiles", "sanitizer",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import gpu
-
-    yield gpu
-    sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,7 @@ def test_times_and_tokens(measured):
     assert not any("error" in case for case in sections["engine"]["cases"])
 
 
-def test_the_tables(measured, gpu):
+def test_the_tables(measured):
     output, result = measured
     text = gpu.table(result)
     titles = [line[4:] for line in text.splitlines() if line.startswith("### ")]
@@ -126,7 +121,7 @@ sys.exit(gpu.work(Path(path), names, sections, "cpu", True, float(end)))
 """
 
 
-def fate(gpu, tmp_path, end, names=("good", "raises", "dies", "hangs", "last")):
+def fate(tmp_path, end, names=("good", "raises", "dies", "hangs", "last")):
     script, path = tmp_path / "worker.py", tmp_path / "out.json"
     text = FATE.format(benchmarks=str(ROOT / "benchmarks"), hang=4)
     script.write_text(text, encoding="utf-8")
@@ -135,9 +130,9 @@ def fate(gpu, tmp_path, end, names=("good", "raises", "dies", "hangs", "last")):
     return {name: entry for name, entry in gpu.load(path)["sections"].items()}
 
 
-def test_a_section_that_fails_crashes_or_hangs_costs_only_itself(gpu, tmp_path, monkeypatch):
+def test_a_section_that_fails_crashes_or_hangs_costs_only_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 1.0)
-    entries = fate(gpu, tmp_path, time.time() + 100)
+    entries = fate(tmp_path, time.time() + 100)
     assert entries["good"]["result"] == {"answer": "nan"}
     assert "RuntimeError: the kernel said no" in entries["raises"]["error"]
     assert "exit code 139" in entries["dies"]["error"]
@@ -146,16 +141,13 @@ def test_a_section_that_fails_crashes_or_hangs_costs_only_itself(gpu, tmp_path, 
     assert entries["last"]["status"] == "ok" and entries["last"]["result"] == {"half": 1}
 
 
-def test_no_section_starts_when_the_time_is_over(gpu, tmp_path):
-    entries = fate(gpu, tmp_path, time.time(), ("good", "last"))
+def test_no_section_starts_when_the_time_is_over(tmp_path):
+    entries = fate(tmp_path, time.time(), ("good", "last"))
     assert [entry["skipped"] for entry in entries.values()] == ["time", "time"]
 
 
-def test_a_wrong_kernel_is_found(gpu, monkeypatch):
+def test_a_wrong_kernel_is_found(monkeypatch):
     """Each of these mistakes is one that the section must see."""
-    import gpu_cases
-    import gpu_correctness
-
     steer, sample = (gpu_cases.OPERATORS[name] for name in ("steer", "sample greedy"))
 
     def spoil(operator, change):
@@ -188,9 +180,7 @@ def test_a_wrong_kernel_is_found(gpu, monkeypatch):
                 pass
 
 
-def test_a_wrong_linear_is_found(gpu, tmp_path, monkeypatch):
-    import gpu_linear
-
+def test_a_wrong_linear_is_found(tmp_path, monkeypatch):
     right = gpu_linear._ours("cpu")
 
     def spoilt(*arguments):
@@ -205,14 +195,14 @@ def test_a_wrong_linear_is_found(gpu, tmp_path, monkeypatch):
     assert all("of what is allowed" in case["error"] for case in result["checked"])
 
 
-def test_without_a_cuda_device_the_command_says_so(gpu, monkeypatch):
+def test_without_a_cuda_device_the_command_says_so(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "RuntimeError: no NVIDIA driver\n")
     monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit, match=r"no NVIDIA driver\n--device cpu --quick"):
         gpu.main([])
 
 
-def test_only_names_sections(gpu, capsys):
+def test_only_names_sections(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--only", "nonsense"])
     assert "--only must begin one of machine" in capsys.readouterr().err

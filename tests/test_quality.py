@@ -1,41 +1,24 @@
 """The quality experiments on a tiny model: stored passes say what the operators say."""
 
 import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny import tiny_peft
 
+from benchmarks import (
+    quality_ablations,
+    quality_measure,
+    quality_objectives,
+    quality_plots,
+    quality_report,
+    quality_tasks,
+    quality_work,
+)
 from svd_engine import SteeredEngine, SteeringConfig, teacher
 from svd_engine.calibrate import Answers
 from svd_engine.evaluate.truthfulqa import Question
 from svd_engine.examples import encode
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def quality():
-    """The modules of the benchmark, which is no part of the package."""
-    sys.path.insert(0, str(ROOT))
-    from benchmarks import (
-        quality_ablations,
-        quality_measure,
-        quality_objectives,
-        quality_plots,
-        quality_report,
-        quality_tasks,
-        quality_work,
-    )
-
-    yield SimpleNamespace(
-        ablations=quality_ablations, measure=quality_measure, objectives=quality_objectives,
-        plots=quality_plots, report=quality_report, tasks=quality_tasks, work=quality_work,
-    )  # fmt: skip
-    sys.path.remove(str(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +26,7 @@ def engine():
     return SteeredEngine(tiny_peft(), pairing="paired")
 
 
-def part(quality, seed, count=6):
+def part(seed, count=6):
     """Questions whose answers are random tokens."""
     rng = np.random.default_rng(seed)
 
@@ -57,7 +40,7 @@ def part(quality, seed, count=6):
         }
         for _ in range(count)
     ]  # fmt: skip
-    made = quality.tasks.Part.__new__(quality.tasks.Part)
+    made = quality_tasks.Part.__new__(quality_tasks.Part)
     made.items = [
         Question(f"row {i}", f"q{i}", ["a", "b"], ["c", "d"], ["c", "d"]) for i in range(count)
     ]
@@ -66,17 +49,15 @@ def part(quality, seed, count=6):
 
 
 @pytest.fixture(scope="module")
-def made(quality, engine, tmp_path_factory):
+def made(engine, tmp_path_factory):
     """A task and its two passes."""
-    task = quality.tasks.Task(
-        "tiny", ("MC1", "MC2", "MC3", "average"), [], part(quality, 0), part(quality, 1)
-    )
+    task = quality_tasks.Task("tiny", ("MC1", "MC2", "MC3", "average"), [], part(0), part(1))
     folder = tmp_path_factory.mktemp("passes")
     passes = []
     for name in ("calibration", "test"):
         path = folder / f"{name}.pt"
-        quality.work._make(engine, getattr(task, name), path, name)
-        passes.append(quality.work._read(path))
+        quality_work._make(engine, getattr(task, name), path, name)
+        passes.append(quality_work._read(path))
     return task, *passes
 
 
@@ -84,36 +65,36 @@ def scored(engine, answers, strength, alpha, penalty=0.0):
     return teacher.score(engine.pair, answers.passages, SteeringConfig(strength, alpha), penalty)
 
 
-def test_a_pass_scores_as_the_operators_do(quality, engine, made):
+def test_a_pass_scores_as_the_operators_do(engine, made):
     task, _, test = made
     answers = task.test.answers
     kept = answers.scores(test.entries.at(0.1), -4.0)
     assert kept == pytest.approx(scored(engine, answers, -4.0, 0.1), rel=1e-4, abs=1e-4)
-    column = quality.work.WHOLE.index(-4.0)
+    column = quality_work.WHOLE.index(-4.0)
     whole = scored(engine, answers, -4.0, 0.0)
     assert test.whole[:, column].tolist() == pytest.approx(whole, rel=1e-4, abs=1e-4)
     # z + mu g at mu = 1 is the base alone, at mu = 0 the adapted model.
     totals = test.entries.totals(test.entries.base, len(answers.passages))
-    base, adapted = (test.raw[:, quality.work.RAW.index(mu)] for mu in (1.0, 0.0))
+    base, adapted = (test.raw[:, quality_work.RAW.index(mu)] for mu in (1.0, 0.0))
     assert base.tolist() == pytest.approx(totals.tolist(), rel=1e-4, abs=1e-4)
     assert adapted.tolist() == pytest.approx(answers.scores(test.entries, 0.0).tolist(), rel=1e-4)
 
 
-def test_the_penalty_is_the_operators(quality, engine, made, monkeypatch):
+def test_the_penalty_is_the_operators(engine, made, monkeypatch):
     task, _, test = made
-    monkeypatch.setattr(quality.ablations, "PENALTY", -3.0)
-    found = quality.ablations.penalised(task.test, test.entries.at(0.1), -2.0)
+    monkeypatch.setattr(quality_ablations, "PENALTY", -3.0)
+    found = quality_ablations.penalised(task.test, test.entries.at(0.1), -2.0)
     truth = scored(engine, task.test.answers, -2.0, 0.1, -3.0)
     assert found == pytest.approx(truth, rel=1e-4, abs=1e-4)
 
 
-def test_the_tables_take_what_is_measured(quality, made, tmp_path):
+def test_the_tables_take_what_is_measured(made, tmp_path):
     task, *passes = made
-    measure, report = quality.measure, quality.report
+    measure, report = quality_measure, quality_report
     case, models = measure.worth(task, *passes)
     case |= {
         "seed": 0, "method": "lora", "steps": 30, "task": "tiny", "batch_size": 4,
-        "objectives": quality.objectives.objectives(task, *passes),
+        "objectives": quality_objectives.objectives(task, *passes),
         "nll": measure.likelihood(task, *passes),
     }  # fmt: skip
     case = json.loads(json.dumps(case))
@@ -136,26 +117,26 @@ def test_the_tables_take_what_is_measured(quality, made, tmp_path):
         assert "LoRA" in form(main)
     assert "30" in report.steps(main)
     for cases, form in (
-        (quality.ablations.ablations(task, *passes), report.ablations),
-        (quality.ablations.sweep(task, *passes), report.alphas),
+        (quality_ablations.ablations(task, *passes), report.ablations),
+        (quality_ablations.sweep(task, *passes), report.alphas),
     ):
         text = form(about | {"cases": [{"method": "lora"} | case for case in cases]})
         assert text.count("\n| ") == len(cases) + 2
     for name in ("truthfulqa", "steps"):
         (tmp_path / f"quality_{name}.json").write_text(json.dumps(main))
-    assert len(quality.plots.draw(tmp_path)) == 3
+    assert len(quality_plots.draw(tmp_path)) == 3
 
 
-def test_a_larger_alpha_keeps_fewer_tokens(quality, made):
-    tokens = [case["tokens"] for case in quality.ablations.sweep(*made)]
+def test_a_larger_alpha_keeps_fewer_tokens(made):
+    tokens = [case["tokens"] for case in quality_ablations.sweep(*made)]
     assert tokens == sorted(tokens, reverse=True) and tokens[-1] >= 1
 
 
-def test_the_split_keeps_the_parts_apart(quality, monkeypatch, words):
-    if not (quality.tasks.DATA / "truthfulqa").is_dir():
+def test_the_split_keeps_the_parts_apart(monkeypatch, words):
+    if not (quality_tasks.DATA / "truthfulqa").is_dir():
         pytest.skip("the questions of TruthfulQA are not there")
-    monkeypatch.setattr(quality.tasks, "tokenizer", lambda: words)
-    task = quality.tasks.truthfulqa_split(quality.tasks.DATA, 1)
+    monkeypatch.setattr(quality_tasks, "tokenizer", lambda: words)
+    task = quality_tasks.truthfulqa_split(quality_tasks.DATA, 1)
     prompts = [
         {row["prompt"] for row in rows}
         for rows in (task.training, task.calibration.rows, task.test.rows)

@@ -1,18 +1,14 @@
 """The published tables say what the JSON says, and the JSON does not say whose computer it was."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import report, run
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-sys.path.insert(0, str(ROOT))  # report.py imports its neighbours
-report = SimpleNamespace(**runpy.run_path(str(FOLDER / "report.py")))
-run = SimpleNamespace(**runpy.run_path(str(FOLDER / "run.py")))
 
 ABOUT = {
     "machine": "Some CPU, 2 threads",
@@ -30,7 +26,11 @@ between
 <!-- /figures -->
 end
 """
-PERFORMANCE = "<!-- figures:requests -->\n<!-- /figures -->\n"
+PERFORMANCE = """<!-- figures:requests -->
+<!-- /figures -->
+<!-- figures:start -->
+<!-- /figures -->
+"""
 
 
 def operators():
@@ -72,12 +72,20 @@ def engine():
     return ABOUT | {"cases": cases}
 
 
+def start():
+    seconds = {"import": 3.5, "load": 7.0, "first token": 0.25, "again": 0.05}
+    return ABOUT | {
+        "cases": [{"base": "GGUF", "dtype": "bfloat16", "rounds": 5, "seconds": seconds}]
+    }
+
+
 @pytest.fixture
 def root(tmp_path):
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     (results / "cpu_operators.json").write_text(run.to_json(operators()))
     (results / "cpu_engine.json").write_text(run.to_json(engine()))
+    (results / "cpu_start.json").write_text(run.to_json(start()))
     (tmp_path / "README.md").write_text(README)
     markers = []
     for document, name, origin, _ in report.TABLES:
@@ -114,6 +122,12 @@ def test_the_requests_table():
     cells = " | ".join(f"{s / 1e3:.2f}" for s in (40, 38, 75, 51, 58, 133))
     assert f"| 8 + 512, float32 | {cells} |" in lines
     assert "538 MB of weights, each once, and 9.5 MB of KV cache" in lines[-1]
+
+
+def test_the_start_table():
+    lines = report.start(start()).splitlines()
+    assert lines[-1] == "| GGUF, bfloat16 | 3.50 | 7.00 | 0.25 | 0.05 | 10.8 |"
+    assert "medians of 5 processes" in lines[0]
 
 
 def test_the_readme_is_filled_once_and_then_passes_the_check(root):

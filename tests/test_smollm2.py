@@ -28,6 +28,15 @@ def engine(smollm2, tmp_path_factory):
     )
 
 
+def test_the_file_is_parsed_once(smollm2):
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader
+    with models._parsed_once():
+        file = str(models.smollm2_file())
+        assert gguf.GGUFReader(file) is gguf.GGUFReader(file)
+    assert gguf.GGUFReader is reader
+
+
 def test_tokens_equal_two_plain_passes(engine):
     completions = engine.generate(PROMPTS, max_new_tokens=32)
     for prompt, completion in zip(PROMPTS, completions, strict=True):

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from gpu_cases import impossible
 
 from svd_engine.kernels import launch, reference
 from svd_engine.kernels.triton_noise import gumbel_noise, random_bits
@@ -199,15 +200,7 @@ def test_ties_go_to_the_lowest_token(narrow):
 
 
 def test_minus_infinity(narrow):
-    z, b = logits(8, 150)
-    z[0, :64] = -INF  # the first tile
-    z[1, 64:] = -INF  # all but the first
-    b[2, :128] = -INF
-    z[3, 10:140] = b[3, 10:140] = -INF
-    b[4] = -INF  # no opinion at all
-    z[5], z[5, 140] = -INF, -4.0  # one token
-    b[6, z[6].argmax()] = -INF
-    z[7, ::2], b[7, 1::2] = -INF, -INF
+    z, b = impossible(*logits(9, 150), tile=64)
     check(z, b, 3.0)
     check(z, b, 3.0, alpha=0.0, temperature=1.0)
     check(z, b, 3.0, penalty=-1.0, temperature=1.0)
