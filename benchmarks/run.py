@@ -17,9 +17,6 @@ SUITES = {
     "cpu_start": "test_start.py",
     "cpu_engine": "test_engine.py",
 }
-# Of the operators' grid. Its 256-row cases take more time than all others together:
-# `pytest benchmarks/test_operators.py` has them.
-USUAL = "not -256-"
 QUICK = "test_token or test_start or test_batch or host_overhead or 151936-1- or 151936-32-"
 
 
@@ -78,7 +75,7 @@ def main() -> None:
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     versions["svd-engine"] = svd_engine.__version__
     for name, suite in SUITES.items():
-        measured = measure(suite, QUICK if quick else USUAL)
+        measured = measure(suite, QUICK if quick else "")
         if measured is None:
             print(f"{name}: nothing was measured; benchmarks/results/{name}.json is left as it is")
             continue
