@@ -1,6 +1,7 @@
 """The real model: a LoRA that PEFT trained, decoded token for token as by two plain passes."""
 
 import pytest
+import torch
 from tiny import assert_same_tokens, teacher_forced_two_pass
 
 from svd_engine import SteeredEngine, SteeringConfig, demo_task, models
@@ -28,13 +29,20 @@ def engine(smollm2, tmp_path_factory):
     )
 
 
-def test_the_file_is_parsed_once(smollm2):
+def test_the_file_is_parsed_once(smollm2, monkeypatch):
     gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader
-    with models._parsed_once():
-        file = str(models.smollm2_file())
-        assert gguf.GGUFReader(file) is gguf.GGUFReader(file)
-    assert gguf.GGUFReader is reader
+    reader, read = gguf.GGUFReader, []
+
+    def counted(path):
+        read.append(path)
+        return reader(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counted)
+    again, tokenizer = models.load_base(models.SMOLLM2, dtype=torch.float32)
+    assert len(read) == 1 and gguf.GGUFReader is counted
+    assert tokenizer(PROMPTS[0]).input_ids == smollm2[1](PROMPTS[0]).input_ids
+    pairs = zip(again.parameters(), smollm2[0].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_tokens_equal_two_plain_passes(engine):
