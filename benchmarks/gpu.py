@@ -62,7 +62,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def save(path: Path, result: Mapping[str, Any]) -> None:
     """Whole or not at all; a line for each record, so that a new run is a readable diff."""
-    write_text = import_module("svd_engine.files").write_text
+    write_text = import_module("svd_engine.utils.files").write_text
     write_text(path, dump(tidy(result)) + "\n")
 
 

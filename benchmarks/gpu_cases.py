@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svd_engine import dispatch, ops
+from svd_engine import ops
+from svd_engine.ops import dispatch
 
 INF, NAN = math.inf, math.nan
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

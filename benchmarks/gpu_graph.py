@@ -15,7 +15,7 @@ from gpu_cases import BF16, INF, OPERATORS, Options, absent, logits, options
 from gpu_measure import capture
 from torch import Tensor
 
-from svd_engine import dispatch
+from svd_engine.ops import dispatch
 
 VOCAB = 50257
 

@@ -8,11 +8,10 @@ import torch
 from gpu import Run, words
 from gpu_cases import BF16
 from gpu_measure import Call, per_call, sets
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
 
-from svd_engine import skinny
 from svd_engine.kernels import reference
+from svd_engine.model.layers import linear
 
 # model -> matrices -> outputs, inputs
 MODELS = {
@@ -88,7 +87,7 @@ class Matrix:
             raise RuntimeError(f"the error is {worst:.3g} of what is allowed")
         return worst
 
-    def _error(self, got: Tensor, low_rank: skinny.LowRank | tuple[None, ...], first: int) -> float:
+    def _error(self, got: Tensor, low_rank: linear.LowRank | tuple[None, ...], first: int) -> float:
         down, up, _ = low_rank
         worst = 0.0
         for start in range(0, got.shape[1], CHUNK):
@@ -116,7 +115,7 @@ class Matrix:
         if name == "ours, LoRA":
             return [partial(self.ours, x, w, None, *low, first, out) for w, low in pairs]
         if name == "torch":
-            return [partial(linear, x, w) for w, _ in pairs]
+            return [partial(nn.functional.linear, x, w) for w, _ in pairs]
         return [partial(_torch_lora, x, w, low, first) for w, low in pairs]
 
     def times(self, name: str, rows: int) -> dict[str, Any]:
@@ -125,12 +124,12 @@ class Matrix:
         return {"us": seconds * 1e6, "GB/s": self.size / seconds / 1e9}
 
 
-def _float32(low_rank: skinny.LowRank) -> tuple[Tensor, Tensor, None]:
+def _float32(low_rank: linear.LowRank) -> tuple[Tensor, Tensor, None]:
     return low_rank[0].float(), low_rank[1].float(), None
 
 
-def _torch_lora(x: Tensor, weight: Tensor, low_rank: skinny.LowRank, first: int) -> Tensor:
-    return skinny.add_low_rank(linear(x, weight), x, low_rank, first)
+def _torch_lora(x: Tensor, weight: Tensor, low_rank: linear.LowRank, first: int) -> Tensor:
+    return linear.add_low_rank(nn.functional.linear(x, weight), x, low_rank, first)
 
 
 def section(run: Run) -> dict[str, Any]:

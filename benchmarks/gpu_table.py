@@ -201,7 +201,7 @@ def _engine(found: Mapping[str, Any]) -> list[Table]:
     equal = [[what, short(said, 200)] for what, said in result.get("tokens equal", {}).items()]
     return [
         Table("The engine, bfloat16", head, rows),
-        Table("Paired, sequential and single decoding draw the same tokens", ["", ""], equal),
+        Table("PairedRunner, sequential and single decoding draw the same tokens", ["", ""], equal),
     ]
 
 

@@ -28,7 +28,7 @@ from benchmarks.quality_tasks import DATA, Task, commonsense_split, truthfulqa_s
 from benchmarks.quality_work import Pass, adapter, passes
 from benchmarks.run import to_json
 from benchmarks.test_operators import machine
-from svd_engine.files import write_text
+from svd_engine.utils.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("lora", "ia3", "prompt", "prefix")

@@ -9,7 +9,7 @@ from benchmarks.quality_measure import OBJECTIVE, PER_TOKEN, Table, at, calibrat
 from benchmarks.quality_objectives import grid
 from benchmarks.quality_tasks import Part, Task
 from benchmarks.quality_work import RAW, WHOLE, Pass
-from svd_engine.supports import Supports
+from svd_engine.calibration.support_stats import SupportStats
 
 PENALTY = -1000.0  # the paper's lambda in its code
 ALPHA = 0.1  # the paper's
@@ -61,7 +61,7 @@ def sweep(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
     return found
 
 
-def penalised(part: Part, entries: Supports, mu: float) -> Table:
+def penalised(part: Part, entries: SupportStats, mu: float) -> Table:
     """log P of every passage where tokens off the support get |mu| PENALTY (14)."""
     count = len(entries.adapted)
 

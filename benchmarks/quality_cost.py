@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality_tasks import Rows, tokenizer, truthfulqa_split
-from svd_engine import models, teacher
-from svd_engine.calibrate import calibrate
+from svd_engine import loading
+from svd_engine.calibration.calibrate import calibrate
+from svd_engine.calibration.objectives import Answers
+from svd_engine.data.examples import encode
 from svd_engine.engine import SteeredEngine
-from svd_engine.examples import encode
-from svd_engine.files import write_text
-from svd_engine.objectives import Answers
+from svd_engine.generation import scoring
+from svd_engine.utils.files import write_text
 
 QUESTIONS = 100
 TOKENS, ROUNDS = 1000, 5  # answer tokens of `overhead`, and how often it is timed
@@ -37,7 +38,7 @@ def cost(data: Path, adapter: Path) -> list[dict[str, Any]]:
                 shutil.copy(path, folder)
         rows = task.calibration.rows[:QUESTIONS]
         write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        command = [sys.executable, "-m", "svd_engine.cli"]
+        command = [sys.executable, "-m", "svd_engine.cli.main"]
         runs = {
             "load both models": [sys.executable, "-c", LOAD, name],
             f"calibrate, {QUESTIONS} questions": [
@@ -53,14 +54,14 @@ def cost(data: Path, adapter: Path) -> list[dict[str, Any]]:
 
 def overhead(adapter: Path, rows: Rows) -> dict[str, float]:
     """Seconds of the forward passes over `TOKENS` answer tokens, and of calibration with them."""
-    engine = SteeredEngine.from_pretrained(models.SMOLLM2, adapter, dtype="bfloat16")
+    engine = SteeredEngine.from_pretrained(loading.SMOLLM2, adapter, dtype="bfloat16")
     examples = encode(rows, tokenizer())
     tokens = np.cumsum([sum(map(len, (e.completion, *e.accepted, *e.rejected))) for e in examples])
     examples = examples[: int(np.searchsorted(tokens, TOKENS)) + 1]
     passages = Answers(examples).passages
 
     def forward() -> None:
-        for _ in teacher.predictions(engine.pair, passages):
+        for _ in scoring.predictions(engine.pair, passages):
             pass
 
     def timed(work: Callable[[], Any]) -> float:

@@ -8,12 +8,12 @@ from tqdm.auto import tqdm
 
 from benchmarks.quality_measure import summary
 from benchmarks.quality_tasks import Task
-from svd_engine import models
-from svd_engine.calibration_report import CalibrationReport
+from svd_engine import loading
+from svd_engine.calibration.report import CalibrationReport
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.commonsense import GENERATION_METRICS
 from svd_engine.evaluate.journal import Journal
-from svd_engine.steering import SteeringConfig
+from svd_engine.steering_config import SteeringConfig
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -26,7 +26,7 @@ PROBLEMS, TOKENS, BATCH = 100, 8, 20  # "the correct answer is answer1" is 7 tok
 
 def decoding(task: Task, folder: Path, report: CalibrationReport) -> list[dict[str, Any]]:
     """Accuracy by generation on the first problems of the test, a case a strategy."""
-    engine = SteeredEngine.from_pretrained(models.SMOLLM2, folder, dtype="bfloat16")
+    engine = SteeredEngine.from_pretrained(loading.SMOLLM2, folder, dtype="bfloat16")
     engine.steering = SteeringConfig(report.strength, alpha=report.alpha)
     items, passages = task.test.items[:PROBLEMS], task.test.answers
     prompts = [passages.passages[right[0]].prompt for right in passages.right[:PROBLEMS]]

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from benchmarks.quality_tasks import Part, Task
 from benchmarks.quality_work import Pass
-from svd_engine import intervals
-from svd_engine.calibrate import fit
-from svd_engine.calibration_report import CalibrationReport
-from svd_engine.estimators import BRACKET, GRID
-from svd_engine.supports import Supports
+from svd_engine.calibration.calibrate import fit
+from svd_engine.calibration.estimators import BRACKET, GRID
+from svd_engine.calibration.report import CalibrationReport
+from svd_engine.calibration.support_stats import SupportStats
+from svd_engine.utils import bootstrap
 
 ALPHAS = (0.01, 0.1, 0.3)  # what a calibration chooses from
 OBJECTIVE, PER_TOKEN = "ranking", True  # what the results are calibrated on
@@ -20,14 +20,14 @@ CURVE = [float(mu) for mu in GRID[::4]]
 Table = NDArray[np.float64]
 
 
-def at(part: Part, entries: Supports, strength: float) -> Table:
+def at(part: Part, entries: SupportStats, strength: float) -> Table:
     """The figures of every question at a strength, `[questions, columns]`."""
     return part.figures(part.answers.scores(entries, strength))
 
 
 def summary(columns: tuple[str, ...], values: Table) -> dict[str, dict[str, float]]:
     """Mean and 95 % bootstrap interval over questions of every column."""
-    spans = intervals.of_means(values)
+    spans = bootstrap.of_means(values)
     return {
         name: {"mean": float(mean), "low": float(low), "high": float(high)}
         for name, mean, (low, high) in zip(columns, values.mean(0), spans, strict=True)

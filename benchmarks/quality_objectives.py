@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks.quality_measure import ALPHAS, Table, at, summary
 from benchmarks.quality_tasks import Part, Task
 from benchmarks.quality_work import Pass
-from svd_engine.candidates import Candidate, held_out
-from svd_engine.supports import Supports
+from svd_engine.calibration.cross_validation import AlphaFit, held_out
+from svd_engine.calibration.support_stats import SupportStats
 
 # (objective, length-normalised, steered by the projection)
 OBJECTIVES = (
@@ -31,7 +31,7 @@ def objectives(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]
     cases = []
     for objective, per_token, projection in OBJECTIVES:
         candidates = [
-            Candidate(
+            AlphaFit(
                 alpha, part.answers, kept(calibration, alpha, projection), objective, per_token,
                 "exact", "gauss-newton",
             )
@@ -53,7 +53,7 @@ def objectives(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]
     return cases
 
 
-def kept(made: Pass, alpha: float, projection: bool) -> Supports:
+def kept(made: Pass, alpha: float, projection: bool) -> SupportStats:
     entries = made.entries.at(alpha)
     return entries if projection else entries.unprojected()
 

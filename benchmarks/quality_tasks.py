@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from svd_engine import models
-from svd_engine.calibrate import Answers
+from svd_engine import loading
+from svd_engine.calibration.calibrate import Answers
+from svd_engine.data.examples import encode
 from svd_engine.evaluate import commonsense, truthfulqa, truthfulqa_files
-from svd_engine.examples import encode
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRUTHFULQA_CALIBRATION = 250  # questions; a warm start of 30 steps uses a third of the rest
@@ -31,7 +31,7 @@ class Item(Protocol):
 
 @cache
 def tokenizer() -> PreTrainedTokenizerBase:
-    return models.load_base(models.SMOLLM2)[1]
+    return loading.load_base(loading.SMOLLM2)[1]
 
 
 class Part:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality_tasks import Part, Task
-from svd_engine import models, supports, teacher
+from svd_engine import loading
+from svd_engine.calibration import support_stats
 from svd_engine.engine import SteeredEngine
-from svd_engine.warm_start import warm_start
+from svd_engine.generation import scoring
+from svd_engine.training.warm_start import warm_start
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "quality"
@@ -26,7 +28,7 @@ WHOLE = (-64.0, -48.0, -32.0, -24.0, -16.0, -12.0, -8.0, -4.0, -2.0, 0.0, 2.0, 4
 class Pass:
     """What one pass of both models over all answers of some questions leaves."""
 
-    entries: supports.Supports  # at ALPHA
+    entries: support_stats.SupportStats  # at ALPHA
     raw: Tensor  # log P of each answer under z + mu g, the gradient itself, [answers, RAW]
     whole: Tensor  # log P of each answer under z + mu delta, no mask, [answers, WHOLE]
 
@@ -35,7 +37,7 @@ def adapter(task: Task, method: str, steps: int, **training: Any) -> Path:
     """The folder of a warm start of smollm2 in bfloat16, trained unless it is there."""
     folder = RUNS / task.name / f"{method}-{steps}"
     if not folder.is_dir():
-        base, tokenizer = models.load_base(models.SMOLLM2, dtype="bfloat16")
+        base, tokenizer = loading.load_base(loading.SMOLLM2, dtype="bfloat16")
         warm_start(
             base, tokenizer, task.training, folder, method=method, steps=steps,
             learning_rate="auto", **training,
@@ -48,7 +50,7 @@ def passes(task: Task, folder: Path) -> tuple[Pass, Pass]:
     parts = {"calibration": task.calibration, "test": task.test}
     missing = [name for name in parts if not (folder / f"{name}.pt").is_file()]
     if missing:
-        engine = SteeredEngine.from_pretrained(models.SMOLLM2, folder, dtype=task.dtype)
+        engine = SteeredEngine.from_pretrained(loading.SMOLLM2, folder, dtype=task.dtype)
         for name in missing:
             _make(engine, parts[name], folder / f"{name}.pt", f"{folder.name}, {name}")
     calibration, test = (_read(folder / f"{name}.pt") for name in parts)
@@ -60,12 +62,12 @@ def _make(engine: SteeredEngine, part: Part, path: Path, words: str) -> None:
     raw = torch.zeros(len(passages), len(RAW), dtype=torch.float64)
     whole = torch.zeros(len(passages), len(WHOLE), dtype=torch.float64)
 
-    def seen() -> Iterator[teacher.Predictions]:
-        for predicted in teacher.predictions(engine.pair, passages, words):
+    def seen() -> Iterator[scoring.Predictions]:
+        for predicted in scoring.predictions(engine.pair, passages, words):
             _add(raw, whole, *predicted)
             yield predicted
 
-    entries = supports.gather(seen(), ALPHA)
+    entries = support_stats.gather(seen(), ALPHA)
     kept = {field.name: _narrow(getattr(entries, field.name)) for field in fields(entries)}
     partial = path.with_suffix(".partial")
     torch.save(dict(entries=kept, raw=raw, whole=whole), partial)
@@ -75,7 +77,7 @@ def _make(engine: SteeredEngine, part: Part, path: Path, words: str) -> None:
 def _read(path: Path) -> Pass:
     found = torch.load(path)
     entries = {name: _wide(values) for name, values in found["entries"].items()}
-    return Pass(supports.Supports(**entries), found["raw"], found["whole"])
+    return Pass(support_stats.SupportStats(**entries), found["raw"], found["whole"])
 
 
 @torch.inference_mode()
@@ -86,7 +88,7 @@ def _add(
 
     The gradient is g = -(log p - log q + 1), so z + mu g is (1 - mu) z + mu b up to a constant.
     """
-    for rows in torch.arange(len(target)).split(supports.BLOCK):
+    for rows in torch.arange(len(target)).split(support_stats.BLOCK):
         z, b, y = logits[0][rows].float(), logits[-1][rows].float(), target[rows, None]
         d = z - b
         p = z.softmax(-1)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import svd_engine
-from svd_engine.files import write_text
+from svd_engine.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = {

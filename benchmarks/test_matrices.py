@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from svd_engine import native, skinny
+from svd_engine.model.layers import linear
+from svd_engine.ops import cpu
 
 HIDDEN, INNER, KEYS, VOCAB, LAYERS, RANK = 576, 1536, 192, 49152, 30, 8
 LAYER = [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN), (HIDDEN, HIDDEN)]
@@ -28,7 +29,7 @@ ROUNDS = 10
 @cache
 def machine():
     name, threads = cpuinfo.get_cpu_info().get("brand_raw", "CPU"), torch.get_num_threads()
-    return f"{name}, {threads} threads, {native.capability()}, torch {torch.__version__}"
+    return f"{name}, {threads} threads, {cpu.capability()}, torch {torch.__version__}"
 
 
 @cache
@@ -46,14 +47,14 @@ def model(dtype):
 def step(name, layers, x, first):
     """Every linear of a decode step, and the result of the last."""
     adapter = name.endswith("paired")
-    linear = skinny._composed if name.startswith("pytorch") else skinny.linear
+    product = linear._composed if name.startswith("pytorch") else linear.few_rows_linear
     for weight, low_rank in layers:
         if name == "read":
             out = weight.view(torch.float32).sum(-1)
         elif name == "pytorch":
             out = nn.functional.linear(x[weight.shape[1]], weight)
         else:
-            out = linear(x[weight.shape[1]], weight, None, low_rank if adapter else None, first)
+            out = product(x[weight.shape[1]], weight, None, low_rank if adapter else None, first)
     return out
 
 
@@ -73,7 +74,7 @@ def inputs(rows, dtype):
     return {size: torch.randn(rows, size).to(DTYPES[dtype]) for size in (HIDDEN, INNER)}
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("name", ["read", "pytorch", "skinny", "pytorch paired", "skinny paired"])
 @pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,8 +16,9 @@ import pytest
 import torch
 from baselines import ALPHA, STRENGTH, cancelled, eager
 
-from svd_engine import dispatch, native, ops
+from svd_engine import ops
 from svd_engine.kernels import reference
+from svd_engine.ops import cpu, dispatch
 
 INF = math.inf
 VOCABS = [49152, 128256, 151936]
@@ -34,7 +35,7 @@ def compiled():
 @cache
 def machine():
     name, threads = cpuinfo.get_cpu_info().get("brand_raw", "CPU"), torch.get_num_threads()
-    return f"{name}, {threads} threads, {native.capability()}, torch {torch.__version__}"
+    return f"{name}, {threads} threads, {cpu.capability()}, torch {torch.__version__}"
 
 
 @cache
@@ -51,11 +52,11 @@ def operators(adapted, base, wanted=""):
     token, logprob = torch.empty(len(adapted), dtype=torch.int64), torch.empty(len(adapted))
 
     def steer():
-        native.steer(adapted, base, STRENGTH, ALPHA, -INF, out)
+        cpu.steer(adapted, base, STRENGTH, ALPHA, -INF, out)
         return out
 
     def sample():
-        native.sample(adapted, base, STRENGTH, ALPHA, -INF, 0.0, 0, 0, token, logprob)
+        cpu.sample(adapted, base, STRENGTH, ALPHA, -INF, 0.0, 0, 0, token, logprob)
         return token
 
     n, k = len(adapted), 5
@@ -72,15 +73,15 @@ def operators(adapted, base, wanted=""):
         "steer": (steer, 3),
         "sample": (sample, 2),
         "sample_cut": (
-            returning(token, native.sample_cut, STRENGTH, *mask, *draw, token, logprob), 2,
+            returning(token, cpu.sample_cut, STRENGTH, *mask, *draw, token, logprob), 2,
         ),
-        "topk": (returning(best, native.topk, STRENGTH, k, *mask, best, tokens), 2),
-        "score": (returning(logprob, native.score, target, STRENGTH, *mask, logprob), 2),
+        "topk": (returning(best, cpu.topk, STRENGTH, k, *mask, best, tokens), 2),
+        "score": (returning(logprob, cpu.score, target, STRENGTH, *mask, logprob), 2),
         "project_strength": (
-            returning(terms[0], native.project_strength, target, ALPHA, *terms), 2,
+            returning(terms[0], cpu.project_strength, target, ALPHA, *terms), 2,
         ),
-        "divergence": (returning(logprob, native.divergence, logprob), 2),
-        "steering_vector": (returning(delta, native.steering_vector, delta), 3),
+        "divergence": (returning(logprob, cpu.divergence, logprob), 2),
+        "steering_vector": (returning(delta, cpu.steering_vector, delta), 3),
         "eager": (lambda: eager(adapted, base), 3),
         "compiled": (partial(compiled(), adapted, base), 3),
         "read": (lambda: (adapted.sum(-1), base.sum(-1)), 2),
@@ -116,7 +117,7 @@ def check(name, result, adapted, base):
     torch.testing.assert_close(result[few].double(), truth, rtol=rtol, atol=1e-5)
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -135,7 +136,7 @@ def test_operator(benchmark, name, n, vocab, dtype):
         benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.min / 1e9, 1)
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("name", ["steer", "sample", "ops.steer", "ops.sample"])
 def test_host_overhead(benchmark, name):
     """A call on one row of 8 tokens: what is left is the way into C++, or all of a checked call."""

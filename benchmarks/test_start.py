@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_engine import ADAPTERS, TEXT, machine, pytestmark, random_adapter
 
-from svd_engine import models
+from svd_engine import loading
 
 __all__ = ["pytestmark"]
 PARTS = ("import", "load", "first token", "again")
@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
     """dtype -> a folder with the model in safetensors; and "adapter"."""
     made = {}
     for dtype in ("float32", "bfloat16"):
-        base, tokenizer = models.load_base(models.SMOLLM2, dtype=getattr(torch, dtype))
+        base, tokenizer = loading.load_base(loading.SMOLLM2, dtype=getattr(torch, dtype))
         made[dtype] = tmp_path_factory.mktemp(dtype)
         base.save_pretrained(made[dtype])
         tokenizer.save_pretrained(made[dtype])
@@ -57,7 +57,7 @@ def test_start(benchmark, folders, base, dtype):
     seconds = []
 
     def start():
-        where = models.SMOLLM2 if base == "GGUF" else folders[dtype]
+        where = loading.SMOLLM2 if base == "GGUF" else folders[dtype]
         command = [sys.executable, "-c", PROCESS, where, folders["adapter"], dtype, TEXT]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(json.loads(ran.stdout))

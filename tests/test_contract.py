@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svd_engine import dispatch, ops
+from svd_engine import ops
 from svd_engine.kernels import reference
+from svd_engine.ops import dispatch
 
 INF, NAN = math.inf, math.nan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

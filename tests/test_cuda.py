@@ -1,13 +1,23 @@
 """steer and sample of the CUDA C++ kernels against the reference in float64."""
 
-import cuda_device
 import pytest
 import torch
-from cuda_device import BF16, F16, F32, INF, NAN, POISON, assert_earned, logits, with_workspace
 from gpu_cases import impossible
 
-from svd_engine import cuda
 from svd_engine.kernels import reference
+from svd_engine.ops import cuda
+from tests import cuda_device
+from tests.cuda_device import (
+    BF16,
+    F16,
+    F32,
+    INF,
+    NAN,
+    POISON,
+    assert_earned,
+    logits,
+    with_workspace,
+)
 
 device, emulated = cuda_device.device, cuda_device.emulated  # fixtures
 

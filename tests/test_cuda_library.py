@@ -11,10 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_device import BF16, INF, SOURCES, compiled, logits, needs_gpu, needs_library, needs_nvcc
 
-from svd_engine import cuda, dispatch
 from svd_engine.kernels import reference
+from svd_engine.ops import cuda, dispatch
+from tests.cuda_device import (
+    BF16,
+    INF,
+    SOURCES,
+    compiled,
+    logits,
+    needs_gpu,
+    needs_library,
+    needs_nvcc,
+)
 
 # 65536 registers: 6 blocks of 128 threads and more, and 3 of 256.
 REGISTERS = 80
@@ -114,7 +123,7 @@ def test_says_why_it_is_unavailable(monkeypatch, tmp_path):
         return cuda.unavailable()
 
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "__file__", str(tmp_path / "cuda.py"))
+        patch.setattr(cuda, "__file__", str(tmp_path / "ops" / "cuda.py"))
         assert "not built" in reload()
         (tmp_path / "_cuda.abi3.so").write_bytes(b"no library")
         assert "_cuda.abi3.so failed to load" in reload()
@@ -139,7 +148,7 @@ def test_it_is_the_second_choice_on_a_cuda_device(monkeypatch):
 @needs_library
 def test_every_kernel_is_there_without_spills():
     cuobjdump, environment = find_cuobjdump()
-    library = next(Path(cuda.__file__).parent.glob("_cuda*.so"))
+    library = next(Path(cuda.__file__).parents[1].glob("_cuda*.so"))
     command = [cuobjdump, "-res-usage", library]
     usage = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     kernels = {}
@@ -160,7 +169,7 @@ def test_every_kernel_is_there_without_spills():
 @needs_library
 def test_rows_are_read_16_bytes_at_a_time():
     cuobjdump, environment = find_cuobjdump()
-    library = next(Path(cuda.__file__).parent.glob("_cuda*.so"))
+    library = next(Path(cuda.__file__).parents[1].glob("_cuda*.so"))
     command = [cuobjdump, "-sass", "-arch", "sm_90", library]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     functions = done.stdout.split("Function : ")[1:]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_peft
+
+from tests.tiny import tiny_peft
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

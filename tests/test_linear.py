@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from svd_engine import linear, ops
+from svd_engine import ops
+from svd_engine.ops import hidden_states
 
 N, H, V = 150, 16, 400
 
@@ -45,7 +46,7 @@ def both(hidden, head):
 @pytest.mark.parametrize("rows_at_once", [1, 64, 1000])
 @pytest.mark.parametrize("head", HEADS)
 def test_equal_to_the_operators_on_logits(hidden, head, rows_at_once, monkeypatch):
-    monkeypatch.setattr(linear, "CHUNK_BYTES", rows_at_once * 2 * V * 4)
+    monkeypatch.setattr(hidden_states, "CHUNK_BYTES", rows_at_once * 2 * V * 4)
     for got, truth in both(hidden, HEADS[head](hidden[2])):
         torch.testing.assert_close(got, truth, atol=1e-4, rtol=1e-4)
 
@@ -54,7 +55,7 @@ def test_logits_of_few_rows_are_held_at_once(hidden, monkeypatch):
     sizes = []
     logits = ops.Head.logits
     monkeypatch.setattr(ops.Head, "logits", lambda head, x: sizes.append(len(x)) or logits(head, x))
-    monkeypatch.setattr(linear, "CHUNK_BYTES", 10 * 2 * V * 4)
+    monkeypatch.setattr(hidden_states, "CHUNK_BYTES", 10 * 2 * V * 4)
     adapted, base, weight, target, _ = hidden
     ops.linear_score(adapted, base, weight, target, 1.0)
     assert max(sizes) == 10 and sum(sizes) == 2 * N

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from svd_engine import native
 from svd_engine.kernels import reference
+from svd_engine.ops import cpu
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 INF, NAN = float("inf"), float("nan")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -22,13 +22,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=native.CAPABILITIES[:3])  # the next differs in linear layers alone
+@pytest.fixture(params=cpu.CAPABILITIES[:3])  # the next differs in linear layers alone
 def each_capability(request):
-    best = native.capability()
-    if native.capability(request.param) != request.param:
+    best = cpu.capability()
+    if cpu.capability(request.param) != request.param:
         pytest.skip(f"no {request.param} here")
     yield
-    native.capability(best)
+    cpu.capability(best)
 
 
 def logits(n, vocab, seed=0, scale=3.0):
@@ -40,7 +40,7 @@ def logits(n, vocab, seed=0, scale=3.0):
 
 def steer(adapted, base, strength=3.0, alpha=0.1, penalty=-INF, dtype=None):
     out = torch.full(adapted.shape, NAN, dtype=dtype or adapted.dtype)
-    native.steer(adapted, base, strength, alpha, penalty, out)
+    cpu.steer(adapted, base, strength, alpha, penalty, out)
     return out
 
 
@@ -49,9 +49,7 @@ def sample(
 ):
     token = torch.full(adapted.shape[:1], -7)
     logprob = torch.full(adapted.shape[:1], 7.0)
-    native.sample(
-        adapted, base, strength, alpha, penalty, temperature, seed, position, token, logprob
-    )
+    cpu.sample(adapted, base, strength, alpha, penalty, temperature, seed, position, token, logprob)
     return token, logprob
 
 
@@ -224,11 +222,11 @@ def test_layouts():
     assert torch.equal(steer(adapted.flip(0), base.flip(0)).flip(0), want)
 
     padded = torch.full((4, 1100), 7.0)
-    native.steer(adapted, base, 3.0, 0.1, -INF, padded[:, 5:1008])
+    cpu.steer(adapted, base, 3.0, 0.1, -INF, padded[:, 5:1008])
     assert torch.equal(padded[:, 5:1008], want)
     assert (padded[:, :5] == 7).all() and (padded[:, 1008:] == 7).all()
     slots = torch.full((4, 2), -9)
-    native.sample(adapted, base, 3.0, 0.1, -INF, 0.0, 0, 0, slots[:, 1], torch.empty(4))
+    cpu.sample(adapted, base, 3.0, 0.1, -INF, 0.0, 0, 0, slots[:, 1], torch.empty(4))
     assert (slots[:, 0] == -9).all() and torch.equal(slots[:, 1], want.argmax(-1))
 
 
@@ -238,7 +236,7 @@ def test_in_place(penalty):
     want = steer(adapted, base, penalty=penalty)
     for out in (adapted.clone(), base.clone()):
         rows = (out, base) if torch.equal(out, adapted) else (adapted, out)
-        native.steer(*rows, 3.0, 0.1, penalty, out)
+        cpu.steer(*rows, 3.0, 0.1, penalty, out)
         assert torch.equal(out, want)
 
 
@@ -268,7 +266,7 @@ def test_offsets_are_64_bit():
     want = steer(adapted, base)
     assert torch.equal(steer(far, base), want)
     assert torch.equal(sample(far, base)[0], sample(adapted, base)[0])
-    native.steer(far, base, 3.0, 0.1, -INF, far)
+    cpu.steer(far, base, 3.0, 0.1, -INF, far)
     assert torch.equal(far, want)
 
 
@@ -324,24 +322,24 @@ def test_wrong_arguments_raise():
     adapted, base = logits(2, 10)
     for rows in ((adapted[0], base[0]), (adapted, base[:, :9]), (adapted.double(), base.double())):
         with pytest.raises(RuntimeError):
-            native.steer(*rows, 1.0, 0.1, -INF, torch.empty(2, 10))
+            cpu.steer(*rows, 1.0, 0.1, -INF, torch.empty(2, 10))
     with pytest.raises(RuntimeError):
-        native.steer(adapted.t(), base.t(), 1.0, 0.1, -INF, torch.empty(10, 2))
+        cpu.steer(adapted.t(), base.t(), 1.0, 0.1, -INF, torch.empty(10, 2))
     with pytest.raises(RuntimeError):
-        native.steer(adapted, base, torch.ones(3), 0.1, -INF, torch.empty(2, 10))
+        cpu.steer(adapted, base, torch.ones(3), 0.1, -INF, torch.empty(2, 10))
 
 
 def test_says_why_it_is_unavailable(monkeypatch, tmp_path):
     def reload():
-        native._load.cache_clear()
-        native._ops.cache_clear()
-        return native.unavailable()
+        cpu._load.cache_clear()
+        cpu._ops.cache_clear()
+        return cpu.unavailable()
 
     with monkeypatch.context() as patch:
-        patch.setattr(native, "__file__", str(tmp_path / "native.py"))
+        patch.setattr(cpu, "__file__", str(tmp_path / "ops" / "cpu.py"))
         assert "not built" in reload()
         (tmp_path / "_native.abi3.so").write_bytes(b"no library")
         assert "_native.abi3.so failed to load" in reload()
         with pytest.raises(RuntimeError, match="failed to load"):
-            native.capability()
+            cpu.capability()
     assert reload() is None

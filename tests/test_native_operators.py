@@ -1,14 +1,14 @@
 """The C++ CPU kernels against the reference in float64: all but `steer` and `sample`."""
 
 import pytest
-import test_native
 import torch
-from test_native import BF16, F16, F32, INF, NAN, VOCABS, logits, steer
 
-from svd_engine import native
 from svd_engine.kernels import reference
+from svd_engine.ops import cpu
+from tests import test_native
+from tests.test_native import BF16, F16, F32, INF, NAN, VOCABS, logits, steer
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 one_thread, each_capability = test_native.one_thread, test_native.each_capability  # fixtures
 
@@ -22,32 +22,32 @@ def poisoned(*shape, dtype=F32):
 
 def steering_vector(adapted, base, dtype=F32):
     out = poisoned(*adapted.shape, dtype=dtype)
-    native.steering_vector(adapted, base, out)
+    cpu.steering_vector(adapted, base, out)
     return out
 
 
 def topk(adapted, base, strength=3.0, k=5, alpha=0.1, penalty=-INF):
     shape = len(adapted), min(k, adapted.shape[1])
     out = poisoned(*shape), poisoned(*shape, dtype=torch.int64)
-    native.topk(adapted, base, strength, shape[1], alpha, penalty, *out)
+    cpu.topk(adapted, base, strength, shape[1], alpha, penalty, *out)
     return out
 
 
 def score(adapted, base, target, strength=3.0, alpha=0.1, penalty=-INF):
     out = poisoned(len(adapted))
-    native.score(adapted, base, target, strength, alpha, penalty, out)
+    cpu.score(adapted, base, target, strength, alpha, penalty, out)
     return out
 
 
 def project_strength(adapted, base, target, alpha=0.1):
     out = *(poisoned(len(adapted)) for _ in range(3)), poisoned(len(adapted), dtype=torch.bool)
-    native.project_strength(adapted, base, target, alpha, *out)
+    cpu.project_strength(adapted, base, target, alpha, *out)
     return out
 
 
 def divergence(adapted, base):
     out = poisoned(len(adapted))
-    native.divergence(adapted, base, out)
+    cpu.divergence(adapted, base, out)
     return out
 
 
@@ -56,7 +56,7 @@ def sample_cut(
     min_p=0.0, seed=0, position=0,
 ):  # fmt: skip
     token, logprob = poisoned(len(adapted), dtype=torch.int64), poisoned(len(adapted))
-    native.sample_cut(
+    cpu.sample_cut(
         adapted, base, strength, alpha, penalty, temperature, top_k, top_p, min_p, seed, position,
         token, logprob,
     )  # fmt: skip
@@ -261,14 +261,14 @@ def test_layouts():
     assert_same(every(base, half[:, 3:1006]), every(base, exact.float()))
 
     logprob, token = poisoned(4, 30), poisoned(4, 30, dtype=torch.int64)
-    native.topk(adapted, base, 3.0, 5, 0.1, -INF, logprob[:, 3:28:5], token[:, 1:6])
+    cpu.topk(adapted, base, 3.0, 5, 0.1, -INF, logprob[:, 3:28:5], token[:, 1:6])
     assert torch.equal(logprob[:, 3:28:5], want[2]) and torch.equal(token[:, 1:6], want[3])
     assert (logprob == 7).sum() == 4 * 25 and (token == -7).sum() == 4 * 25
     columns = poisoned(4, 3)
-    native.divergence(adapted, base, columns[:, 1])
+    cpu.divergence(adapted, base, columns[:, 1])
     assert torch.equal(columns[:, 1], want[1]) and (columns[:, ::2] == 7).all()
     out = adapted.clone()
-    native.steering_vector(out, base, out)
+    cpu.steering_vector(out, base, out)
     assert torch.equal(out, want[0])
 
 
@@ -348,7 +348,7 @@ def test_no_cut_is_sample_and_the_logprob_is_the_score(temperature):
     for options in ({}, {"alpha": 0.0}, {"penalty": -1.0}):
         plain = poisoned(20, dtype=torch.int64), poisoned(20)
         mask = options.get("alpha", 0.1), options.get("penalty", -INF)
-        native.sample(adapted, base, 3.0, *mask, temperature, 5, position, *plain)
+        cpu.sample(adapted, base, 3.0, *mask, temperature, 5, position, *plain)
         for cut in (NO_CUT, {"top_k": 4000}, {"top_p": 1 - 1e-12}, {"min_p": 1e-30}):
             drawn = sample_cut(
                 adapted, base, temperature=temperature, seed=5, position=position, **options, **cut
@@ -368,13 +368,13 @@ def test_wrong_arguments_raise():
         with pytest.raises(RuntimeError):
             project_strength(adapted, base, wrong)
     for call in (
-        lambda: native.topk(adapted, base, 1.0, 0, 0.1, -INF, torch.empty(2, 0), target[:, None]),
-        lambda: native.topk(adapted, base, 1.0, 1, 0.1, -INF, torch.empty(2, 2), target[:, None]),
-        lambda: native.topk(adapted, base, 1.0, 1, 0.1, -INF, torch.empty(2, 1), torch.empty(2, 1)),
-        lambda: native.divergence(adapted, base, short),
-        lambda: native.divergence(adapted, base[:, :9], torch.empty(2)),
-        lambda: native.steering_vector(adapted, base, torch.empty(2, 9)),
-        lambda: native.score(adapted, base, target, 1.0, 0.1, -INF, short),
+        lambda: cpu.topk(adapted, base, 1.0, 0, 0.1, -INF, torch.empty(2, 0), target[:, None]),
+        lambda: cpu.topk(adapted, base, 1.0, 1, 0.1, -INF, torch.empty(2, 2), target[:, None]),
+        lambda: cpu.topk(adapted, base, 1.0, 1, 0.1, -INF, torch.empty(2, 1), torch.empty(2, 1)),
+        lambda: cpu.divergence(adapted, base, short),
+        lambda: cpu.divergence(adapted, base[:, :9], torch.empty(2)),
+        lambda: cpu.steering_vector(adapted, base, torch.empty(2, 9)),
+        lambda: cpu.score(adapted, base, target, 1.0, 0.1, -INF, short),
     ):
         with pytest.raises(RuntimeError):
             call()

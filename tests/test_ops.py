@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from svd_engine import dispatch, ops
+from svd_engine import ops
 from svd_engine.kernels import reference
+from svd_engine.ops import dispatch
 
 RUNNING = [name for name, reason in ops.backends().items() if reason is None]
 

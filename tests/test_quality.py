@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from tiny import tiny_peft
 
 from benchmarks import (
     quality_ablations,
@@ -15,10 +14,12 @@ from benchmarks import (
     quality_tasks,
     quality_work,
 )
-from svd_engine import SteeredEngine, SteeringConfig, teacher
-from svd_engine.calibrate import Answers
+from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.calibration.calibrate import Answers
+from svd_engine.data.examples import encode
 from svd_engine.evaluate.truthfulqa import Question
-from svd_engine.examples import encode
+from svd_engine.generation import scoring
+from tests.tiny import tiny_peft
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def made(engine, tmp_path_factory):
 
 
 def scored(engine, answers, strength, alpha, penalty=0.0):
-    return teacher.score(engine.pair, answers.passages, SteeringConfig(strength, alpha), penalty)
+    return scoring.score(engine.pair, answers.passages, SteeringConfig(strength, alpha), penalty)
 
 
 def test_a_pass_scores_as_the_operators_do(engine, made):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny import assert_same_tokens, teacher_forced_two_pass
 
-from svd_engine import SteeredEngine, SteeringConfig, demo_task, models
-from svd_engine.warm_start import warm_start
+from svd_engine import SteeredEngine, SteeringConfig, loading
+from svd_engine.cli import almanac
+from svd_engine.training.warm_start import warm_start
+from tests.tiny import assert_same_tokens, teacher_forced_two_pass
 
 pytestmark = pytest.mark.model
 
@@ -22,10 +23,10 @@ PROMPTS = [
 def engine(smollm2, tmp_path_factory):
     base, tokenizer = smollm2
     folder = tmp_path_factory.mktemp("smollm2") / "adapter"
-    rows = demo_task.build()["train"][:8]
+    rows = almanac.build()["train"][:8]
     warm_start(base, tokenizer, rows, folder, steps=3, batch_size=4, progress=False)
     return SteeredEngine(
-        models.load_adapter(base, folder), tokenizer, SteeringConfig(-8.0), pairing="paired"
+        loading.load_adapter(base, folder), tokenizer, SteeringConfig(-8.0), pairing="paired"
     )
 
 
@@ -38,7 +39,7 @@ def test_the_file_is_parsed_once(smollm2, monkeypatch):
         return reader(path)
 
     monkeypatch.setattr(gguf, "GGUFReader", counted)
-    again, tokenizer = models.load_base(models.SMOLLM2, dtype=torch.float32)
+    again, tokenizer = loading.load_base(loading.SMOLLM2, dtype=torch.float32)
     assert len(read) == 1 and gguf.GGUFReader is counted
     assert tokenizer(PROMPTS[0]).input_ids == smollm2[1](PROMPTS[0]).input_ids
     pairs = zip(again.parameters(), smollm2[0].parameters(), strict=True)
@@ -56,8 +57,8 @@ def test_tokens_equal_two_plain_passes(engine):
 
 
 def test_calibration_on_real_text(engine):
-    report = engine.calibrate(demo_task.build()["calibration"][:6], folds=3, force=True)
+    report = engine.calibrate(almanac.build()["calibration"][:6], folds=3, force=True)
     assert report.objective == "preference"
     assert 0 < report.support_share < 1 and 0 < report.single_share < 1
-    assert report.loss_before > 0 and engine.steering.base_model == models.SMOLLM2
+    assert report.loss_before > 0 and engine.steering.base_model == loading.SMOLLM2
     assert engine.steering.strength == report.strength

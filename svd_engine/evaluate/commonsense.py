@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from svd_engine import overlap, ranking
-from svd_engine.evaluate import sources
+from svd_engine.data import contamination
+from svd_engine.evaluate import metrics, sources
 
 METRICS = ("accuracy",)
 GENERATION_METRICS = ("accuracy", "answered")
@@ -49,7 +49,7 @@ class Problem:
 
     def metrics(self, scores: Sequence[float]) -> list[float]:
         """Accuracy by likelihood: the right output scores above every other."""
-        return ranking.metrics(np.array(scores), [0], range(1, len(self.options)))[:1]
+        return metrics.metrics(np.array(scores), [0], range(1, len(self.options)))[:1]
 
     def judged(self, text: str) -> list[float]:
         """Accuracy by generation, and whether the text names an option: the first one counts."""
@@ -84,10 +84,10 @@ def split(
     train: Sequence[Problem], test: Sequence[Problem], seed: int = 0, calibration: int = 500
 ) -> dict[str, list[Problem]]:
     """The training file shuffled, its last problems to calibration, none twice or in the test."""
-    known = {overlap.prompt_key(problem.question) for problem in test}
+    known = {contamination.prompt_key(problem.question) for problem in test}
     shuffled = []
     for problem in train:
-        key = overlap.prompt_key(problem.question)
+        key = contamination.prompt_key(problem.question)
         if key not in known:
             known.add(key)
             shuffled.append(problem)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svd_engine import intervals
-from svd_engine.files import write_text
+from svd_engine.utils import bootstrap
+from svd_engine.utils.files import write_text
 
 Figures = dict[str, dict[str, float]]  # column -> mean, low, high
 
@@ -42,7 +42,7 @@ def summary(
 
 
 def _figures(columns: Sequence[str], values: NDArray[np.float64]) -> Figures:
-    spans = intervals.of_means(100 * values)
+    spans = bootstrap.of_means(100 * values)
     return {
         column: {"mean": float(mean), "low": float(low), "high": float(high)}
         for column, mean, (low, high) in zip(columns, 100 * values.mean(0), spans, strict=True)

@@ -6,12 +6,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from svd_engine import examples as example_files
-from svd_engine import teacher
-from svd_engine.distribution import steered, unsteered
+from svd_engine.data import examples as example_files
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.journal import Journal
-from svd_engine.inputs import Inputs
+from svd_engine.generation import scoring
+from svd_engine.generation.distribution import steered, unsteered
+from svd_engine.generation.inputs import Inputs
 
 
 class Item(Protocol):
@@ -39,7 +39,7 @@ def by_likelihood(
     """model -> log P of every answer of every question; a penalty of 0 keeps answers comparable."""
     passages = [
         [
-            teacher.Passage(
+            scoring.Passage(
                 example_files.ids(
                     template.format(question=item.question), engine.tokenizer, special=True
                 ),
@@ -113,17 +113,17 @@ def by_generation(
 
 
 @torch.inference_mode()
-def _scores(engine: SteeredEngine, passages: Sequence[teacher.Passage]) -> dict[str, list[float]]:
+def _scores(engine: SteeredEngine, passages: Sequence[scoring.Passage]) -> dict[str, list[float]]:
     """log P of each completion under each model, from one pass of the pair."""
     totals = {name: torch.zeros(len(passages), dtype=torch.float64) for name in models(engine)}
-    for logits, target, index in teacher.predictions(engine.pair, passages):
+    for logits, target, index in scoring.predictions(engine.pair, passages):
         adapted, base = logits[0], logits[-1]
         values = {
-            "base": teacher.scores(unsteered(base), target),
-            "adapted": teacher.scores(unsteered(adapted), target),
+            "base": scoring.scores(unsteered(base), target),
+            "adapted": scoring.scores(unsteered(adapted), target),
         }
         if (steering := engine.steering) is not None:
-            values["steered"] = teacher.scores(steered(logits, steering, penalty=0.0), target)
+            values["steered"] = scoring.scores(steered(logits, steering, penalty=0.0), target)
         for name, total in totals.items():
             total.index_add_(0, index.cpu(), values[name].double().cpu())
     return {name: total.tolist() for name, total in totals.items()}

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from svd_engine import ranking
+from svd_engine.evaluate import metrics
 
-METRICS = ranking.NAMES
+METRICS = metrics.NAMES
 # The six solved questions that the benchmark puts before every question: appendix E of its paper.
 PRIMER = """\
 Q: What is human life expectancy in the United States?
@@ -63,8 +63,8 @@ class Question:
             [place[answer] for answer in group]
             for group in (self.right, self.wrong, self.mc1_wrong)
         )
-        first = ranking.metrics(values, right[:1], mc1_wrong)[0]
-        return [first, *ranking.metrics(values, right, wrong)[1:]]
+        first = metrics.metrics(values, right[:1], mc1_wrong)[0]
+        return [first, *metrics.metrics(values, right, wrong)[1:]]
 
 
 def template(name: str) -> str:

@@ -12,12 +12,12 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from svd_engine.decode import decode
-from svd_engine.integrations import generate_arguments as arguments
-from svd_engine.integrations.kept_pairs import borrow
+from svd_engine.generation.decode_loop import decode
+from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.integrations import generate_kwargs as arguments
 from svd_engine.integrations.logits_processor import SteeringLogitsProcessor
-from svd_engine.sampling import Sampling
-from svd_engine.steering import SteeringConfig
+from svd_engine.integrations.pair_cache import borrow
+from svd_engine.steering_config import SteeringConfig
 
 __all__ = ["SteeringLogitsProcessor", "steered_generate"]
 
@@ -50,7 +50,7 @@ def steered_generate(
     prompts = arguments.prompts(input_ids, mask, positions)
     new_tokens, ends, criteria = arguments.stops(stopping_criteria, input_ids.shape[1])
     processors, draw = arguments.drawing(logits_processor, generation_config)
-    sampling = Sampling(new_tokens, seed=int(torch.randint(2**62, ())), **draw)
+    sampling = SamplingParams(new_tokens, seed=int(torch.randint(2**62, ())), **draw)
     streamer = arguments.streamer()
     rows = Rows(input_ids, processors, generation_config)
     pad = generation_config._pad_token_tensor

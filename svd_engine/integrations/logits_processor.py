@@ -5,9 +5,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from svd_engine import branches, distribution, ops, pairing
-from svd_engine.branches import Outputs
-from svd_engine.steering import SteeringConfig
+from svd_engine import ops
+from svd_engine.generation import distribution
+from svd_engine.model import peft_adapter
+from svd_engine.model.pair import PerModel, SequentialRunner, base_runner
+from svd_engine.steering_config import SteeringConfig
 
 
 class SteeringLogitsProcessor(LogitsProcessor):
@@ -31,13 +33,13 @@ class SteeringLogitsProcessor(LogitsProcessor):
     ) -> None:
         if not isinstance(model, PeftModel):
             raise ValueError(f"model must be a PeftModel; got {type(model).__name__}.")
-        pairing.check_recoverable(model)
+        peft_adapter.check_recoverable(model)
         steering.check_vocabulary(model.config.get_text_config().vocab_size)
         if attention_mask is not None and pad_token_id is not None:
             raise ValueError("give attention_mask or pad_token_id; got both.")
         self.steering, self.pad_token_id = steering, pad_token_id
         self._pads = None if attention_mask is None else left_pads(attention_mask)
-        self._base = branches.Sequential(branches.base_stream(model))
+        self._base = SequentialRunner(base_runner(model))
         self._rows: list[list[int]] = []  # what the cache holds
         self._room = self._steps = 0  # rows and further tokens that the cache has room for
 
@@ -46,7 +48,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         """input_ids `[R, n]`, scores `[R, V]` of the adapted model -> steered logits `[R, V]`."""
         base = self._base_logits(self._unpadded(input_ids)).to(scores.device)
         drawn_from = distribution.steered((scores, base), self.steering)
-        return ops.steer(*drawn_from.rows, **drawn_from.mask).to(scores.dtype)
+        return ops.steer(*drawn_from.operands, **drawn_from.mask).to(scores.dtype)
 
     @torch.inference_mode()
     def _base_logits(self, rows: list[list[int]]) -> Tensor:
@@ -54,7 +56,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         self._rows = rows
         return logits[0]
 
-    def _step(self, rows: list[list[int]]) -> Outputs | None:
+    def _step(self, rows: list[list[int]]) -> PerModel | None:
         """One more token a row, if every row continues what some row of the cache was."""
         before = [row[:-1] for row in rows]
         if not self._steps or len(rows) > self._room:
@@ -68,7 +70,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         self._steps -= 1
         return self._base.step(torch.tensor([row[-1] for row in rows], device=self._base.device))
 
-    def _prefill(self, rows: list[list[int]]) -> Outputs:
+    def _prefill(self, rows: list[list[int]]) -> PerModel:
         """Read the rows anew, with room for as many tokens again."""
         self._room, self._steps = len(rows), max(256, *map(len, rows))
         return self._base.logits(self._base.prefill(rows, self._steps))

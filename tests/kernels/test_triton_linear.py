@@ -10,9 +10,19 @@ pytest.importorskip("triton")
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_triton import BF16, DEVICE, FLOAT, HALF, INTERPRETED, NAN, POISON, ULP, pytestmark
 
 from svd_engine.kernels import launch_linear, reference
+from tests.kernels.test_triton import (
+    BF16,
+    DEVICE,
+    FLOAT,
+    HALF,
+    INTERPRETED,
+    NAN,
+    POISON,
+    ULP,
+    pytestmark,
+)
 
 __all__ = ["pytestmark"]  # of every test here
 

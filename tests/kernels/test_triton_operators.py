@@ -9,7 +9,9 @@ pytest.importorskip("triton")
 
 import triton
 from gpu_cases import impossible
-from test_triton import (
+
+from svd_engine.kernels import launch, reference
+from tests.kernels.test_triton import (
     BF16,
     DEVICE,
     FLOAT,
@@ -24,8 +26,6 @@ from test_triton import (
     poisoned,
     pytestmark,
 )  # fmt: skip
-
-from svd_engine.kernels import launch, reference
 
 __all__ = ["narrow", "pytestmark"]  # of every test here
 

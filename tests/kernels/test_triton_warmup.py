@@ -90,14 +90,14 @@ def test_warmup_compiles_what_requests_need(vocab, dtypes, compiled):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_after_warmup_triton_compiles_nothing(monkeypatch):
-    from svd_engine import ops, warmup
+    from svd_engine import ops
 
     compiled = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_post_compile_hook", lambda **info: compiled.append(info["repr"])
     )
     vocab = 3001
-    warmup(vocab, (FLOAT, BF16), "cuda")
+    ops.warmup(vocab, (FLOAT, BF16), "cuda")
     assert compiled
     compiled.clear()
     for n, dtype in itertools.product((1, 2, 3, 15, 16, 33, 200), (FLOAT, BF16)):

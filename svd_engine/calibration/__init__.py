@@ -1,0 +1,1 @@
+"""From examples to a strength, and whether it is worth using."""

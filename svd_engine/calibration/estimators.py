@@ -1,0 +1,63 @@
+"""From losses or from tokens to one strength: the exact optimum and the paper's (44)-(46).
+
+For one token the strength that brings the likelihood up is numerator / denominator: (20) with the
+Gauss-Newton denominator, (19) with the Newton one. The paper makes one number of many tokens:
+
+    mean     of the ratios                                     (44)
+    median   of the ratios, or their trimmed mean              (45)
+    ratio    sum of numerators / sum of denominators           (46)
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from svd_engine.calibration.objectives import Array, Losses
+
+BRACKET = 64.0  # |mu| beyond it is never tried
+TRIM = 0.1  # of the ratios, at either end
+EPSILON = 1e-12
+# Dense where the optimum of the likelihood lies, wide enough for ranking.
+GRID: Array = np.sinh(np.linspace(-1, 1, 257) * np.arcsinh(BRACKET))
+HESSIANS = ("gauss-newton", "newton")
+
+
+def _mean(numerator: Array, denominator: Array) -> float:
+    return float((numerator / (denominator + EPSILON)).mean())
+
+
+def _median(numerator: Array, denominator: Array) -> float:
+    return float(np.median(numerator / (denominator + EPSILON)))
+
+
+def _trimmed(numerator: Array, denominator: Array) -> float:
+    ratios = np.sort(numerator / (denominator + EPSILON))
+    cut = int(TRIM * len(ratios))
+    return float(ratios[cut : len(ratios) - cut].mean())
+
+
+def _ratio(numerator: Array, denominator: Array) -> float:
+    return float(numerator.sum() / (denominator.sum() + EPSILON))
+
+
+FROM_TOKENS: dict[str, Callable[[Array, Array], float]] = {
+    "mean": _mean,
+    "median": _median,
+    "trimmed": _trimmed,
+    "ratio": _ratio,
+}
+ESTIMATORS = ("exact", *FROM_TOKENS)
+
+
+def exact(losses: Losses, counts: Array, curves: Array) -> float:
+    """The global minimum of counts @ losses(mu): the best point of GRID, then ever finer grids.
+
+    curves: losses at every point of GRID, `[examples, len(GRID)]`.
+    """
+    best = int(np.argmin(counts @ curves))
+    low, high = GRID[max(best - 1, 0)], GRID[min(best + 1, len(GRID) - 1)]
+    while high - low > 1e-4 * max(1.0, abs(low)):
+        points = np.linspace(low, high, 9)
+        i = int(np.argmin([counts @ losses(mu) for mu in points]))
+        low, high = points[max(i - 1, 0)], points[min(i + 1, 8)]
+    return float((low + high) / 2)

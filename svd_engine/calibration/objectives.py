@@ -1,0 +1,105 @@
+"""What a strength is to make small: losses L_e(mu) of each example e, from one pass over the data.
+
+nll         - sum over the right answers' tokens of log P_mu(token)
+preference  mean over right and wrong answers of log(1 + exp(s_wrong(mu) - s_right(mu))),
+            s = log P_mu(answer), or that divided by the answer's tokens
+ranking     mean over the same pairs of 1 / (1 + exp(s_right(mu) - s_wrong(mu))): the share of
+            pairs in the wrong order, made smooth
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svd_engine.calibration.support_stats import SupportStats
+from svd_engine.data.examples import Example
+from svd_engine.generation.scoring import Passage
+
+OBJECTIVES = ("preference", "ranking", "nll")
+Array = NDArray[np.float64]
+Losses = Callable[[float], Array]
+
+
+class Answers:
+    """Every answer of every example as a passage, and losses from their log-probabilities."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.passages: list[Passage] = []
+        self.right: list[list[int]] = []  # passages of the right answers, the completion first
+        self.wrong: list[list[int]] = []
+        for example in examples:
+            self.right.append(self._add(example.prompt, (example.completion, *example.accepted)))
+            self.wrong.append(self._add(example.prompt, example.rejected))
+        self.lengths = np.array([len(passage.completion) for passage in self.passages], float)
+
+    def _add(self, prompt: list[int], answers: Sequence[list[int]]) -> list[int]:
+        start = len(self.passages)
+        self.passages += [Passage(prompt, answer) for answer in answers]
+        return list(range(start, len(self.passages)))
+
+    def scores(self, entries: SupportStats, mu: float) -> Array:
+        """log P_mu of each passage."""
+        return entries.totals(entries.logprob(mu), len(self.passages)).numpy()
+
+    def tokens(self) -> Array:
+        """Tokens of the right answers of each example."""
+        return np.array([self.lengths[right].sum() for right in self.right])
+
+    def right_tokens(self, entries: SupportStats) -> NDArray[np.int64]:
+        """Which target tokens belong to right answers, as indices."""
+        right = torch.tensor([i for passages in self.right for i in passages])
+        return torch.isin(entries.passage, right).nonzero()[:, 0].numpy()
+
+    def example_of(self) -> NDArray[np.int64]:
+        """The example of each passage."""
+        counts = [len(r) + len(w) for r, w in zip(self.right, self.wrong, strict=True)]
+        return np.repeat(np.arange(len(counts)), counts)
+
+    def losses(
+        self, entries: SupportStats, objective: str, length_normalised: bool = False
+    ) -> Losses:
+        """mu -> L_e(mu) of every example."""
+        return self.losses_of(partial(self.scores, entries), objective, length_normalised)
+
+    def losses_of(
+        self, scores: Callable[[float], Array], objective: str, length_normalised: bool = False
+    ) -> Losses:
+        """mu -> L_e(mu) of every example, from any mu -> log P of each passage."""
+        count = len(self.right)
+        if objective == "nll":
+            right = np.concatenate(self.right)
+            owner = self.example_of()[right]
+
+            def nll(mu: float) -> Array:
+                return _sums(owner, -scores(mu)[right], count)
+
+            return nll
+
+        pairs = np.array(
+            [
+                (e, r, w)
+                for e, (right, wrong) in enumerate(zip(self.right, self.wrong, strict=True))
+                for r in right
+                for w in wrong
+            ]
+        )
+        owner, better, worse = pairs.T
+        share = 1 / np.bincount(owner, minlength=count)[owner]
+        units = self.lengths if length_normalised else np.ones(len(self.passages))
+
+        def compared(mu: float) -> Array:
+            values = scores(mu) / units
+            lost = np.logaddexp(0.0, values[worse] - values[better])
+            if objective == "ranking":
+                lost = -np.expm1(-lost)
+            return _sums(owner, share * lost, count)
+
+        return compared
+
+
+def _sums(owner: NDArray[np.int64], values: Array, count: int) -> Array:
+    """The sum of the values of each of `count` owners."""
+    return np.bincount(owner, values, minlength=count).astype(np.float64)

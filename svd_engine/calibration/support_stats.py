@@ -1,0 +1,156 @@
+"""All that a strength needs to know of a text: the steering vector on each token's support.
+
+The support of a position is a handful of tokens, so after one pass of both models over the data the
+log-probability of every target at every strength costs nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from svd_engine.generation.scoring import Passage, Predictions, predictions
+from svd_engine.kernels import reference
+from svd_engine.model.pair import ModelPair
+
+BLOCK = 8  # rows of logits worked on at once, so that what is made of them stays in the cache
+
+
+@dataclass(frozen=True)
+class SupportStats:
+    """T target tokens of some passages; the support entries of all of them lie in one list of K.
+
+    All float64. Steering follows the penalty 0 of scoring: off the support logits stay as they are.
+    """
+
+    position: Tensor  # [K] int64, the target token that an entry belongs to
+    p: Tensor  # [K] adapted probability
+    delta: Tensor  # [K] steering vector
+    on_target: Tensor  # [K] bool, the entry is the target itself
+    passage: Tensor  # [T] int64, index of the passage
+    adapted: Tensor  # [T] log p of the target
+    base: Tensor  # [T] log q of the target
+
+    @cached_property
+    def target_delta(self) -> Tensor:
+        """delta of each target, 0 off the support, `[T]`."""
+        return self._per_token(self.delta * self.on_target)
+
+    @cached_property
+    def in_support(self) -> Tensor:
+        """Which targets lie in their support, `[T]` bool."""
+        return self._per_token(self.on_target.double()) > 0
+
+    def logprob(self, strength: float) -> Tensor:
+        """log P_hat of every target token, `[T]`."""
+        moved = strength * self.delta
+        if not len(moved) or moved.max() < 100:
+            gained = self._per_token(self.p * torch.expm1(moved))
+            # Above -1 by its meaning, not always by its rounding.
+            normaliser = gained.clamp(-1 + 1e-15).log1p()
+        else:  # relative to the greatest, or the exponentials overflow
+            top = torch.zeros_like(self.adapted)
+            top.scatter_reduce_(0, self.position, moved, "amax")
+            kept = self._per_token(self.p * torch.exp(moved - top[self.position]))
+            left = (1 - self._per_token(self.p)).clamp(0) * torch.exp(-top)
+            normaliser = top + (kept + left).log()
+        return self.adapted + strength * self.target_delta - normaliser
+
+    def divergence(self, strength: float) -> Tensor:
+        """KL(p || P_hat) at every position, `[T]`: what steering costs where the model is right."""
+        mean = self._per_token(self.p * self.delta)
+        return -(self.logprob(strength) - self.adapted - strength * (self.target_delta - mean))
+
+    def totals(self, values: Tensor, passages: int) -> Tensor:
+        """Sum of `[T]` values over the tokens of each passage, `[passages]`."""
+        return torch.zeros(passages, dtype=values.dtype).index_add_(0, self.passage, values)
+
+    def projections(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Numerator, Gauss-Newton denominator (20) and Newton denominator (19), `[T]` each."""
+        mean = self._per_token(self.p * self.delta)
+        # The tokens off the support have delta 0 and the probability that is left.
+        left = (1 - self._per_token(self.p)).clamp(0)
+        apart = self.delta - mean[self.position]
+        newton = self._per_token(self.p * apart.square()) + left * mean.square()
+        return self.target_delta - mean, self._per_token(self.delta.square()), newton
+
+    def support_sizes(self) -> Tensor:
+        """Tokens in the support of each position, `[T]`."""
+        return torch.bincount(self.position, minlength=len(self.adapted))
+
+    def at(self, alpha: float) -> "SupportStats":
+        """The same tokens under a larger alpha."""
+        top = torch.zeros_like(self.adapted).scatter_reduce_(0, self.position, self.p, "amax")
+        kept = self.p >= alpha * top[self.position]
+        entries = {name: getattr(self, name)[kept] for name in ("position", "p", "delta")}
+        return replace(self, **entries, on_target=self.on_target[kept])
+
+    def unprojected(self) -> "SupportStats":
+        """The same tokens steered by g - E_p[g]  (7), which is delta / p, in place of delta."""
+        return replace(self, delta=self.delta / self.p)
+
+    def _per_token(self, entries: Tensor) -> Tensor:
+        return torch.zeros_like(self.adapted).index_add_(0, self.position, entries)
+
+
+@torch.inference_mode()
+def collect(
+    pair: ModelPair, passages: Sequence[Passage], alpha: float, progress: str | None = None
+) -> SupportStats:
+    """One pass of both models over the passages; memory grows with the supports, not with V.
+
+    alpha must be above 0: without a mask every support is the whole vocabulary.
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(
+            f"alpha must lie in (0, 1] to calibrate; got {alpha}. A small one, such as 0.001, "
+            "keeps nearly every token that matters."
+        )
+    return gather(predictions(pair, passages, progress), alpha)
+
+
+def gather(predicted: Iterable[Predictions], alpha: float) -> SupportStats:
+    """The supports of what both models predict."""
+    parts: list[list[Tensor]] = []
+    seen = 0
+    for logits, target, passage in predicted:
+        rows = (x.split(BLOCK) for x in (logits[0], logits[-1], target, passage))
+        for adapted, base, targets, passages_of in zip(*rows, strict=True):
+            support, logp, logq = compact(adapted, base, targets, alpha)
+            if not logp.isfinite().all():
+                raise ValueError(
+                    f"passage {int(passages_of[~logp.cpu().isfinite()][0])} holds a token that the "
+                    "adapted model cannot predict: its logits are not finite there."
+                )
+            entries = [
+                support.row + seen, support.p.double(), support.delta.double(),
+                support.token == targets[support.row], passages_of, logp.double(), logq.double(),
+            ]  # fmt: skip
+            parts.append([x.cpu() for x in entries])
+            seen += len(targets)
+    return SupportStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def compact(
+    adapted: Tensor, base: Tensor, target: Tensor, alpha: float
+) -> tuple[reference.Support, Tensor, Tensor]:
+    """`reference.support` of rows `[N, V]`, and log p and log q of the targets, `[N]` each.
+
+    With d = adapted - base, delta_i = p_i (E_p[d] - d_i) is formed on the support alone.
+    """
+    z, b = adapted.float(), base.float()
+    at = target[:, None]
+    normaliser = z.logsumexp(-1, keepdim=True)
+    logp = z.gather(-1, at) - normaliser
+    logq = b.gather(-1, at) - b.logsumexp(-1, keepdim=True)
+    d = z - b
+    mean = torch.linalg.vecdot((z - normaliser).exp_(), d, dim=-1)
+    if mean.isfinite().all():
+        row, token = (z >= z.amax(-1, keepdim=True) + reference.log_alpha(alpha)).nonzero().T
+        p = (z[row, token] - normaliser[row, 0]).exp()
+        support = reference.Support(row, token, p, p * (mean[row] - d[row, token]))
+    else:  # some logit is infinite
+        support = reference.support(z, b, alpha)
+    return support, logp[:, 0], logq[:, 0]

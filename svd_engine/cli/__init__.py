@@ -1,0 +1,1 @@
+"""The `svd-engine` command."""

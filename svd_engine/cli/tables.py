@@ -1,0 +1,85 @@
+"""What the command prints: tables of a calibration and of the environment."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from svd_engine import __version__, loading, ops
+from svd_engine.calibration.estimators import BRACKET, FROM_TOKENS, HESSIANS
+from svd_engine.calibration.report import CalibrationReport
+from svd_engine.ops import cpu
+
+
+def grid(*columns: str) -> Table:
+    """An empty table: the first column reads from the left, the others are figures."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def section(title: str, table: Table, note: str = "") -> Group:
+    """A table under its title, with a note below."""
+    return Group(f"[bold]{title}[/bold]", table, *([f"{note}\n"] if note else []))
+
+
+def calibration(report: CalibrationReport) -> Group:
+    """The report of one calibration."""
+    table = grid(f"objective: {report.objective}, alpha {report.alpha:g}", "")
+    if not report.projection:
+        table.add_row("direction", "the gradient itself, without the projection")
+    low, high = report.interval
+    table.add_row("strength (mu)", f"{report.strength:+.2f}  [{low:+.2f}, {high:+.2f}]")
+    if report.at_bracket:
+        table.add_row("", f"at the end of the search, |mu| <= {BRACKET:g}")
+    if report.estimator != "exact":
+        table.add_row("  the optimum of the objective", f"{report.optimum:+.2f}")
+    if report.objective != "nll":
+        table.add_row("  the optimum of the likelihood", f"{report.likelihood_strength:+.2f}")
+    for name in FROM_TOKENS:
+        ratios = ", ".join(f"{report.estimates[f'{name} {hessian}']:+.3g}" for hessian in HESSIANS)
+        label = f"  {name} of the tokens: {', '.join(HESSIANS)}"
+        table.add_row(label, ratios, style=None if report.estimator == name else "dim")
+    gain_low, gain_high = report.gain_interval
+    gain = report.loss_before - report.loss_after
+    table.add_row(
+        f"{report.loss_name}, held out", f"{report.loss_before:.4f} -> {report.loss_after:.4f}"
+    )
+    table.add_row("  gain", f"{gain:+.4f}  [{gain_low:+.4f}, {gain_high:+.4f}]")
+    if len(report.alpha_losses) > 1:
+        for alpha, loss in report.alpha_losses:
+            table.add_row(f"  alpha {alpha:g}", f"{loss:.4f}")
+    if report.objective != "nll":
+        table.add_row("NLL a token, held out", f"{report.nll_before:.4f} -> {report.nll_after:.4f}")
+    table.add_row("answer tokens inside the support", f"{report.support_share:.1%}")
+    table.add_row("supports of one token", f"{report.single_share:.1%}")
+    table.add_row("examples, tokens", f"{report.examples}, {report.tokens}")
+    note = f"Verdict: {report.verdict}. Brackets hold 95 % bootstrap intervals."
+    return section("Calibration", table, note)
+
+
+def environment() -> Table:
+    """Versions, devices, and every backend with the reason where it cannot run."""
+    table = grid("svd-engine", "")
+    table.columns[1].justify, table.columns[1].overflow = "left", "fold"
+    table.add_row("version", __version__)
+    table.add_row("Python", platform.python_version())
+    for package in ("torch", "triton", "transformers", "peft", "gguf"):
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "not installed")
+    table.add_row("smollm2", str(loading.smollm2_file() or "not installed"))
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("GPUs", ", ".join(devices) or "none")
+    table.add_row("CPU threads", str(torch.get_num_threads()))
+    for name, reason in ops.backends().items():
+        state = "available" if reason is None else f"not available: {reason}"
+        if name == "cpu" and reason is None:
+            state += f" ({cpu.capability()})"
+        table.add_row(f"backend {name}", state)
+    return table

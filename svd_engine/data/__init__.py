@@ -1,0 +1,1 @@
+"""Examples in files, and what an adapter has already seen of them."""

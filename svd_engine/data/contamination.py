@@ -1,0 +1,95 @@
+"""Which prompts an adapter has seen: hashes beside it, so that a test can refuse them."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from svd_engine.utils.files import write_text
+
+FILE_NAME = "seen_prompts.json"
+KINDS = ("training", "calibration")
+SHOWN = 3
+Text = str | Sequence[int]
+
+
+def prompt_key(text: Text) -> str:
+    """16 hex digits of sha256 of the question in a prompt, whatever its case, spaces, punctuation.
+
+    A question keeps its key inside `Q: ... A:`, after solved examples, and in the template of
+    `### Instruction:`. Token ids are hashed as they are.
+    """
+    if not isinstance(text, str):
+        return _digest(json.dumps([int(token) for token in text]))
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", _question(text)).casefold())
+    return _digest(" ".join(words) or text)  # punctuation alone is still a prompt
+
+
+def prompts(examples: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """The prompt of each example; of chat messages the last one before the answer."""
+    return [e["messages"][-2]["content"] if "messages" in e else e["prompt"] for e in examples]
+
+
+def record(folder: str | Path, kind: str, prompts: Sequence[Text]) -> Path:
+    """Write the keys of prompts as what the adapter in `folder` saw in "training" or "calibration".
+
+    They replace those of an earlier training or calibration.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
+    keys = {**seen(folder), kind: {prompt_key(prompt) for prompt in prompts}}
+    path = Path(folder) / FILE_NAME
+    write_text(path, json.dumps({k: sorted(v) for k, v in keys.items()}, indent=1) + "\n")
+    return path
+
+
+def seen(folder: str | Path) -> dict[str, set[str]]:
+    """kind -> keys of the prompts seen; empty where nothing was recorded. Raises ValueError."""
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return {}
+    try:
+        return {kind: set(keys) for kind, keys in json.loads(path.read_text("utf-8")).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a record of prompts: {error}") from error
+
+
+def found(
+    folder: str | Path, prompts: Sequence[Text], against: Sequence[str] = KINDS
+) -> dict[str, list[int]]:
+    """kind -> indices of the prompts that were seen in it; kinds without a record are left out."""
+    keys = seen(folder)
+    wanted = [prompt_key(prompt) for prompt in prompts]
+    return {
+        kind: [i for i, key in enumerate(wanted) if key in keys[kind]]
+        for kind in against
+        if kind in keys
+    }
+
+
+def check(folder: str | Path, prompts: Sequence[Text], against: Sequence[str] = KINDS) -> None:
+    """Raise ValueError if any prompt was seen in the kinds `against`, naming the first of them."""
+    for kind, indices in found(folder, prompts, against).items():
+        if indices:
+            first = "; ".join(repr(str(prompts[i])[:80]) for i in indices[:SHOWN])
+            raise ValueError(
+                f"{len(indices)} of {len(prompts)} prompts were seen in {kind} "
+                f"({Path(folder) / FILE_NAME}): {first}. Take them out of one of the two."
+            )
+
+
+def _question(prompt: str) -> str:
+    """A prompt without an instruction template or solved examples around its question."""
+    if "### Instruction:" in prompt:
+        prompt = prompt.partition("### Instruction:")[2].partition("### Response:")[0]
+    before, _, last = ("\n" + prompt.strip()).rpartition("\n")
+    if last == "A:" and "\nQ:" in before:
+        return before.rpartition("\nQ:")[2]
+    return prompt
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,150 @@
+"""What a call is given, as token ids and found to fit the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from svd_engine.data import examples
+from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.generation.scoring import Passage
+from svd_engine.model import peft_adapter
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, str]  # role and content
+
+
+@dataclass
+class Inputs:
+    """Reads prompts and options for one model; every method raises ValueError before any work."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    def prompts(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None,
+        messages: Sequence[Message] | Sequence[Sequence[Message]] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of each prompt or, by the tokenizer's chat template, of each conversation."""
+        if (prompts is None) == (messages is None):
+            raise ValueError("give prompts or messages, one of the two.")
+        rows = self._conversations(messages) if messages is not None else self._texts(prompts)
+        for i, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"prompts[{i}] is empty; give at least one token.")
+            if min(row) < 0 or max(row) >= self.vocab_size:
+                raise ValueError(
+                    f"prompts[{i}] has token ids from {min(row)} to {max(row)}; the vocabulary has "
+                    f"{self.vocab_size}."
+                )
+        return rows
+
+    def _texts(self, prompts: Any) -> list[list[int]]:
+        if isinstance(prompts, str) or (len(prompts) > 0 and _is_id(prompts[0])):
+            prompts = [prompts]
+        return [examples.ids(prompt, self.tokenizer, special=True) for prompt in prompts]
+
+    def _conversations(self, messages: Any) -> list[list[int]]:
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise ValueError("the engine has no chat template for messages; give prompts.")
+        if len(messages) > 0 and isinstance(messages[0], Mapping):
+            messages = [messages]
+        rows = []
+        for i, conversation in enumerate(messages):
+            if not conversation or not all({"role", "content"} <= set(m) for m in conversation):
+                raise ValueError(
+                    f"messages[{i}] must be a list of {{'role': ..., 'content': ...}}."
+                )
+            text = self.tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+            rows.append(examples.ids(str(text), self.tokenizer, special=False))
+        return rows
+
+    def check_fit(self, rows: list[list[int]], sampling: SamplingParams) -> None:
+        """Raise ValueError unless the rows, what they may grow by and the options fit."""
+        for i, row in enumerate(rows):
+            new = sampling.limit(len(row))
+            if new < 1 and sampling.max_new_tokens is None:
+                raise ValueError(
+                    f"prompts[{i}] has {len(row)} tokens; max_length = {sampling.max_length} "
+                    "leaves no room for new ones."
+                )
+            self.check_room(f"prompts[{i}]", len(row), new)
+        sampling.seeds(len(rows))
+        if sampling.top_logprobs > self.vocab_size:
+            raise ValueError(
+                f"top_logprobs must be at most the vocabulary's {self.vocab_size}; "
+                f"got {sampling.top_logprobs}."
+            )
+
+    def check_room(self, name: str, length: int, new: int = 0) -> None:
+        """Raise ValueError unless `length` tokens and `new` more fit the model's context."""
+        virtual = peft_adapter.virtual_tokens(self.model)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        total = virtual + length + new
+        if context is not None and total > context:
+            parts = [f"{length} tokens"]
+            parts += [f"{virtual} virtual tokens"] if virtual else []
+            parts += [f"max_new_tokens = {new}"] if new else []
+            raise ValueError(
+                f"{name} does not fit: {' and '.join(parts)} make {total}; the model's context is "
+                f"{context}. Shorten the prompt{' or lower max_new_tokens' if new else ''}."
+            )
+
+    def check_passages(self, passages: Sequence[Passage]) -> None:
+        """Raise ValueError for an empty prompt or completion, or one beyond the context."""
+        for i, (prompt, completion) in enumerate(passages):
+            if not prompt or not completion:
+                raise ValueError(f"passage {i} has an empty prompt or completion.")
+            self.check_room(f"passage {i}", len(prompt) + len(completion))
+
+    def ends(self, eos_token_id: int | Sequence[int] | None) -> set[int]:
+        """The ids that end a row; by default the model's own."""
+        if eos_token_id is None:
+            generation = getattr(self.model.get_base_model(), "generation_config", None)
+            eos_token_id = getattr(generation, "eos_token_id", None)
+        if eos_token_id is None and self.tokenizer is not None:
+            eos_token_id = self.tokenizer.eos_token_id
+        if eos_token_id is None:
+            return set()
+        ids: Any = [eos_token_id] if _is_id(eos_token_id) else eos_token_id
+        return {int(token) for token in ids}
+
+    def stops(self, stop_strings: Any, prompts: int) -> list[list[str]]:
+        """The stop strings of each prompt, from one, a list for all, or a list of one list each."""
+        if isinstance(stop_strings, str):
+            stop_strings = [stop_strings]
+        if all(isinstance(stop, str) for stop in stop_strings):
+            each = [list(stop_strings)] * prompts
+        else:
+            each = [[s] if isinstance(s, str) else list(s or ()) for s in stop_strings]
+        if len(each) != prompts:
+            raise ValueError(
+                f"stop_strings has {len(each)} lists for {prompts} prompts; give one list for all "
+                "or one a prompt."
+            )
+        for stop in (stop for stops in each for stop in stops):
+            if not isinstance(stop, str) or not stop:
+                raise ValueError(f"stop_strings must be texts that are not empty; got {stop!r}.")
+            if self.tokenizer is None:
+                raise ValueError("stop_strings need a tokenizer; pass one to the engine.")
+        return each
+
+    def text(self, token_ids: list[int]) -> str:
+        """Text without special tokens; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) or getattr(value, "ndim", None) == 0

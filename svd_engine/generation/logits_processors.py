@@ -1,0 +1,44 @@
+"""Logits processors of transformers, on steered logits."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+# (prompt and generated ids of each row, scores float32 [R, V]) -> scores [R, V]
+LogitsProcess = Callable[[list[list[int]], Tensor], Tensor]
+
+
+def build(
+    repetition_penalty: float, processors: Sequence[LogitsProcessor] | None
+) -> LogitsProcess | None:
+    """The penalty, then the processors in their order; None where there is nothing to do."""
+    chain = LogitsProcessorList()
+    if repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(penalty=repetition_penalty))
+    for processor in processors or ():
+        if not callable(processor):
+            raise ValueError(
+                "logits_processor must be a list of transformers.LogitsProcessor; it holds a "
+                f"{type(processor).__name__}."
+            )
+        if repetition_penalty != 1 and isinstance(processor, RepetitionPenaltyLogitsProcessor):
+            raise ValueError("repetition_penalty is given twice, also in logits_processor.")
+        chain.append(processor)
+    return _process(chain) if chain else None
+
+
+def _process(chain: LogitsProcessorList) -> LogitsProcess:
+    def apply(rows: list[list[int]], scores: Tensor) -> Tensor:
+        ids: Any = torch.tensor(rows, device=scores.device)
+        return chain(ids, scores)
+
+    def process(rows: list[list[int]], scores: Tensor) -> Tensor:
+        """Rows of one length together, ragged rows one at a time: a processor sees no padding."""
+        if len({len(row) for row in rows}) == 1:
+            return apply(rows, scores)
+        return torch.cat([apply([row], scores[i : i + 1]) for i, row in enumerate(rows)])
+
+    return process

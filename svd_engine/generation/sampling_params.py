@@ -1,0 +1,165 @@
+"""How tokens are chosen and when to stop, with the names of `transformers.GenerationConfig`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import Any, Literal
+
+from transformers import GenerationConfig
+
+from svd_engine.ops import checks
+
+NEW_TOKENS = 128  # unless max_new_tokens or max_length says otherwise
+# Where transformers samples and no top_k is set.
+TRANSFORMERS_TOP_K = 50
+# Fields that say how transformers computes, not which tokens come out: accepted, without effect.
+WITHOUT_EFFECT = {
+    "bos_token_id", "pad_token_id", "transformers_version", "use_cache", "cache_implementation",
+    "cache_config", "max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size",
+    "low_memory", "continuous_batching_config",
+}  # fmt: skip
+# Values of other fields that turn them off; None, False and 0 do so everywhere.
+OFF = {
+    "typical_p": 1.0, "encoder_repetition_penalty": 1.0, "num_beam_groups": 1,
+    "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen; docs/engine.md tells what each field does. Raises ValueError."""
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None  # of prompt and completion; max_new_tokens wins
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | Sequence[int] = 0  # row i draws with seed + i; or one seed a prompt
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1
+    eos_token_id: int | Sequence[int] | None = None  # None is the model's own
+    stop_strings: str | Sequence[str] | Sequence[Sequence[str]] = ()
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        checks.sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        for name, least in (
+            ("max_new_tokens", 0), ("max_length", 1), ("num_beams", 1),
+            ("num_return_sequences", 1), ("top_logprobs", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be an integer >= {least}; got {value!r}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be > 0; got {self.repetition_penalty}.")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be finite; got {self.length_penalty}.")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(
+                f"early_stopping must be True, False or 'never'; got {self.early_stopping!r}."
+            )
+        if self.num_beams > 1:
+            self._check_beams()
+        elif self.num_return_sequences > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_return_sequences = {self.num_return_sequences} would all be the same; "
+                "set temperature > 0, or num_beams."
+            )
+
+    def _check_beams(self) -> None:
+        if self.temperature > 0:
+            raise ValueError(
+                f"num_beams = {self.num_beams} searches without sampling; "
+                f"got temperature = {self.temperature}. Leave one of them out."
+            )
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences = {self.num_return_sequences} must be at most "
+                f"num_beams = {self.num_beams}."
+            )
+        if self.top_logprobs:
+            raise ValueError("top_logprobs is not kept in beam search; leave out num_beams.")
+
+    def limit(self, prompt: int) -> int:
+        """New tokens that a prompt of so many tokens may get."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return NEW_TOKENS if self.max_length is None else self.max_length - prompt
+
+    def seeds(self, prompts: int) -> list[int]:
+        """The first seed of each prompt; its sequence j draws with j more."""
+        seed: Any = self.seed
+        if isinstance(seed, Integral):
+            return [int(seed) + i * self.num_return_sequences for i in range(prompts)]
+        if len(seed) != prompts:
+            raise ValueError(
+                f"seed must be an integer or one a prompt; got {len(seed)} for {prompts}."
+            )
+        return [int(one) for one in seed]
+
+    @classmethod
+    def from_arguments(
+        cls, generation_config: GenerationConfig | None = None, **keywords: Any
+    ) -> "SamplingParams":
+        """From keywords, which win, over a GenerationConfig, which means what transformers says.
+
+        None is unset. Raises TypeError for an unknown keyword, ValueError for a contradiction and
+        for a field of transformers that is set and not supported.
+        """
+        known = {field.name for field in fields(cls)}
+        config: dict[str, Any] = {}
+        if generation_config is not None:
+            if not isinstance(generation_config, GenerationConfig):
+                raise ValueError(
+                    "generation_config must be a transformers.GenerationConfig; "
+                    f"got {type(generation_config).__name__}."
+                )
+            config = {k: v for k, v in vars(generation_config).items() if not k.startswith("_")}
+            config = _supported(config, known)
+            config.setdefault("top_k", TRANSFORMERS_TOP_K)
+        keywords = _supported(keywords, known)
+        if "max_length" in keywords:
+            if "max_new_tokens" in keywords:
+                raise ValueError("give max_new_tokens or max_length, not both.")
+            config.pop("max_new_tokens", None)
+        temperature = _temperature(config, keywords)
+        values = {k: v for k, v in {**config, **keywords}.items() if k != "do_sample"}
+        return cls(**{**values, "temperature": temperature})
+
+
+def _temperature(config: Mapping[str, Any], keywords: Mapping[str, Any]) -> float:
+    """0 is greedy. do_sample alone samples at 1; a temperature alone samples if it is above 0."""
+    sampled = keywords.get("do_sample")
+    if sampled is None and "temperature" not in keywords:
+        sampled = bool(config.get("do_sample"))
+    if "temperature" in keywords:
+        temperature = keywords["temperature"]
+    else:
+        temperature = config.get("temperature", 1.0) if sampled else 0.0
+    if sampled is not None and sampled != (temperature != 0):
+        raise ValueError(
+            f"do_sample={sampled} contradicts temperature={temperature}; sampling needs a "
+            "temperature above 0 and greedy choice none."
+        )
+    return temperature
+
+
+def _supported(values: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """The values that are set and have an effect here; raises for those that should have one."""
+    transformers_fields = vars(GenerationConfig())
+    kept = {}
+    for name, value in values.items():
+        if name in known or name == "do_sample":
+            if value is not None:
+                kept[name] = value
+        elif name not in transformers_fields or name.startswith("_"):
+            raise TypeError(f"unexpected keyword argument {name!r}.")
+        elif name not in WITHOUT_EFFECT and value and value != OFF.get(name):
+            raise ValueError(f"{name}={value!r} is not supported. Leave it out.")
+    return kept

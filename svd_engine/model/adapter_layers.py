@@ -1,0 +1,106 @@
+"""Adapted layers reduced to their arithmetic, on every row or on the second half of the rows."""
+
+from peft.tuners.ia3 import Linear as Ia3Linear
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from svd_engine.model.layers import linear
+
+
+class AdaptedLayer(nn.Module):
+    """A base layer and what an adapter does to all rows, or to those from rows / 2 on."""
+
+    base_layer: nn.Module
+
+    def __init__(self, layer: BaseTunerLayer, paired: bool) -> None:
+        super().__init__()
+        self.base_layer = layer.get_base_layer()
+        self.paired = paired
+
+    def first(self, x: Tensor) -> int:
+        """The first adapted row."""
+        return x.shape[0] // 2 if self.paired else 0
+
+
+class PairedLoraLinear(AdaptedLayer):
+    """W x, plus scale * B (A x) for the adapted rows."""
+
+    low_rank: linear.LowRank  # A [r, in], scale * B [out, r] and its bias
+
+    def __init__(self, layer: LoraLinear, adapter: str, paired: bool) -> None:
+        super().__init__(layer, paired)
+        up: nn.Linear = layer.lora_B[adapter]  # type: ignore[assignment]
+        scale = layer.scaling[adapter]
+        down: Tensor = layer.lora_A[adapter].weight  # type: ignore[assignment]
+        up_bias = None if up.bias is None else up.bias.detach() * scale
+        self.low_rank = (down, up.weight.detach() * scale, up_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, first = self._modules["base_layer"], self.first(x)
+        assert base is not None
+        if type(base) is linear.Linear and not base._forward_hooks and not base._forward_pre_hooks:
+            rows = first * (x.numel() // (x.shape[0] * x.shape[-1]))
+            return linear.few_rows_linear(x, *base.parts(), self.low_rank, rows)
+        return linear.add_low_rank(base(x), x, self.low_rank, first)
+
+
+class PairedLoraEmbedding(AdaptedLayer):
+    """W[x], plus scale * B A[x] for the adapted rows."""
+
+    down: Tensor  # A, [tokens, r]
+    up: Tensor  # scale * B, [out, r]
+
+    def __init__(self, layer: LoraEmbedding, adapter: str, paired: bool) -> None:
+        super().__init__(layer, paired)
+        scale = getattr(self.base_layer, "embed_scale", 1.0)  # Gemma scales both terms
+        self.down = layer.lora_embedding_A[adapter].detach().T
+        self.up = layer.lora_embedding_B[adapter].detach() * layer.scaling[adapter] * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        first = self.first(x)
+        out[first:] += nn.functional.linear(nn.functional.embedding(x[first:], self.down), self.up)
+        return out
+
+
+class PairedIa3(AdaptedLayer):
+    """l * W x for the adapted rows, or W (l * x) in a feed-forward layer."""
+
+    scale: Tensor  # l, [out] or [in]
+
+    def __init__(self, layer: Ia3Linear, adapter: str, paired: bool) -> None:
+        super().__init__(layer, paired)
+        self.scale = layer.ia3_l[adapter].detach().flatten()
+        self.is_feedforward = layer.is_feedforward
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        if self.is_feedforward:
+            x = x.clone()  # other layers may read the same x
+            x[first:] *= self.scale
+            return self.base_layer(x)
+        out = self.base_layer(x)
+        out[first:] *= self.scale
+        return out
+
+
+def why_not(layer: BaseTunerLayer) -> str | None:
+    """Why an adapted layer has no paired form; None where it has one."""
+    if not isinstance(layer, LoraLinear | LoraEmbedding | Ia3Linear):
+        return f"is an adapted {type(layer.get_base_layer()).__name__}"
+    if variants := getattr(layer, "lora_variant", None):
+        return f"uses {type(next(iter(variants.values()))).__name__}"
+    return None
+
+
+def paired_layer(layer: BaseTunerLayer, adapter: str, paired: bool) -> nn.Module:
+    """The paired form of an adapted layer; its base layer where the adapter does not touch it."""
+    if isinstance(layer, LoraLinear) and adapter in layer.lora_A:
+        return PairedLoraLinear(layer, adapter, paired)
+    if isinstance(layer, LoraEmbedding) and adapter in layer.lora_embedding_A:
+        return PairedLoraEmbedding(layer, adapter, paired)
+    if isinstance(layer, Ia3Linear) and adapter in layer.ia3_l:
+        return PairedIa3(layer, adapter, paired)
+    return layer.get_base_layer()

@@ -1,0 +1,1 @@
+"""The layers of a decode step: linear, RMSNorm, rotary embedding, attention."""

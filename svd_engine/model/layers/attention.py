@@ -1,0 +1,81 @@
+"""Attention for both halves of a pair, registered with transformers under the name `svd_engine`."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from svd_engine.kernels.reference import softcapped
+from svd_engine.model.layers import linear
+from svd_engine.ops import cpu
+
+NAME = "svd_engine"
+
+
+def causal(positions: Tensor, live: int, dtype: torch.dtype) -> Tensor:
+    """What hides later slots from a token at `positions` `[rows, q]`: 0, or -inf where hidden,
+    `[rows, 1, q, live]`.
+
+    Slot j of a row holds its position j, so causality is all there is to say.
+    """
+    slots = torch.arange(live, device=positions.device)
+    return _hide((slots > positions[:, :, None])[:, None], dtype)
+
+
+def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Added to scores rather than selecting them: attention would convert a bool in every layer."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+        hidden, -torch.inf
+    )
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """softmax(query key^T * scaling) value over visible slots: `[rows, q, heads, head_dim]`.
+
+    Query heads that share a key head become extra query positions of it, so keys and values are
+    never repeated. A mask of None hides nothing.
+    """
+    rows, heads, length, dim = query.shape
+    group = heads // key.shape[1]
+    mask = attention_mask
+    if sliding_window is not None and key.shape[2] > sliding_window:
+        assert position_ids is not None
+        slots = torch.arange(key.shape[2], device=key.device)
+        outside = slots <= position_ids[:, None, :, None] - sliding_window
+        window = _hide(outside, query.dtype)
+        mask = window if mask is None else mask + window
+    scaling = dim**-0.5 if scaling is None else scaling
+    if length == 1 and _native_takes(query, key, value):
+        out = query.new_empty(rows, 1, heads, value.shape[3])
+        cpu.attend(query, key, value, mask, scaling, softcap, out)
+        return out, None
+    if mask is not None and length > 1:
+        mask = mask.repeat(1, 1, group, 1)
+    packed = query.reshape(rows, key.shape[1], group * length, dim)
+    if softcap is None:
+        out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    else:
+        weights = packed @ key.transpose(-1, -2) * scaling
+        weights = softcapped(weights, softcap)
+        if mask is not None:
+            weights = weights + mask
+        out = weights.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.view(rows, heads, length, dim).transpose(1, 2).contiguous(), None
+
+
+def _native_takes(*tensors: Tensor) -> bool:
+    return linear.may_take(*tensors) and all(x.stride(3) == 1 for x in tensors)
+
+
+AttentionInterface.register(NAME, attend)

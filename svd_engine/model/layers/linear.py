@@ -1,0 +1,96 @@
+"""A linear layer for the few rows of a decode step: native where that is faster, else PyTorch's."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from svd_engine.ops import cpu
+
+LowRank = tuple[Tensor, Tensor, Tensor | None]  # down [r, in], up [out, r], up_bias [out]
+PLAIN = (Tensor, nn.Parameter)  # a quantised weight is a tensor of its own kind
+
+
+@functools.cache
+def most_rows(dtype: torch.dtype) -> int:
+    """Up to how many rows the native linear measured faster than PyTorch's (benchmarks/)."""
+    if dtype not in (torch.float32, torch.bfloat16) or cpu.unavailable() is not None:
+        return 0
+    capability = cpu.capability()
+    if capability == "DEFAULT":
+        return 0
+    # Widening bfloat16 in 16 registers costs more than reading it, from 3 rows on.
+    return 2 if capability == "AVX2" and dtype == torch.bfloat16 else 16
+
+
+def may_take(first: Tensor, *others: Tensor) -> bool:
+    """Whether the native kernels of a decode step compute on these tensors."""
+    dtype = first.dtype
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not first.is_cpu
+        or not most_rows(dtype)
+    ):
+        return False
+    for x in others:
+        if x.dtype != dtype or not x.is_cpu or type(x) not in PLAIN:
+            return False
+    return True
+
+
+def few_rows_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    low_rank: LowRank | None = None,
+    first: int = 0,
+) -> Tensor:
+    """x W^T + bias for x `[..., in]` and W `[out, in]`, and up (down x) + up_bias in rows `first`..
+
+    The scale of the adapter is in `up` and `up_bias`; x of several dimensions counts as its rows.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not (most := most_rows(x.dtype))
+        or x.numel() > most * weight.shape[1]
+        or x.dtype != weight.dtype
+        or not weight.is_cpu
+        or type(weight) not in PLAIN
+        or weight.stride(1) != 1
+    ):
+        return _composed(x, weight, bias, low_rank, first)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    down, up, up_bias = low_rank or (None, None, None)
+    cpu.linear(x, weight, bias, down, up, up_bias, first, out)
+    return out
+
+
+def _composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, first: int
+) -> Tensor:
+    out = nn.functional.linear(x, weight, bias)
+    if low_rank is not None:
+        rows = torch.atleast_2d(x).flatten(0, -2)
+        add_low_rank(out.view(len(rows), weight.shape[0]), rows, low_rank, first)
+    return out
+
+
+def add_low_rank(out: Tensor, x: Tensor, low_rank: LowRank, first: int) -> Tensor:
+    """`out`, with up (down x) + up_bias added to what its first dimension holds from `first` on."""
+    down, up, up_bias = low_rank
+    low = nn.functional.linear(x[first:].to(down.dtype), down)
+    out[first:] += nn.functional.linear(low, up, up_bias)
+    return out
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by way of `few_rows_linear`."""
+
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """weight and bias, without the detour that a module's attributes take."""
+        return self._parameters["weight"], self._parameters["bias"]  # type: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        return few_rows_linear(x, *self.parts())

@@ -1,0 +1,204 @@
+"""The operators: arguments checked, a backend chosen, the kernel called.
+
+`kernels/reference.py` defines what each one computes. Rows are `[N, V]` logits of the adapted and
+the base model: float32, bfloat16 or float16 in any mix, any row stride; arithmetic is float32 and
+no gradient flows. `backend="auto"` takes the fastest that can run and falls back to the reference;
+a backend asked for by name runs or raises. Bad arguments raise ValueError before any work.
+
+Every operator is also `torch.ops.svd_engine.<name>`, which is what `torch.compile` traces; eager
+calls go straight to the kernel.
+"""
+
+import math
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svd_engine.kernels.reference import Head, Projection, Sampled, Strength, TopK
+from svd_engine.ops import checks, dispatch
+from svd_engine.ops.hidden_states import (
+    linear_divergence,
+    linear_project_strength,
+    linear_score,
+    linear_topk,
+)
+
+__all__ = [
+    "Head",
+    "backends",
+    "divergence",
+    "linear_divergence",
+    "linear_project_strength",
+    "linear_score",
+    "linear_topk",
+    "project_strength",
+    "sample",
+    "score",
+    "steer",
+    "steering_vector",
+    "topk",
+    "warmup",
+]
+INF = math.inf
+
+
+def steering_vector(adapted: Tensor, base: Tensor, *, backend: str = "auto") -> Tensor:
+    """delta_i = p_i (E_p[d] - d_i), d = adapted - base  (10), float32 `[N, V]`."""
+    adapted, base = _rows(adapted, base, backend)
+    return _call("steering_vector", backend, adapted, base)[0]
+
+
+def steer(
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Steered logits  (12)-(14), `[N, V]` in the dtype of `out` or of `adapted`.
+
+    for i in range(V):
+        if adapted[i] >= max(adapted) + log(alpha):
+            out[i] = adapted[i] + strength * delta[i]
+        else:
+            out[i] = -inf if penalty == -inf else adapted[i] + abs(strength) * penalty
+
+    strength: a number or `[N]`. penalty <= 0; -inf removes tokens off the support at any strength.
+    """
+    adapted, base = _rows(adapted, base, backend)
+    mu = checks.per_row("strength", strength, adapted, torch.float32)
+    checks.mask(alpha, penalty)
+    if out is not None:
+        checks.out(out, adapted)
+    dtype = adapted.dtype if out is None else out.dtype
+    return _call("steer", backend, adapted, base, mu, alpha, penalty, dtype, out=out)[0]
+
+
+def sample(
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Tensor = 0,
+    position: int | Tensor = 0,
+    backend: str = "auto",
+) -> Sampled:
+    """One token a row from the steered distribution: `token` int64 `[N]`, `logprob` float32 `[N]`.
+
+    temperature 0 is greedy, ties to the lowest id. Otherwise the noise is a function of (seed,
+    position, token id) alone: numbers or int64 `[N]`. `logprob` equals `score` of the token: it is
+    taken before temperature and cuts. A row with NaN or +inf gives token -1.
+    """
+    adapted, base = _rows(adapted, base, backend)
+    mu = checks.per_row("strength", strength, adapted, torch.float32)
+    checks.mask(alpha, penalty)
+    checks.sampling(temperature, top_k, top_p, min_p)
+    seeds = checks.per_row("seed", seed, adapted, torch.int64)
+    positions = checks.per_row("position", position, adapted, torch.int64)
+    shared = (adapted, base, mu, alpha, penalty, temperature)
+    if temperature > 0 and (top_k > 0 or top_p < 1 or min_p > 0):
+        drawn = _call("sample_cut", backend, *shared, top_k, top_p, min_p, seeds, positions)
+    else:
+        drawn = _call("sample", backend, *shared, seeds, positions)
+    return Sampled(*drawn)
+
+
+def topk(
+    adapted: Tensor,
+    base: Tensor,
+    strength: Strength,
+    k: int,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+    backend: str = "auto",
+) -> TopK:
+    """The k best steered log-probabilities, descending, and their tokens: `[N, k]` each."""
+    adapted, base = _rows(adapted, base, backend)
+    mu = checks.per_row("strength", strength, adapted, torch.float32)
+    checks.mask(alpha, penalty)
+    checks.k(k, adapted.shape[1])
+    return TopK(*_call("topk", backend, adapted, base, mu, k, alpha, penalty))
+
+
+def project_strength(
+    adapted: Tensor, base: Tensor, target: Tensor, *, alpha: float = 0.1, backend: str = "auto"
+) -> Projection:
+    """numerator, gauss_newton (20) and newton (19) denominators, in_support; `[N]` each."""
+    adapted, base = _rows(adapted, base, backend)
+    checks.mask(alpha, 0.0)
+    checks.target(target, adapted, adapted.shape[1])
+    return Projection(*_call("project_strength", backend, adapted, base, target, alpha))
+
+
+def score(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    strength: Strength,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+    backend: str = "auto",
+) -> Tensor:
+    """log_softmax of the steered logits at `target` int64 `[N]`: log P_hat, float32 `[N]`."""
+    adapted, base = _rows(adapted, base, backend)
+    mu = checks.per_row("strength", strength, adapted, torch.float32)
+    checks.mask(alpha, penalty)
+    checks.target(target, adapted, adapted.shape[1])
+    return _call("score", backend, adapted, base, target, mu, alpha, penalty)[0]
+
+
+def divergence(adapted: Tensor, base: Tensor, *, backend: str = "auto") -> Tensor:
+    """KL(p || q)  (6) in nats, float32 `[N]`."""
+    adapted, base = _rows(adapted, base, backend)
+    return _call("divergence", backend, adapted, base)[0]
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend with the reason why it cannot run here, or None where it can."""
+    return {name: dispatch.unavailable(name) for name in (*dispatch.MODULES, "reference")}
+
+
+def warmup(
+    vocab: int,
+    dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
+    device: torch.device | str = "cpu",
+) -> None:
+    """Compile all that operators on this device can need; the CPU's kernels are compiled already.
+
+    vocab and dtypes: of the logits to come. After it no batch size compiles anything.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and dispatch.unavailable("triton") is None:
+        import_module(dispatch.MODULES["triton"]).warmup(vocab, tuple(dtypes), device)
+
+
+def _rows(adapted: Tensor, base: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    checks.rows(adapted, base, checks.ALL_DTYPES if backend == "reference" else checks.DTYPES)
+    # Kernels walk columns that lie next to each other; any other layout is copied once.
+    return (
+        adapted if adapted.is_contiguous() or adapted.stride(1) == 1 else adapted.contiguous(),
+        base if base.is_contiguous() or base.stride(1) == 1 else base.contiguous(),
+    )
+
+
+def _call(name: str, backend: str, *arguments: Any, out: Tensor | None = None) -> Any:
+    """Traced as one node under torch.compile; else straight to the kernel."""
+    if not torch.compiler.is_compiling():
+        return dispatch.launch(name, backend, arguments, out)
+    traced = getattr(torch.ops.svd_engine, name)
+    outputs = dispatch.wrap(traced(*dispatch.unfold(name, arguments), backend))
+    return outputs if out is None else (out.copy_(outputs[0]),)

@@ -1,0 +1,223 @@
+"""The C++ CPU kernels (csrc/cpu), where they were built.
+
+Nothing is loaded before the first use, and importing this module cannot fail.
+"""
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svd_engine.kernels import reference
+
+CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
+OPERATORS = (
+    "steer", "steering_vector", "sample", "sample_cut", "topk", "score", "project_strength",
+    "divergence", "linear", "rms_norm", "rotate", "attend", "capability",
+)  # fmt: skip
+
+
+@functools.cache
+def _load() -> SimpleNamespace | str:
+    """The operators, or why there are none."""
+    found = sorted(Path(__file__).parents[1].glob("_native*.so"))
+    if not found:
+        return "svd_engine._native was not built (see the output of pip install -v)"
+    try:
+        torch.ops.load_library(str(found[0]))
+        ops = torch.ops.svd_engine_native
+        return SimpleNamespace(**{name: _called(getattr(ops, name).default) for name in OPERATORS})
+    except Exception as error:
+        return f"{found[0].name} failed to load: {error}"
+
+
+def _called(overload: Any) -> Any:
+    """What calling an operator comes to; the wrapper around it takes a third of a microsecond."""
+    return getattr(overload, "_op", overload)
+
+
+@functools.cache
+def _ops() -> SimpleNamespace:
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here; None when they can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def takes(device: str) -> bool:
+    """Whether tensors on this type of device can be computed on."""
+    return device == "cpu"
+
+
+def capability(limit: str | None = None) -> str:
+    """The instruction set in use; `limit` first sets it to the best one not above."""
+    return CAPABILITIES[_ops().capability(-1 if limit is None else CAPABILITIES.index(limit))]
+
+
+_log_alpha = functools.lru_cache(maxsize=64)(reference.log_alpha)
+
+
+def _split(value: Any) -> tuple[Any, Tensor | None]:
+    """The operators take a number for all rows and, in its place, a tensor [N] or None."""
+    return (0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def steer(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    out: Tensor,
+) -> None:
+    """`reference.steer` into `out`, which may be `adapted` or `base` itself."""
+    _ops().steer(adapted, base, *_split(strength), _log_alpha(alpha), penalty, out)
+
+
+def steering_vector(adapted: Tensor, base: Tensor, out: Tensor) -> None:
+    """`reference.steering_vector` into `out`, which may be `adapted` or `base` itself."""
+    _ops().steering_vector(adapted, base, out)
+
+
+def sample(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    temperature: float,
+    seed: int | Tensor,
+    position: int | Tensor,
+    token: Tensor,
+    logprob: Tensor,
+) -> None:
+    """`reference.sample` without cuts into `token` (int64) and `logprob` (float32)."""
+    _ops().sample(
+        adapted, base, *_split(strength), _log_alpha(alpha), penalty, temperature,
+        *_split(seed), *_split(position), token, logprob,
+    )  # fmt: skip
+
+
+def sample_cut(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | Tensor,
+    position: int | Tensor,
+    token: Tensor,
+    logprob: Tensor,
+) -> None:
+    """`reference.sample` into `token` (int64) and `logprob` (float32)."""
+    _ops().sample_cut(
+        adapted, base, *_split(strength), _log_alpha(alpha), penalty, temperature,
+        top_k, top_p, min_p, *_split(seed), *_split(position), token, logprob,
+    )  # fmt: skip
+
+
+def topk(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    k: int,
+    alpha: float,
+    penalty: float,
+    logprob: Tensor,
+    token: Tensor,
+) -> None:
+    """`reference.topk` into `logprob` (float32) and `token` (int64), [N, k] each."""
+    _ops().topk(
+        adapted, base, *_split(strength), k, _log_alpha(alpha), penalty, logprob, token
+    )  # fmt: skip
+
+
+def score(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    logprob: Tensor,
+) -> None:
+    """`reference.score` into `logprob` (float32)."""
+    _ops().score(adapted, base, target, *_split(strength), _log_alpha(alpha), penalty, logprob)
+
+
+def project_strength(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    alpha: float,
+    numerator: Tensor,
+    gauss_newton: Tensor,
+    newton: Tensor,
+    in_support: Tensor,
+) -> None:
+    """`reference.project_strength` into three float32 tensors and a bool one."""
+    _ops().project_strength(
+        adapted, base, target, _log_alpha(alpha), numerator, gauss_newton, newton, in_support
+    )
+
+
+def divergence(adapted: Tensor, base: Tensor, out: Tensor) -> None:
+    """`reference.divergence` into `out` (float32)."""
+    _ops().divergence(adapted, base, out)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    first: int,
+    out: Tensor,
+) -> None:
+    """x W^T + bias into `out`, and up (down x) + up_bias added in the rows from `first` on."""
+    _ops().linear(x, weight, bias, down, up, up_bias, first, out)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float, rounded_between: bool, out: Tensor
+) -> None:
+    """`norm.composed` into `out`; x is contiguous and of the weight's dtype."""
+    _ops().rms_norm(x, weight, eps, offset, rounded_between, out)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """x cos + [-x2, x1] sin into `out` for x = [x1, x2] `[rows, heads, 1, dim]`; cos and sin are
+    `[rows, 1, 1, dim]`."""
+    _ops().rotate(x, cos, sin, out)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+) -> None:
+    """`attention.attend` for one token a row into `out` `[rows, 1, heads, dim]`.
+
+    query: `[rows, heads, 1, dim]`; key, value: `[rows, kv_heads, slots, dim]`; mask, added to the
+    scores: `[rows, 1, 1, slots]`.
+    """
+    _ops().attend(query, key, value, mask, scale, softcap or 0.0, out)

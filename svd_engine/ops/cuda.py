@@ -1,0 +1,299 @@
+"""The CUDA C++ kernels (csrc/cuda), where they were built.
+
+The library is plain C and knows nothing of PyTorch: it gets pointers and a stream. Nothing is
+loaded before the first use, and importing this module cannot fail. `svd_engine.ops` has checked the
+arguments; nothing is read back from the device, so every call can be captured in a CUDA graph.
+"""
+
+import ctypes
+import functools
+import math
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svd_engine.kernels import reference
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_log_alpha = functools.lru_cache(maxsize=64)(reference.log_alpha)
+
+# The functions of csrc/cuda/launch.cu: result and arguments.
+_ROWS = [c_void_p, c_int64, c_int]  # data, stride, dtype
+_INPUTS = [*_ROWS, *_ROWS, c_int64, c_int]  # adapted, base, N, V
+_STEERING = [c_void_p, c_float, c_float, c_float]  # strengths, strength, log alpha, penalty
+_CUTS = [c_int, c_float, c_float]  # top k, top p, log min p
+_INTEGERS = [c_void_p, c_int64]  # one a row, one for all
+_WHERE = [c_void_p, c_int, c_void_p]  # workspace, device, stream
+_SIGNATURES = {
+    "tile": (c_int, []),
+    "tile_bytes": (c_int, []),
+    "error": (c_char_p, [c_int]),
+    "probe": (c_int, []),
+    "steer": (c_int, [*_INPUTS, *_STEERING, *_ROWS, *_WHERE]),
+    "steering_vector": (c_int, [*_INPUTS, *_ROWS, *_WHERE]),
+    "sample": (
+        c_int,
+        [
+            *_INPUTS, *_STEERING, c_float, *_CUTS, *_INTEGERS, *_INTEGERS, c_void_p, c_void_p,
+            *_WHERE,
+        ],
+    ),
+    "topk": (c_int, [*_INPUTS, *_STEERING, c_int, c_void_p, c_void_p, *_WHERE]),
+    "score": (c_int, [*_INPUTS, *_STEERING, c_void_p, c_void_p, *_WHERE]),
+    "project_strength": (c_int, [*_INPUTS, c_float, *[c_void_p] * 5, *_WHERE]),
+    "divergence": (c_int, [*_INPUTS, c_void_p, *_WHERE]),
+}  # fmt: skip
+_NO_CUTS = (0, 1.0, 0.0)
+_ALL = 2**31 - 1  # as top k
+
+
+def _bind(path: Path) -> SimpleNamespace:
+    library, functions = ctypes.CDLL(str(path)), SimpleNamespace()
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, f"svd_cuda_{name}")
+        function.restype, function.argtypes = result, arguments
+        setattr(functions, name, function)
+    functions.tile_tokens, functions.tile_floats = functions.tile(), functions.tile_bytes() // 4
+    return functions
+
+
+@functools.cache
+def _load() -> SimpleNamespace | str:
+    """The functions of the library, or why there are none."""
+    found = sorted(Path(__file__).parents[1].glob("_cuda*.so"))
+    if not found:
+        return "svd_engine._cuda was not built (see the output of pip install -v)"
+    try:
+        return _bind(found[0])
+    except Exception as error:
+        return f"{found[0].name} failed to load: {error}"
+
+
+@functools.cache
+def _library() -> SimpleNamespace:
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here; None when they can."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        return loaded
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    code = loaded.probe()
+    return f"no kernel for this CUDA device: {loaded.error(code).decode()}" if code else None
+
+
+def takes(device: str) -> bool:
+    """Whether tensors on this type of device can be computed on."""
+    return device == "cuda"
+
+
+def workspace_size(rows: int, vocab: int) -> int:
+    """The float32 elements that a call on `[rows, vocab]` needs as `workspace`."""
+    library = _library()
+    return rows * -(-vocab // library.tile_tokens) * library.tile_floats
+
+
+def steering_vector(
+    adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
+) -> None:
+    """`reference.steering_vector` into `out`, which may be a float32 `adapted` or `base` itself.
+
+    workspace, here and below: float32 `[workspace_size(N, V)]` or more, aligned to 16 bytes; it
+    need not be set.
+    """
+    _run("steering_vector", adapted, base, _rows(out), workspace)
+
+
+def steer(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    out: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """`reference.steer` into `out`, which may be `adapted` or `base` itself."""
+    mus, mu = _per_row(strength, 0.0)
+    steering = (_pointer(mus), mu, _log_alpha(alpha), penalty)
+    _run("steer", adapted, base, (*steering, *_rows(out)), workspace)
+
+
+def sample(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    temperature: float,
+    seed: int | Tensor,
+    position: int | Tensor,
+    token: Tensor,
+    logprob: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """`reference.sample` without cuts into `token` (int64) and `logprob` (float32), contiguous."""
+    sample_cut(
+        adapted, base, strength, alpha, penalty, temperature, *_NO_CUTS, seed, position,
+        token, logprob, workspace=workspace,
+    )  # fmt: skip
+
+
+def sample_cut(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | Tensor,
+    position: int | Tensor,
+    token: Tensor,
+    logprob: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """`reference.sample` into `token` (int64) and `logprob` (float32), contiguous."""
+    mus, mu = _per_row(strength, 0.0)
+    seeds, seed = _per_row(seed, 0)
+    positions, position = _per_row(position, 0)
+    steering = (_pointer(mus), mu, _log_alpha(alpha), penalty)
+    cuts = (
+        min(top_k, _ALL) or _ALL,
+        top_p if top_p < 1 else math.inf,
+        math.log(min_p) if min_p else -math.inf,
+    )
+    draw = (_pointer(seeds), seed, _pointer(positions), position)
+    outputs = (token.data_ptr(), logprob.data_ptr())
+    arguments = (*steering, temperature, *cuts, *draw, *outputs)
+    _run("sample", adapted, base, arguments, workspace)
+
+
+def topk(
+    adapted: Tensor,
+    base: Tensor,
+    strength: float | Tensor,
+    k: int,
+    alpha: float,
+    penalty: float,
+    logprob: Tensor,
+    token: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """`reference.topk` into `logprob` (float32) and `token` (int64), contiguous `[N, k]`."""
+    mus, mu = _per_row(strength, 0.0)
+    steering = (_pointer(mus), mu, _log_alpha(alpha), penalty)
+    arguments = (*steering, k, logprob.data_ptr(), token.data_ptr())
+    _run("topk", adapted, base, arguments, workspace)
+
+
+def score(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    strength: float | Tensor,
+    alpha: float,
+    penalty: float,
+    logprob: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """`reference.score` into `logprob` (float32), contiguous; NaN for a target outside [0, V)."""
+    mus, mu = _per_row(strength, 0.0)
+    target = target.contiguous()
+    steering = (_pointer(mus), mu, _log_alpha(alpha), penalty)
+    arguments = (*steering, target.data_ptr(), logprob.data_ptr())
+    _run("score", adapted, base, arguments, workspace)
+
+
+def project_strength(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    alpha: float,
+    numerator: Tensor,
+    gauss_newton: Tensor,
+    newton: Tensor,
+    in_support: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """`reference.project_strength` into float32 and bool `[N]`; a target as in `score`."""
+    target = target.contiguous()
+    tensors = (target, numerator, gauss_newton, newton, in_support)
+    arguments = (_log_alpha(alpha), *(x.data_ptr() for x in tensors))
+    _run("project_strength", adapted, base, arguments, workspace)
+
+
+def divergence(
+    adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
+) -> None:
+    """`reference.divergence` into `out` (float32), contiguous."""
+    _run("divergence", adapted, base, (out.data_ptr(),), workspace)
+
+
+def _run(
+    name: str, adapted: Tensor, base: Tensor, arguments: tuple[Any, ...], workspace: Tensor | None
+) -> None:
+    if len(adapted) == 0:
+        return
+    workspace = _workspace(adapted, workspace)
+    function = getattr(_library(), name)
+    code = function(
+        *_inputs(adapted, base), *arguments, workspace.data_ptr(),
+        *_device_and_stream(adapted.device),
+    )  # fmt: skip
+    _check(code)
+
+
+def _device_and_stream(device: torch.device) -> tuple[int, int]:
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def _rows(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), _DTYPES[x.dtype]
+
+
+def _inputs(adapted: Tensor, base: Tensor) -> tuple[int, ...]:
+    return *_rows(adapted), *_rows(base), *adapted.shape
+
+
+def _per_row(value: Any, none: Any) -> tuple[Tensor | None, Any]:
+    """One for each row, or one number for all."""
+    return (value.contiguous(), none) if isinstance(value, Tensor) else (None, value)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _workspace(adapted: Tensor, given: Tensor | None) -> Tensor:
+    size = workspace_size(*adapted.shape)
+    if given is None:
+        return torch.empty(size, dtype=torch.float32, device=adapted.device)
+    assert given.dtype == torch.float32 and given.is_contiguous() and given.data_ptr() % 16 == 0
+    assert given.numel() >= size, f"workspace: {given.numel()} elements, {size} needed"
+    return given
+
+
+def _check(code: int) -> None:
+    if code:
+        name = _library().error(code).decode()
+        raise RuntimeError(f"the CUDA kernels of svd_engine failed: {name} ({code})")

@@ -1,0 +1,149 @@
+"""The operators from hidden states and the head that both models share.
+
+Logits are made for a few rows at a time, so memory does not grow with the number of positions.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svd_engine.kernels.reference import Head, Projection, Strength, TopK
+from svd_engine.ops import checks, dispatch
+
+INF = math.inf
+CHUNK_BYTES = 128 << 20  # logits of both models that are held at once
+NAMES = ("topk", "score", "project_strength", "divergence")
+
+
+def linear_topk(
+    adapted: Tensor,
+    base: Tensor,
+    head: Head | Tensor,
+    strength: Strength,
+    k: int,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+    backend: str = "auto",
+) -> TopK:
+    """`ops.topk` of the head's logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
+    head = _checked(adapted, base, head)
+    mu = checks.per_row("strength", strength, adapted, torch.float32)
+    checks.mask(alpha, penalty)
+    checks.k(k, head.weight.shape[0])
+    return TopK(*_call("topk", backend, adapted, base, head, mu, k, alpha, penalty))
+
+
+def linear_score(
+    adapted: Tensor,
+    base: Tensor,
+    head: Head | Tensor,
+    target: Tensor,
+    strength: Strength,
+    *,
+    alpha: float = 0.1,
+    penalty: float = -INF,
+    backend: str = "auto",
+) -> Tensor:
+    """`ops.score` of the head's logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
+    head = _checked(adapted, base, head)
+    mu = checks.per_row("strength", strength, adapted, torch.float32)
+    checks.mask(alpha, penalty)
+    checks.target(target, adapted, head.weight.shape[0])
+    return _call("score", backend, adapted, base, head, target, mu, alpha, penalty)[0]
+
+
+def linear_project_strength(
+    adapted: Tensor,
+    base: Tensor,
+    head: Head | Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    backend: str = "auto",
+) -> Projection:
+    """`ops.project_strength` of the head's logits of hidden states `[N, H]`."""
+    head = _checked(adapted, base, head)
+    checks.mask(alpha, 0.0)
+    checks.target(target, adapted, head.weight.shape[0])
+    return Projection(*_call("project_strength", backend, adapted, base, head, target, alpha))
+
+
+def linear_divergence(
+    adapted: Tensor, base: Tensor, head: Head | Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """`ops.divergence` of the head's logits of hidden states `[N, H]`."""
+    head = _checked(adapted, base, head)
+    return _call("divergence", backend, adapted, base, head)[0]
+
+
+def _checked(adapted: Tensor, base: Tensor, head: Head | Tensor) -> Head:
+    head = Head(head) if isinstance(head, Tensor) else head
+    dtypes = (*checks.DTYPES, torch.float64)
+    checks.rows(adapted, base, dtypes)
+    weight = head.weight
+    if weight.ndim != 2 or weight.shape[1] != adapted.shape[1] or weight.device != adapted.device:
+        raise ValueError(
+            f"head must have shape [V, H] with H = {adapted.shape[1]} on {adapted.device}, as the "
+            f"hidden states are; got {list(weight.shape)} on {weight.device}."
+        )
+    return head
+
+
+def _chunked(name: str, backend: str, adapted: Tensor, base: Tensor, head: Head, *rest: Any) -> Any:
+    """The operator's outputs over all rows, from logits of `CHUNK_BYTES` at once."""
+    rows, vocab = len(adapted), head.weight.shape[0]
+    step = max(1, CHUNK_BYTES // (2 * vocab * adapted.element_size()))
+    parts = []
+    for start in range(0, max(rows, 1), step):
+        part = slice(start, start + step)
+        with torch.no_grad():
+            z, b = head.logits(adapted[part]), head.logits(base[part])
+        arguments = (x[part] if isinstance(x, Tensor) else x for x in rest)
+        parts.append(dispatch.launch(name, backend, (z, b, *arguments)))
+        del z, b
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+_HEAD = "Tensor weight, Tensor? bias, float? softcap, float scale"
+
+
+def _kernels(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        adapted, base, *rest, backend = arguments
+        folded = dispatch.fold(name, [adapted, base, *rest[4:]])
+        return (backend, adapted, base, Head(*rest[:4]), *folded[2:])
+
+    def run(*arguments: Any) -> Any:
+        return dispatch.unwrap(_chunked(name, *split(arguments)))
+
+    def fake(*arguments: Any) -> Any:
+        _, adapted, _base, head, *rest = split(arguments)
+        logits = adapted.new_empty(adapted.shape[0], head.weight.shape[0])
+        return dispatch.unwrap(dispatch.OPERATORS[name].outputs(logits, logits, *rest))
+
+    return run, fake
+
+
+_library = torch.library.Library("svd_engine", "FRAGMENT")
+for _name in NAMES:
+    _operator = dispatch.OPERATORS[_name]
+    _rows, _, _rest = _operator.arguments.partition("Tensor base")
+    dispatch.register(
+        _library,
+        f"linear_{_name}",
+        f"{_rows}Tensor base, {_HEAD}{_rest}",
+        _operator.returns,
+        *_kernels(_name),
+    )
+
+
+def _call(name: str, backend: str, adapted: Tensor, base: Tensor, head: Head, *rest: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        return _chunked(name, backend, adapted, base, head, *rest)
+    unfolded = dispatch.unfold(name, (adapted, base, *rest))[2:]
+    traced = getattr(torch.ops.svd_engine, f"linear_{name}")
+    return dispatch.wrap(traced(adapted, base, *head, *unfolded, backend))

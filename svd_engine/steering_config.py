@@ -1,0 +1,72 @@
+"""The artefact: how to steer, kept as `steering_config.json` beside `adapter_config.json`."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from svd_engine.ops import checks
+from svd_engine.utils.files import write_text
+
+FILE_NAME = "steering_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringConfig:
+    """strength (mu), alpha and penalty of (13)-(14); the rest says where the strength came from."""
+
+    strength: float
+    alpha: float = 0.1
+    penalty: float = -math.inf
+    projection: bool = True  # False: the gradient less its mean (7) in place of delta (10)
+    objective: str | None = None
+    estimator: str | None = None
+    interval: tuple[float, float] | None = None  # 95 % bootstrap interval of the strength
+    verdict: str | None = None
+    data_sha256: str | None = None  # of the calibration examples
+    vocab_size: int | None = None
+    base_model: str | None = None
+    base_revision: str | None = None
+    svd_engine_version: str | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength must be finite; got {self.strength}.")
+        checks.mask(self.alpha, self.penalty)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the file into an adapter's folder and return its path."""
+        known = {k: v for k, v in asdict(self).items() if v is not None}
+        if known["penalty"] == -math.inf:
+            known["penalty"] = "-inf"  # JSON has no infinity
+        path = Path(folder) / FILE_NAME
+        write_text(path, json.dumps(known, indent=2) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SteeringConfig":
+        """Read the file from a folder, or from a Hub repository if no such folder exists."""
+        path = Path(folder) / FILE_NAME
+        if not Path(folder).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(folder), FILE_NAME))
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist. Write it with `svd-engine calibrate`.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values["penalty"] = float(values.get("penalty", -math.inf))
+            if values.get("interval") is not None:
+                values["interval"] = tuple(values["interval"])
+            known = {field.name for field in fields(cls)}
+            return cls(**{k: v for k, v in values.items() if k in known})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a steering configuration: {error}") from error
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if the strength was calibrated for another vocabulary."""
+        if self.vocab_size is not None and self.vocab_size != vocab_size:
+            raise ValueError(
+                f"{FILE_NAME} was calibrated for a vocabulary of {self.vocab_size} tokens; the "
+                f"model has {vocab_size}. Calibrate again with this model."
+            )

@@ -1,0 +1,1 @@
+"""The warm start: train an adapter briefly."""

@@ -1,0 +1,147 @@
+"""The training loop of a warm start: a loss on answers alone, checkpoints that give all back."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from svd_engine.data import examples as example_files
+
+STATE_FILE = "trainer_state.json"  # the Trainer writes it last
+WEIGHTS_FILE = "trained.safetensors"
+Row = dict[str, list[int]]
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints hold the trained parameters themselves.
+
+    PEFT's own files hold what P-tuning's encoder gives and not the encoder.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.detach().contiguous() for k, v in self._trained().items()}, folder / WEIGHTS_FILE
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                parameter.copy_(saved[name])
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        assert self.model is not None
+        return {k: v for k, v in self.model.named_parameters() if v.requires_grad}
+
+
+def train(
+    model: torch.nn.Module, rows: Sequence[Row], folder: Path, progress: bool, **arguments: Any
+) -> list[tuple[int, float]]:
+    """Train what requires a gradient; the loss of every step. Goes on from a checkpoint in folder.
+
+    arguments: of `TrainingArguments`. A continued run ends in the weights of an uninterrupted one.
+    """
+    device = next(model.parameters()).device
+    trainer = AdapterTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="steps",
+            save_total_limit=2,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            **arguments,
+        ),
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=pad,
+        callbacks=[_Progress()] if progress else [],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints every log as a dictionary
+    start = newest_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return [
+        (int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log
+    ]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
+    for _, path in sorted(found.items(), reverse=True):
+        try:
+            json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def rows(
+    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Row]:
+    """One row an answer: the loss looks at the answer and the end-of-sequence token after it."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found = []
+    for i, example in enumerate(example_files.encode(examples, tokenizer)):
+        for answer in (example.completion, *example.accepted):
+            ids = [*example.prompt, *answer, *end]
+            if len(ids) > max_length:
+                raise ValueError(
+                    f"examples[{i}] has {len(ids)} tokens; max_length is {max_length}. "
+                    "Shorten it or raise max_length."
+                )
+            labels = [-100] * len(example.prompt) + [*answer, *end]
+            found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def pad(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Rows filled up on the right to the longest, with the mask that says so."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def fill(key: str, filler: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
+
+    mask = torch.tensor([[1] * len(r["labels"]) + [0] * (longest - len(r["labels"])) for r in rows])
+    return {
+        "input_ids": fill("input_ids", 0),
+        "attention_mask": mask,
+        "labels": fill("labels", -100),
+    }
+
+
+class _Progress(TrainerCallback):
+    """A progress bar with the loss beside it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="warm start", unit="step"
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()

@@ -1,0 +1,163 @@
+"""The warm start: a short PEFT training of an ordinary adapter."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from svd_engine.data import contamination
+from svd_engine.data import examples as example_files
+from svd_engine.training import trainer
+from svd_engine.utils import plots
+from svd_engine.utils.files import write_text
+
+PAPER_RATE = 5e-5
+# method -> the learning rate of learning_rate="auto": what moves it visibly in some 30 steps
+RATES = {"lora": 5e-4, "ia3": 5e-3, "prompt": 1e-2, "p-tuning": 1e-2, "prefix": 1e-2}
+CURVE_FILE = "warm_start.json"
+logger = logging.getLogger(__name__)
+
+
+def warm_start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    output: str | Path,
+    *,
+    method: str = "lora",
+    rank: int = 8,
+    lora_alpha: float = 16,
+    dropout: float = 0.1,
+    virtual_tokens: int = 20,
+    steps: int | None = None,
+    epochs: float = 1.0,
+    batch_size: int = 16,
+    accumulation: int = 1,
+    learning_rate: float | str = PAPER_RATE,
+    max_length: int = 512,
+    seed: int = 0,
+    checkpoint_every: int = 20,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Train an adapter on completions (and further accepted answers) and write it to `output`.
+
+    The defaults are the paper's (Table 7). method: lora, ia3, prompt, p-tuning or prefix (its
+    P-Tuning v2). `steps` wins over `epochs`; a step takes batch_size x accumulation answers.
+    learning_rate: "auto" takes what suits the method, `RATES`. The base keeps its dtype; the
+    adapter is float32. The folder appears whole at the end or not at all; the same call after an
+    interruption goes on from the last checkpoint. Raises ValueError.
+    """
+    output = Path(output)
+    if method not in RATES:
+        raise ValueError(f"method must be one of {', '.join(RATES)}; got {method!r}.")
+    if output.exists() and not overwrite:
+        raise ValueError(f"output {output} exists. Choose another folder or overwrite it.")
+    rate = RATES[method] if learning_rate == "auto" else learning_rate
+    if isinstance(rate, str) or not rate > 0:
+        raise ValueError(f"learning_rate must be above 0 or 'auto'; got {learning_rate!r}.")
+    for name, value in dict(
+        rank=rank, lora_alpha=lora_alpha, virtual_tokens=virtual_tokens, steps=steps, epochs=epochs,
+        batch_size=batch_size, accumulation=accumulation, checkpoint_every=checkpoint_every,
+    ).items():  # fmt: skip
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0; got {value}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
+    rows = trainer.rows(examples, tokenizer, max_length)
+    settings = dict(
+        method=method, rank=rank, lora_alpha=lora_alpha, dropout=dropout,
+        virtual_tokens=virtual_tokens, steps=steps, epochs=epochs, batch_size=batch_size,
+        accumulation=accumulation, learning_rate=rate, max_length=max_length, seed=seed,
+        base_model=str(model.name_or_path), dtype=str(model.dtype),
+        data_sha256=example_files.fingerprint(examples),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    config = _config(method, rank, lora_alpha, dropout, virtual_tokens)
+    peft_model = get_peft_model(model, config)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        _prepare(partial, settings)
+        losses = trainer.train(
+            peft_model,
+            rows,
+            partial,
+            progress,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=steps or -1,
+            num_train_epochs=epochs,
+            learning_rate=rate,
+            save_steps=checkpoint_every,
+            seed=seed,
+        )
+        peft_model.eval()
+        finished = partial / "adapter"
+        # Asking whether the embedding was resized would go to the network.
+        peft_model.save_pretrained(str(finished), save_embedding_layers=False)
+        contamination.record(finished, "training", contamination.prompts(examples))
+        write_text(
+            finished / CURVE_FILE, json.dumps(dict(settings=settings, losses=losses), indent=1)
+        )
+        plots.training(finished / "warm_start.png", losses)
+        if output.exists():
+            os.replace(output, partial / "replaced")
+        os.replace(finished, output)
+        shutil.rmtree(partial)
+    except BaseException:
+        kept = trainer.newest_checkpoint(partial)
+        if kept is None:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            step = kept.name.split("-")[1]
+            logger.warning("Stopped. The same call goes on after step %s (%s).", step, partial)
+        raise
+    finally:
+        if not peft_model.active_peft_config.is_prompt_learning:
+            peft_model.unload()  # the base is handed back without the adapter
+    return output
+
+
+def _config(
+    method: str, rank: int, lora_alpha: float, dropout: float, virtual_tokens: int
+) -> PeftConfig:
+    tokens: dict[str, Any] = dict(task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens)
+    if method == "prompt":
+        return PromptTuningConfig(**tokens)
+    if method == "p-tuning":
+        return PromptEncoderConfig(**tokens, encoder_hidden_size=128)
+    if method == "prefix":
+        return PrefixTuningConfig(**tokens)
+    if method == "ia3":
+        return IA3Config(task_type="CAUSAL_LM")
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout, target_modules="all-linear",
+    )  # fmt: skip
+
+
+def _prepare(partial: Path, settings: dict[str, Any]) -> None:
+    """Keep what a run of the same settings left in the folder, and nothing else."""
+    recipe = partial / "settings.json"
+    wanted = json.dumps(settings, sort_keys=True)
+    if recipe.is_file() and recipe.read_text(encoding="utf-8") == wanted:
+        if checkpoint := trainer.newest_checkpoint(partial):
+            logger.warning("Going on after step %s.", checkpoint.name.split("-")[1])
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        write_text(recipe, wanted)

@@ -1,0 +1,1 @@
+"""Files, plots and bootstrap intervals."""

@@ -1,0 +1,377 @@
+"""The strength against dense searches in float64, and the verdict against planted data."""
+
+import json
+import random
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+import torch
+
+from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.calibration import calibrate, estimators, support_stats
+from svd_engine.data.examples import encode
+from svd_engine.kernels import reference
+from svd_engine.utils import bootstrap, plots
+from tests.tiny import VOCAB, tiny_peft
+
+
+def answers(n, seed=0, wrong=2):
+    rng = random.Random(seed)
+
+    def text(length):
+        return [rng.randrange(3, VOCAB) for _ in range(length)]
+
+    return [
+        dict(prompt=text(4), completion=text(3), rejected=[text(rng.choice([2, 3]))] * wrong)
+        for _ in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return SteeredEngine(tiny_peft())
+
+
+def rows_of(engine, prompt, completion):
+    """Both models' float64 logits at every token of the completion."""
+    ids = torch.tensor([prompt + completion])
+    adapted = engine.model(ids).logits[0, len(prompt) - 1 : -1].double()
+    with engine.model.disable_adapter():
+        return adapted, engine.model(ids).logits[0, len(prompt) - 1 : -1].double()
+
+
+@torch.no_grad()
+def dense(engine, passages):
+    """(mu, alpha) -> log P_mu of each passage from whole rows in float64."""
+    rows = [(*rows_of(engine, *passage), torch.tensor(passage[1])) for passage in passages]
+
+    def scores(mu, alpha=0.1):
+        each = [reference.score(*row, mu, alpha=alpha, penalty=0.0).sum() for row in rows]
+        return np.array([float(score) for score in each])
+
+    return scores
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0])
+def test_supports_give_the_score_at_any_strength(engine, alpha):
+    passages = calibrate.Answers(encode(answers(6), None)).passages
+    entries = support_stats.collect(engine.pair, passages, alpha)
+    scores = dense(engine, passages)
+    for mu in (-20.0, 0.0, 3.0):
+        got = entries.totals(entries.logprob(mu), len(passages)).numpy()
+        np.testing.assert_allclose(got, scores(mu, alpha), atol=1e-4)
+
+
+def test_projections_are_those_of_the_operator(engine):
+    passages = calibrate.Answers(encode(answers(4), None)).passages
+    entries = support_stats.collect(engine.pair, passages, 0.1)
+    got = entries.projections()
+    expected = [[], [], []]
+    with torch.no_grad():
+        for prompt, completion in passages:
+            adapted, base = rows_of(engine, prompt, completion)
+            terms = reference.project_strength(adapted, base, torch.tensor(completion))
+            for column, term in zip(expected, terms[:3], strict=True):
+                column.append(term)
+    order = torch.argsort(entries.passage, stable=True)
+    for mine, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine[order], torch.cat(truth), atol=1e-6, rtol=1e-4)
+    step = 1e-4
+    slope = (entries.logprob(step) - entries.logprob(-step)) / (2 * step)
+    torch.testing.assert_close(got[0], slope, atol=1e-6, rtol=1e-5)
+    assert (entries.support_sizes() >= 1).all()
+
+
+def test_exact_is_the_dense_optimum_of_the_likelihood(engine):
+    rows = answers(12)
+    report = engine.calibrate(rows, objective="nll", force=True)
+    scores = dense(engine, [(e.prompt, e.completion) for e in encode(rows, None)])
+
+    def nll(mu):
+        return -scores(mu).sum()
+
+    low, high = -64.0, 64.0
+    for _ in range(60):  # ternary search: the objective is convex
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, b) if nll(a) < nll(b) else (a, high)
+        if high - low < 1e-4:
+            break
+    assert report.strength == pytest.approx((low + high) / 2, rel=1e-3, abs=1e-3)
+    assert engine.steering.strength == report.strength
+
+
+def test_preference_is_the_global_optimum_of_the_bracket(engine):
+    rows = answers(10)
+    report = engine.calibrate(rows, objective="preference", force=True)
+    held = calibrate.Answers(encode(rows, None))
+    entries = support_stats.collect(engine.pair, held.passages, 0.1)
+    losses = held.losses(entries, "preference")
+    everywhere = [losses(mu).sum() for mu in np.linspace(-64, 64, 4001)]
+    assert losses(report.strength).sum() <= min(everywhere) + 1e-6
+    curve = dict(report.curve)
+    assert min(curve.values()) >= losses(report.strength).mean() - 1e-9
+
+
+def test_supports_at_a_larger_alpha_are_those_collected_there(engine):
+    passages = calibrate.Answers(encode(answers(6), None)).passages
+    wide = support_stats.collect(engine.pair, passages, 0.01)
+    assert len(wide.p) > len(wide.at(0.3).p) > len(wide.at(1.0).p) >= len(wide.adapted)
+    for alpha in (0.01, 0.3, 1.0):
+        for mine, truth in zip(
+            astuple(wide.at(alpha)),
+            astuple(support_stats.collect(engine.pair, passages, alpha)),
+            strict=True,
+        ):
+            assert torch.equal(mine, truth)
+
+
+@pytest.mark.parametrize("spoilt", ["nothing", "adapted -inf", "base -inf", "both -inf"])
+def test_compact_supports_are_the_reference(spoilt):
+    torch.manual_seed(0)
+    adapted, base = 3 * torch.randn(2, 20, VOCAB)
+    target = torch.arange(20) + 1
+    if spoilt in ("adapted -inf", "both -inf"):
+        adapted[::3, 40] = -torch.inf
+    if spoilt in ("base -inf", "both -inf"):
+        base[::3, 40] = -torch.inf
+    got, logp, logq = support_stats.compact(adapted, base, target, 0.05)
+    truth = reference.support(adapted, base, 0.05)
+    assert torch.equal(got.row, truth.row) and torch.equal(got.token, truth.token)
+    torch.testing.assert_close(got.p, truth.p, atol=0, rtol=1e-5)
+    torch.testing.assert_close(got.delta, truth.delta, atol=1e-6, rtol=1e-5)
+    for mine, logits in ((logp, adapted), (logq, base)):
+        every = logits.double().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        torch.testing.assert_close(mine.double(), every, atol=1e-5, rtol=0)
+
+
+def test_the_estimators_by_hand():
+    numerator = np.array([1.0, -2.0, 3.0, 0.5, 40.0] * 4)
+    denominator = np.array([1.0, 4.0, 1.5, 0.5, 1e-3] * 4)
+    ratios = sorted(numerator / denominator)
+    expected = {
+        "mean": np.mean(ratios),
+        "median": 1.0,
+        "trimmed": np.mean(ratios[2:-2]),
+        "ratio": numerator.sum() / denominator.sum(),
+    }
+    for name, of_tokens in estimators.FROM_TOKENS.items():
+        assert of_tokens(numerator, denominator) == pytest.approx(expected[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("hessian", estimators.HESSIANS)
+@pytest.mark.parametrize("estimator", estimators.FROM_TOKENS)
+def test_every_estimator_is_that_of_the_right_answers_tokens(engine, estimator, hessian):
+    rows = answers(8)
+    report = engine.calibrate(rows, estimator=estimator, hessian=hessian, force=True)
+    terms = [[], []]
+    with torch.no_grad():
+        for example in encode(rows, None):
+            adapted, base = rows_of(engine, example.prompt, example.completion)
+            term = reference.project_strength(adapted, base, torch.tensor(example.completion))
+            terms[0].append(term.numerator.numpy())
+            terms[1].append(getattr(term, hessian.replace("-", "_")).numpy())
+    expected = estimators.FROM_TOKENS[estimator](*map(np.concatenate, terms))
+    estimate = report.estimates[f"{estimator} {hessian}"]
+    # A token whose vector is nothing but rounding rules the mean.
+    assert estimate == pytest.approx(expected, rel=0.05 if estimator == "mean" else 1e-3)
+    assert report.strength == np.clip(estimate, -64, 64)
+    assert report.at_bracket == (abs(report.strength) > 63.9)
+    low, high = report.interval
+    assert -64 <= low <= high <= 64
+    assert engine.steering.strength == report.strength
+    assert engine.steering.estimator == estimator
+    exact = engine.calibrate(rows)
+    assert report.optimum == exact.strength and report.estimates == exact.estimates
+
+
+def test_length_normalised_preference_compares_log_probabilities_a_token(engine):
+    rows = answers(6)
+    held = calibrate.Answers(encode(rows, None))
+    entries = support_stats.collect(engine.pair, held.passages, 0.1)
+    scores = held.scores(entries, 2.0)
+    loss = held.losses(entries, "preference", True)(2.0)
+    for e, (right, wrong) in enumerate(zip(held.right, held.wrong, strict=True)):
+        pairs = [
+            np.log1p(np.exp(scores[w] / held.lengths[w] - scores[r] / held.lengths[r]))
+            for r in right
+            for w in wrong
+        ]
+        assert loss[e] == pytest.approx(np.mean(pairs))
+    report = engine.calibrate(rows, length_normalised=True, force=True)
+    assert report.length_normalised and report.strength != engine.calibrate(rows).strength
+
+
+def test_alpha_is_chosen_by_cross_validation(engine):
+    rows, alphas = answers(10), (0.5, 0.01, 0.1)
+    report = engine.calibrate(rows, alpha=alphas)
+    assert [alpha for alpha, _ in report.alpha_losses] == list(alphas)
+    best = min(report.alpha_losses, key=lambda pair: pair[1])[0]
+    assert report.alpha == engine.steering.alpha == best
+    alone = engine.calibrate(rows, alpha=best)
+    assert report.curve == alone.curve and report.strength == alone.strength
+    assert dict(report.alpha_losses)[best] == alone.alpha_losses[0][1]
+    assert engine.calibrate(rows[:4], alpha=alphas, folds=2).alpha in alphas
+
+
+@pytest.mark.parametrize(
+    "objective, of_margin",
+    [("preference", lambda m: np.log1p(np.exp(m))), ("ranking", lambda m: 1 / (1 + np.exp(-m)))],
+)
+def test_a_loss_is_the_mean_over_pairs(engine, objective, of_margin):
+    rows = answers(5)
+    held = calibrate.Answers(encode(rows, None))
+    entries = support_stats.collect(engine.pair, held.passages, 0.1)
+    scores = held.scores(entries, -3.0)
+    loss = held.losses(entries, objective)(-3.0)
+    for e, (right, wrong) in enumerate(zip(held.right, held.wrong, strict=True)):
+        pairs = [of_margin(scores[w] - scores[r]) for r in right for w in wrong]
+        assert loss[e] == pytest.approx(np.mean(pairs))
+
+
+def test_ranking_lowers_the_share_of_pairs_in_the_wrong_order(engine):
+    report = engine.calibrate(answers(10), objective="ranking", force=True)
+    curve = dict(report.curve)
+    assert report.loss_name == "ranking loss" and all(0 <= x <= 1 for x in curve.values())
+    assert min(curve.values()) < curve[0.0]
+
+
+class Planted:
+    """Stands for the pair: every position has the logits that it is given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, adapted, base):
+        self.rows = adapted, base
+
+    def prefill(self, prompts, *_):
+        return tuple(torch.zeros(len(prompts), 1) for _ in range(2))
+
+    def logits(self, hidden):
+        return tuple(row.expand(len(hidden[0]), -1) for row in self.rows)
+
+
+# Two likely tokens, of which training moved the odds from 1 to 0.
+PLANTED = Planted(torch.tensor([[1.0, 0.8, -9.0, -9.0]]), torch.tensor([[0.0, 1.6, -9.0, -9.0]]))
+
+
+def of_tokens(right):
+    return encode([dict(prompt=[3], completion=[int(t)]) for t in right], None)
+
+
+def planted(right):
+    return calibrate.calibrate(PLANTED, of_tokens(right), objective="nll")
+
+
+def test_verdicts():
+    further = planted([0] * 38 + [1] * 2)  # the data are further from the base than the model
+    assert further.worthwhile and further.strength < 0 and further.gain_interval[0] > 0
+    assert further.interval[0] <= further.strength <= further.interval[1]
+    back = planted([1] * 38 + [0] * 2)
+    assert back.worthwhile and back.strength > 0
+    there = planted([0] * 22 + [1] * 18)  # p(0) = 0.55: nothing to gain
+    assert not there.worthwhile and "indifferent" in there.verdict
+    assert there.nll_after <= there.nll_before + 0.02
+    assert planted([0] * 40).at_bracket
+
+
+@pytest.mark.parametrize("count", [5, 20, 120])
+@pytest.mark.parametrize("chance", [0.55, 0.9])
+def test_the_likelihood_of_new_examples_never_suffers(chance, count, monkeypatch):
+    """The adapted model gives token 0 a chance of 0.55; `chance` is the truth.
+
+    Five tokens may all be token 0, which the largest strength would suit best.
+    """
+    monkeypatch.setattr(bootstrap, "DRAWS", 400)
+    new = calibrate.Answers(of_tokens([0, 1]))
+    nll = new.losses(support_stats.collect(PLANTED, new.passages, 0.1), "nll")
+    truth = np.array([chance, 1 - chance])
+    rng = np.random.default_rng(0)
+    used = 0
+    for _ in range(8):
+        report = planted(rng.random(count) > chance)
+        strength = report.strength if report.worthwhile else 0.0
+        used += report.worthwhile
+        assert truth @ nll(strength) <= truth @ nll(0.0) + 0.002
+    assert used == (8 if (chance, count) == (0.9, 120) else 0) or (chance, count) == (0.9, 20)
+
+
+def test_divergence_is_that_of_whole_rows(engine):
+    passages = calibrate.Answers(encode(answers(3), None)).passages
+    entries = support_stats.collect(engine.pair, passages, 0.1)
+    order = torch.argsort(entries.passage, stable=True)
+    expected = []
+    with torch.no_grad():
+        for prompt, completion in passages:
+            adapted, base = rows_of(engine, prompt, completion)
+            steered = reference.steer(adapted, base, -3.0, alpha=0.1, penalty=0.0)
+            expected.append(reference.divergence(adapted, steered))
+    torch.testing.assert_close(
+        entries.divergence(-3.0)[order], torch.cat(expected), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_strength_is_0_where_nothing_is_gained(engine):
+    rows = answers(12, seed=5)
+    report = engine.calibrate(rows, objective="preference")
+    assert engine.steering.strength == (report.strength if report.worthwhile else 0.0)
+    assert engine.steering.verdict == report.verdict
+    assert engine.steering.vocab_size == VOCAB
+
+
+def test_same_seed_same_report(engine):
+    rows = answers(8)
+    assert engine.calibrate(rows, seed=3) == engine.calibrate(rows, seed=3)
+
+
+def test_report_is_saved_as_json_and_drawn(engine, tmp_path, monkeypatch):
+    report = engine.calibrate(answers(8))
+    saved = json.loads(report.save(tmp_path).read_text())
+    assert saved["strength"] == report.strength and len(saved["curve"]) == len(estimators.GRID)
+    assert report.objective == "preference" and len(saved["estimates"]) == 8
+    if plots.find_spec("matplotlib"):
+        assert (tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    (tmp_path / "bare").mkdir()
+    assert [report.save(tmp_path / "bare")] == list((tmp_path / "bare").iterdir())
+
+
+def test_a_token_that_the_model_cannot_predict_is_named(engine):
+    impossible = Planted(torch.tensor([[1.0, -torch.inf]]), torch.tensor([[1.0, 0.0]]))
+    with pytest.raises(ValueError, match="passage 2 holds a token"):
+        calibrate.calibrate(impossible, of_tokens([0, 0, 1]), folds=2)
+
+
+BAD = {
+    "examples is empty": ([], {}),
+    "objective must be": (answers(6), dict(objective="both")),
+    "no rejected answers": (answers(6, wrong=0), dict(objective="preference")),
+    r"folds must lie in \[2, number of examples = 6\]": (answers(6), dict(folds=7)),
+    "estimator must be one of exact, mean": (answers(6), dict(estimator="mode")),
+    "hessian must be one of gauss-newton": (answers(6), dict(hessian="exact")),
+    "length_normalised compares": (answers(6), dict(objective="nll", length_normalised=True)),
+    "alpha must lie in": (answers(6), dict(alpha=0.0)),
+    r"alpha must lie in \(0, 1\], one": (answers(6), dict(alpha=[0.1, 1.5])),
+    "one number or several": (answers(6), dict(alpha=[])),
+    r"got 0\.0": (answers(6), dict(alpha=[0.1, 0.0])),
+    r"examples\[0\]: an answer is empty": ([dict(prompt=[4], completion=[])], {}),
+    "does not fit": ([dict(prompt=[4] * 128, completion=[5])] * 6, {}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_refusals(engine, message):
+    engine.steering = SteeringConfig(1.5)
+    rows, options = BAD[message]
+    with pytest.raises(ValueError, match=message):
+        engine.calibrate(rows, **options)
+    assert engine.steering == SteeringConfig(1.5)
+
+
+def test_intervals_cover():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(200):
+        low, high = bootstrap.of_ratio(rng.normal(1.0, 1.0, 50), seed=seed)
+        hits += low <= 1.0 <= high
+    assert 180 <= hits <= 199

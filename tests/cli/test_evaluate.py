@@ -1,0 +1,177 @@
+"""`svd-engine evaluate`: every command on a tiny model, from split to table."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from svd_engine import SteeringConfig
+from svd_engine.cli import main
+from svd_engine.data import contamination, examples
+from svd_engine.evaluate import commonsense, truthfulqa
+from tests.evaluate.test_judge import server  # noqa: F401
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `svd-engine evaluate`; returns (exit code, output and errors)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["svd-engine", "evaluate", *map(str, arguments)])
+        monkeypatch.setattr(main, "errors", main.Console(stderr=True, width=300))
+        try:
+            main.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, "".join(capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder, tmp_path_factory):
+    """A steered adapter, a TruthfulQA of 20 questions and an ARC-Easy of 12 and 6."""
+    root = tmp_path_factory.mktemp("evaluate")
+    shutil.copytree(tiny_folder / "adapter", root / "adapter")
+    SteeringConfig(-3.0, alpha=0.05).save_pretrained(root / "adapter")
+    items = [
+        {
+            "question": f"w{20 + i:03} w{40 + i:03}?",
+            "mc1_targets": {"w007 w008": 1, "w009": 0},
+            "mc2_targets": {"w007 w008": 1, "w010": 1, "w009": 0, f"w{60 + i:03}": 0},
+        }
+        for i in range(20)
+    ]
+    (root / "mc_task.json").write_text(json.dumps(items))
+    problems = [
+        {
+            "instruction": f"w{20 + i:03}\n\nAnswer format: answer1/answer2",
+            "input": "",
+            "output": f"the correct answer is answer{i % 2 + 1}",
+            "answer": f"answer{i % 2 + 1}",
+        }
+        for i in range(18)
+    ]
+    (root / "ARC-Easy").mkdir()
+    (root / "ARC-Easy" / "train.json").write_text(json.dumps(problems[:12]))
+    (root / "ARC-Easy" / "test.json").write_text(json.dumps(problems[12:]))
+    return root
+
+
+@pytest.fixture
+def options(folder, tiny_folder, tmp_path):
+    contamination.record(folder / "adapter", "training", ["nothing"])
+    return ["--adapter", folder / "adapter", "--base", tiny_folder / "base", "--output", tmp_path]
+
+
+def test_truthfulqa(run, folder, options, tmp_path):
+    data = ["truthfulqa", "--data", folder / "mc_task.json", *options]
+    code, out = run(*data)
+    assert code == 0 and "steered - adapted" in out and "the adapter saw 0 in training" in out
+    result = json.loads((tmp_path / "truthfulqa.json").read_text())
+    assert result["questions"] == 4 and result["columns"] == ["MC1", "MC2", "MC3", "average"]
+    assert list(result["models"]) == ["base", "adapted", "steered"]
+    assert result["settings"]["prompt"] == "plain" and result["settings"]["split_seed"] == 0
+    # The table is what the kept scores say.
+    lines = [json.loads(x) for x in (tmp_path / "truthfulqa.jsonl").read_text().splitlines()[1:]]
+    assert [line["id"] for line in lines] == [0, 1, 2, 3]
+    tested = truthfulqa.Question("", "", ["a", "b"], ["c", "d"], ["c"])
+    mc1 = [tested.metrics(line["scores"]["steered"])[0] for line in lines]
+    assert result["models"]["steered"]["MC1"]["mean"] == 100 * sum(mc1) / 4
+    first = (tmp_path / "truthfulqa.json").read_bytes()
+    assert run(*data)[0] == 0 and (tmp_path / "truthfulqa.json").read_bytes() == first
+    assert run(*data, "--overwrite")[0] == 0
+    assert (tmp_path / "truthfulqa.json").read_bytes() == first
+    code, out = run(*data, "--strength", 2)
+    assert code == 2 and "holds results of other settings (steering:" in out
+    code, out = run(*data, "--strength", 2, "--limit", 2, "--overwrite")
+    assert code == 0 and "truthfulqa: 2 questions" in out
+    assert "| base |" in (tmp_path / "truthfulqa.md").read_text()
+
+
+def test_overlap_is_refused(run, folder, options, tmp_path):
+    out = tmp_path / "parts"
+    code, said = run(
+        "split", "truthfulqa", out, "--data", folder / "mc_task.json", "--calibration", 3,
+        "--split-seed", 5, "--prompt", "primer",
+    )  # fmt: skip
+    assert code == 0 and "4 questions to" in said
+    parts = {k: examples.read(out / f"{k}.jsonl") for k in ("training", "calibration", "test")}
+    assert [len(part) for part in parts.values()] == [13, 3, 4]
+    for kind in ("training", "calibration"):
+        contamination.record(folder / "adapter", kind, contamination.prompts(parts[kind]))
+    same = ["truthfulqa", "--data", folder / "mc_task.json", "--split-seed", 5, *options]
+    code, said = run(*same)
+    assert code == 0 and "the adapter saw 0 in training, 0 in calibration" in said
+    other = ["truthfulqa", "--data", folder / "mc_task.json", "--split-seed", 6, *options]
+    code, said = run(*other)
+    assert code == 2 and "prompts were seen in" in said and "--allow-overlap" in said
+    code, said = run(*other, "--allow-overlap", "--overwrite")
+    assert code == 0 and "the adapter saw 0 in training" not in said
+    (folder / "adapter" / contamination.FILE_NAME).unlink()
+    code, said = run(*other, "--overwrite")
+    assert code == 0 and "not recorded which questions" in said
+
+
+def test_open_answers_and_their_judge(run, folder, options, tmp_path, monkeypatch, server):  # noqa: F811
+    monkeypatch.delenv("SVD_JUDGE_URL", raising=False)
+    data = ["truthfulqa-open", "--data", folder / "mc_task.json", *options]
+    code, out = run(*data, "--max-new-tokens", 5)
+    answers = tmp_path / "truthfulqa-open.jsonl"
+    assert code == 0 and f"evaluate judge {answers}" in out
+    assert not (tmp_path / "truthfulqa-open.json").exists()
+    code, out = run("judge", answers)
+    assert code == 2 and "set SVD_JUDGE_URL" in out
+    monkeypatch.setenv("SVD_JUDGE_URL", server.url)
+    monkeypatch.setenv("SVD_JUDGE_MODEL", "m")
+    code, out = run("judge", answers)
+    assert code == 0 and "truthful" in out and "steered - adapted" in out
+    asked = len(server.prompts)
+    assert 0 < asked <= 4 * 3 * 2
+    result = json.loads((tmp_path / "truthfulqa-open.json").read_text())
+    assert result["models"]["base"]["both"]["mean"] == 100 and result["settings"]["judge"] == "m"
+    code, out = run(*data, "--max-new-tokens", 5)  # with a judge, in one go; all is there already
+    assert code == 0 and "steered - adapted" in out and len(server.prompts) == asked
+
+
+@pytest.mark.parametrize("by", ["likelihood", "generation"])
+def test_commonsense(run, folder, options, tmp_path, by):
+    data = ["commonsense", "--data", folder, "--task", "arc-easy", "--by", by, *options]
+    code, out = run(*data, "--max-new-tokens", 4)
+    assert code == 0 and f"arc-easy-{by}: 6 questions" in out
+    result = json.loads((tmp_path / f"arc-easy-{by}.json").read_text())
+    wanted = ["accuracy"] if by == "likelihood" else ["accuracy", "answered"]
+    assert result["columns"] == wanted and len(result["models"]) == 3
+    assert run(*data[:-2], "--output", tmp_path / "more", "--limit", 2)[0] == 0
+
+
+def test_commonsense_split(run, folder, tmp_path):
+    code, out = run(
+        "split", "commonsense", tmp_path, "--data", folder, "--task", "arc-easy", "--calibration", 4
+    )
+    assert code == 0 and "8 questions to" in out
+    line = examples.read(tmp_path / "calibration.jsonl")[0]
+    assert line["prompt"].startswith(commonsense.TEMPLATE[:40]) and len(line["rejected"]) == 1
+
+
+def test_errors_are_one_line(run, folder, options, tmp_path):
+    for arguments, message in (
+        (["truthfulqa"], "give --data with a file, or --hub"),
+        (["truthfulqa", "--data", folder / "absent.json"], "absent.json does not exist"),
+        (["truthfulqa", "--data", folder / "mc_task.json", "--prompt", "x"], "plain, primer"),
+        (["truthfulqa", "--data", folder / "mc_task.json", "--limit", 0], "--limit must be >= 1"),
+        (["commonsense", "--data", folder, "--task", "x"], "task must be one of"),
+        (["commonsense", "--data", folder, "--task", "piqa"], "piqa/test.json"),
+        (["commonsense", "--data", folder, "--task", "arc-easy", "--by", "x"], "--by must be"),
+    ):
+        code, out = run(*arguments, *options)
+        assert code == 2 and message in out and "Traceback" not in out, out
+    assert not list(tmp_path.iterdir())
+
+
+def test_help(run):
+    code, out = run("--help")
+    names = ("truthfulqa", "truthfulqa-open", "judge", "commonsense", "split")
+    assert code == 0 and all(name in out for name in names)

@@ -1,0 +1,128 @@
+"""Text as tokens come, and stop strings: alone, and in the engine."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.generation.detokenizer import Detokenizer, first_stop
+from tests.tiny import PROMPTS, tiny_peft
+
+
+def run(pieces, stops):
+    """What is given out for each piece, and the stop; tokens are indices of the pieces."""
+
+    def decode(ids):
+        return b"".join(pieces[i] for i in ids).decode(errors="replace")
+
+    row, given = Detokenizer(decode, stops), []
+    for token in range(len(pieces)):
+        given.append(row.add(token, last=token + 1 == len(pieces)))
+        if row.stop is not None:
+            break
+    return given, row.stop
+
+
+def test_what_may_begin_a_stop_string_is_held_back():
+    given, stop = run([b"one", b" STO", b"RE ST", b"OP two"], ["STOP"])
+    assert given == ["one", " ", "STORE ", ""] and stop == "STOP"
+    given, stop = run([b"one", b" STO"], ["STOP"])
+    assert given == ["one", " STO"] and stop is None  # the last token gives out all
+    given, stop = run([b"a", b"ab", b"a", b"bc"], ["ababc"])
+    assert given == ["", "a", "", ""] and stop == "ababc"
+    assert run([b"x", b"\n", b"\nQ"], ["\n\n", "\nQ"]) == (["x", "", ""], "\n\n")
+
+
+def test_a_character_of_several_tokens_comes_whole():
+    snow = "\N{SNOWMAN}".encode()
+    given, _ = run([b"a", snow[:1], snow[1:2], snow[2:], b"b"], [])
+    assert given == ["a", "", "", "\N{SNOWMAN}", "b"]
+    given, stop = run([b"a", snow[:1], snow[1:2], snow[2:], b"b"], ["\N{SNOWMAN}b"])
+    assert given == ["a", "", "", "", ""] and stop == "\N{SNOWMAN}b"
+    given, _ = run([b"a", snow[:1]], [])
+    assert given == ["a", "\ufffd"]
+
+
+def test_which_stop_string():
+    assert first_stop("xcab", ["b", "cab"]) == (1, "cab")  # complete together: the longest
+    assert first_stop("xabcd", ["abcd", "bc"]) == (2, "bc")  # the one complete first
+    assert first_stop("xyz", ["a"]) is None and first_stop("xyz", []) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text("ab\N{SNOWMAN}", max_size=14),
+    st.lists(st.text("ab\N{SNOWMAN}", min_size=1, max_size=4), max_size=3),
+    st.data(),
+)
+def test_tokens_do_not_matter(text, stops, data):
+    """However a text is cut into tokens, what comes out ends at the same place."""
+    raw = text.encode()
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(len(raw) - 1, 1)), max_size=len(raw))))
+    ends = [0, *(c for c in cuts if c < len(raw)), len(raw)]
+    pieces = [raw[a:b] for a, b in pairwise(ends)]
+    given, stop = run(pieces, stops)
+    found = first_stop(text, stops)
+    assert "".join(given) == (text if found is None else text[: found[0]])
+    assert stop == (found and found[1])
+
+
+@pytest.fixture(scope="module")
+def engine(words):
+    return SteeredEngine(tiny_peft(), words, SteeringConfig(-4.0))
+
+
+def test_stop_strings_of_the_engine(engine):
+    free = engine.generate(PROMPTS, max_new_tokens=9, eos_token_id=[])
+    words = [c.text.split() for c in free]
+    # over two tokens, ending inside the second; of the first row only
+    stop = f"{words[0][3]} {words[0][4][:2]}"
+    got = engine.generate(PROMPTS, max_new_tokens=9, eos_token_id=[], stop_strings=[stop])
+    for a, b in zip(got, free, strict=True):
+        assert a.text == b.text.split(stop)[0]
+        assert (a.finish_reason, a.stop_reason) == (
+            ("stop", stop) if stop in b.text else ("length", None)
+        )
+    assert got[0].token_ids == free[0].token_ids[:5]
+    assert {c.finish_reason for c in got} == {"stop", "length"}
+    each = engine.generate(
+        PROMPTS, max_new_tokens=9, eos_token_id=[],
+        stop_strings=[[], [words[1][1]], None, words[3][2]],
+    )  # fmt: skip
+    assert each[0] == free[0] or each[0].token_ids == free[0].token_ids
+    assert [c.stop_reason for c in each] == [None, words[1][1], None, words[3][2]]
+    assert [c.completion_tokens for c in each] == [9, 2, 9, 3]
+
+
+def test_streams_hold_back_and_give_the_same(engine):
+    free = engine.generate(PROMPTS, max_new_tokens=9, eos_token_id=[])
+    stops = [free[0].text[5:18], free[2].text[10:11], "w0", "never"]
+    for options in (dict(stop_strings=stops), dict(stop_strings=[[s] for s in stops])):
+        options |= dict(max_new_tokens=9, eos_token_id=[])
+        whole = engine.generate(PROMPTS, **options)
+        texts, last = [""] * 4, {}
+        for event in engine.stream(PROMPTS, **options):
+            texts[event.row] += event.text
+            assert whole[event.row].text.startswith(texts[event.row])
+            assert event.row not in last
+            if event.finish_reason:
+                last[event.row] = event
+        assert texts == [c.text for c in whole]
+        for row, completion in enumerate(whole):
+            assert last[row].finish_reason == completion.finish_reason
+            assert last[row].stop_reason == completion.stop_reason
+
+
+def test_an_end_of_sequence_is_told_by_its_id(engine):
+    free = engine.generate(PROMPTS[0], max_new_tokens=9, eos_token_id=[])[0]
+    end = free.token_ids[2]
+    got = engine.generate(PROMPTS[0], max_new_tokens=9, eos_token_id=end, stop_strings="never")[0]
+    assert (got.finish_reason, got.stop_reason) == ("stop", end)
+    assert got.token_ids[-1] == end
+
+
+def test_stop_strings_need_a_tokenizer():
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+        SteeredEngine(tiny_peft()).generate([5], max_new_tokens=2, stop_strings="a")

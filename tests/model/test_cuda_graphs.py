@@ -1,0 +1,141 @@
+"""Steps replayed from recordings: the same tokens, few recordings, and a way on when one fails.
+
+A recorder that runs the step again stands for CUDA graphs where there is no GPU.
+"""
+
+import logging
+
+import pytest
+import torch
+from peft import PrefixTuningConfig
+
+from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.model import cuda_graphs
+from svd_engine.model.cuda_graphs import GraphedRunner, bucket_rows, bucket_slots
+from tests.tiny import PROMPTS, tiny_peft
+
+
+def rerun(run, device):
+    """Runs the step at every replay and fills the same tensors, as a CUDA graph does."""
+    outputs = []  # there from the first replay on
+
+    def replay():
+        fresh = run()
+        if not outputs:
+            outputs.extend(x.clone() for x in fresh)
+        for kept, x in zip(outputs, fresh, strict=True):
+            kept.copy_(x)
+
+    return replay, outputs
+
+
+def tokens(engine, prompts, max_new_tokens=17, **options):
+    done = engine.generate(prompts, max_new_tokens=max_new_tokens, **options)
+    return [completion.token_ids for completion in done]
+
+
+def engines(config=None, record=rerun):
+    model = tiny_peft("mistral", config)
+    plain, graphed = (SteeredEngine(model, steering=SteeringConfig(-4.0)) for _ in range(2))
+    graphed._decoders[graphed.pair] = GraphedRunner(graphed.pair, record)
+    return plain, graphed
+
+
+def recorded(engine):
+    return engine._decoders[engine.pair].graphs
+
+
+PREFIX = PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+OPTIONS = {
+    "greedy": {},
+    "sampled": dict(temperature=1.0, seed=7),
+    "sequences": dict(temperature=1.0, num_return_sequences=3),
+    "beams": dict(num_beams=3),
+    "ends": dict(eos_token_id=list(range(0, 200, 9))),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("config", [None, PREFIX], ids=["lora", "prefix"])
+def test_replayed_steps_give_the_same_completions(monkeypatch, config, options):
+    monkeypatch.setattr(cuda_graphs, "SLOTS", 8)
+    plain, graphed = engines(config)
+    for prompts in (PROMPTS, PROMPTS[0], PROMPTS[1:], PROMPTS[:3] * 2):
+        for new in (3, 17):
+            asked = dict(max_new_tokens=new, **OPTIONS[options])
+            assert tokens(graphed, prompts, **asked) == tokens(plain, prompts, **asked)
+    assert recorded(graphed) > 1
+
+
+def test_a_graph_serves_all_requests_of_its_bucket():
+    _, graphed = engines()
+    graphed.generate([[5, 6, 7]] * 5, max_new_tokens=4, eos_token_id=[])
+    once = recorded(graphed)
+    assert once == 1
+    graphed.generate([[9] * 30] * 6, max_new_tokens=40, eos_token_id=[])
+    graphed.steering = SteeringConfig(2.0, alpha=0.3)
+    graphed.generate([[1, 2]] * 5, max_new_tokens=9, eos_token_id=[], temperature=0.7)
+    assert recorded(graphed) == once
+
+
+def test_warmup_leaves_nothing_to_record(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "SLOTS", 8)
+    _, graphed = engines()
+    graphed.warmup([1, 4], 30)
+    before = recorded(graphed)
+    for new in (1, 9, 20):
+        graphed.generate(PROMPTS[:4], max_new_tokens=new, eos_token_id=[])
+    assert recorded(graphed) == before
+
+
+def test_moved_memory_is_recorded_anew():
+    plain, graphed = engines()
+    graphed.generate([5, 6], max_new_tokens=4, eos_token_id=[])
+    graphed.generate([[5, 6]] * 8, max_new_tokens=4, eos_token_id=[])
+    assert recorded(graphed) == 1  # the first one's memory is gone
+    asked = dict(max_new_tokens=4, eos_token_id=[])
+    assert tokens(graphed, [5, 6], **asked) == tokens(plain, [5, 6], **asked)
+
+
+def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(caplog):
+    def fails(run, device):
+        raise RuntimeError("no capture today")
+
+    plain, graphed = engines(record=fails)
+    with caplog.at_level(logging.WARNING):
+        for prompts in (PROMPTS, PROMPTS[0]):
+            assert tokens(graphed, prompts) == tokens(plain, prompts)
+    assert recorded(graphed) is None
+    assert [r.message for r in caplog.records] == [
+        "Decoding without CUDA graphs, because a capture failed: no capture today"
+    ]
+
+
+def test_buckets():
+    assert [bucket_rows(n) for n in (1, 3, 5, 64, 65)] == [1, 3, 6, 64, 65]
+    assert [bucket_slots(n) for n in (1, 256, 257, 513, 1024, 1025)] == [
+        256, 256, 512, 1024, 1024, 2048
+    ]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", [None, PREFIX], ids=["lora", "prefix"])
+def test_cuda_graphs(config):
+    model = tiny_peft("mistral", config).to("cuda")
+    plain = SteeredEngine(model, steering=SteeringConfig(-4.0), cuda_graphs=False)
+    graphed = SteeredEngine(model, steering=SteeringConfig(-4.0))
+    for options in OPTIONS.values():
+        assert tokens(graphed, PROMPTS, **options) == tokens(plain, PROMPTS, **options)
+    assert recorded(graphed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_failed_cuda_capture_leaves_the_device_usable():
+    def reads_the_device():
+        return (torch.ones(1, device="cuda").sum().item(),)
+
+    with pytest.raises(RuntimeError):
+        cuda_graphs.record(reads_the_device, torch.device("cuda", 0))
+    assert torch.randn(3, device="cuda").isfinite().all()

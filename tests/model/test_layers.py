@@ -1,0 +1,298 @@
+"""A decode step between its linear layers: the native kernels, and which modules get them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from svd_engine.model import peft_adapter
+from svd_engine.model.layers import attention, linear, rms_norm, rotary
+from svd_engine.model.module_tree import clone_sharing_parameters
+from svd_engine.model.runner import ModelRunner
+from svd_engine.ops import cpu
+from tests.model import test_linear
+from tests.tiny import CONFIGS, tiny_base, tiny_peft
+
+F32, BF16 = torch.float32, torch.bfloat16
+NAN = float("nan")
+needs_library = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+each_capability = test_linear.each_capability  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_grad():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)
+
+
+def normal(*shape, dtype=F32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def poison(*shape, dtype=F32):
+    return torch.full(shape, NAN, dtype=dtype)
+
+
+def close(got, want, scale=1.0):
+    """Within a few roundings of float32, or two of bfloat16."""
+    assert not got.isnan().any()
+    rounding = 4e-7 if got.dtype == F32 else 3 * 2**-9
+    torch.testing.assert_close(got.double(), want, rtol=rounding, atol=scale * rounding)
+
+
+def native_rms_norm(x, weight, eps=1e-6, form=rms_norm.FORMS[0]):
+    out = poison(*x.shape, dtype=x.dtype)
+    cpu.rms_norm(x, weight, eps, *form, out)
+    return out
+
+
+@needs_library
+@pytest.mark.usefixtures("each_capability")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("form", rms_norm.FORMS)
+@pytest.mark.parametrize("n", [1, 3, 16, 31, 577])
+def test_rms_norm(n, form, dtype):
+    x, weight = normal(2, 3, n, dtype=dtype), normal(n, dtype=dtype, seed=1)
+    got = native_rms_norm(x, weight, 1e-3, form)
+    wide = x.double()
+    scale = (wide.pow(2).mean(-1, keepdim=True) + 1e-3).rsqrt()
+    close(got, wide * scale * (weight.double() + form.offset), scale=2)
+    if dtype == BF16:  # at most where float32 falls beside a tie
+        assert (got != rms_norm.composed(x, weight, 1e-3, form)).sum() <= got.numel() // 200
+    for row in range(3):
+        assert torch.equal(
+            native_rms_norm(x[:, row : row + 1].clone(), weight, 1e-3, form)[:, 0], got[:, row]
+        )
+    x[1, 2, -1] = NAN
+    spoiled = native_rms_norm(x, weight, 1e-3, form)
+    assert spoiled[1, 2].isnan().all()
+    assert torch.equal(spoiled[0], got[0]) and torch.equal(spoiled[1, :2], got[1, :2])
+
+
+@needs_library
+@pytest.mark.usefixtures("each_capability")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dim", [2, 6, 32, 70, 128])
+def test_rotate(dim, dtype):
+    x = normal(3, 1, 5, dim, dtype=dtype).transpose(1, 2)
+    cos, sin = (normal(3, 1, 1, dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    out = poison(*x.shape, dtype=dtype)
+    cpu.rotate(x, cos, sin, out)
+    close(out, rotary.composed(x.double(), cos.double(), sin.double()), scale=8)
+    if dtype == BF16:
+        assert torch.equal(out, rotary.composed(x, cos, sin))
+
+
+def truth(query, key, value, mask, scale, softcap):
+    rows, heads, _, dim = query.shape
+    packed = query.double().view(rows, key.shape[1], -1, dim)
+    scores = packed @ key.double().transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is not None:
+        scores = scores + mask.double()
+    return (scores.softmax(-1) @ value.double()).reshape(rows, 1, heads, -1)
+
+
+def attend(query, key, value, mask=None, scale=0.3, softcap=None):
+    rows, heads, _, _ = query.shape
+    out = poison(rows, 1, heads, value.shape[3], dtype=query.dtype)
+    cpu.attend(query, key, value, mask, scale, softcap, out)
+    return out
+
+
+def attention_case(rows, kv_heads, group, slots, dim, out_dim, dtype=F32):
+    """Keys and values are parts of a larger cache whose other slots are NaN."""
+    query = normal(rows, kv_heads * group, 1, dim, dtype=dtype)
+    parts = []
+    for width, seed in ((dim, 1), (out_dim, 2)):
+        memory = poison(rows + 1, kv_heads, slots + 3, width, dtype=dtype)
+        memory[:rows, :, :slots] = normal(rows, kv_heads, slots, width, dtype=dtype, seed=seed)
+        parts.append(memory[:rows, :, :slots])
+    visible = torch.randint(0, slots, (rows,), generator=torch.Generator().manual_seed(3))
+    visible[0] = slots - 1
+    return query, *parts, attention.causal(visible[:, None], slots, dtype)
+
+
+@needs_library
+@pytest.mark.usefixtures("each_capability")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1, 8, 8), (2, 3, 3, 61, 64, 64), (3, 2, 7, 18, 10, 10), (2, 1, 9, 130, 70, 50)],
+)
+def test_attend(sizes, dtype):
+    query, key, value, mask = attention_case(*sizes, dtype=dtype)
+    for hidden in (None, mask):
+        for softcap in (None, 5.0):
+            arguments = query, key, value, hidden, 0.3, softcap
+            close(attend(*arguments), truth(*arguments), scale=4)
+
+
+@needs_library
+@pytest.mark.usefixtures("each_capability")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_same_bits_alone_and_in_a_batch(dtype):
+    query, key, value, mask = attention_case(5, 2, 3, 77, 24, 24, dtype)
+    whole = attend(query, key, value, mask)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(attend(query, key, value, mask), whole)
+    for row in range(5):
+        seen = int((mask[row] == 0).sum())
+        one = slice(row, row + 1)
+        alone = attend(query[one], key[one, :, :seen], value[one, :, :seen])
+        assert torch.equal(alone, whole[one])
+
+
+@needs_library
+@pytest.mark.usefixtures("each_capability")
+def test_a_nan_stays_in_its_row_and_head():
+    query, key, value, _ = attention_case(3, 2, 2, 20, 8, 8)
+    clean = attend(query, key, value)
+    query[1, 3, 0, 2] = NAN
+    key[2, 0, 5, 1] = NAN
+    got = attend(query, key, value)
+    assert got[1, :, 3].isnan().all() and got[2, :, :2].isnan().all()
+    assert torch.equal(got[0], clean[0])
+    assert torch.equal(got[1, :, :3], clean[1, :, :3]) and torch.equal(
+        got[2, :, 2:], clean[2, :, 2:]
+    )
+
+
+@needs_library
+def test_wrong_arguments_raise():
+    query, key, value, mask = attention_case(2, 2, 2, 6, 8, 8)
+    x, weight = normal(2, 8), normal(8)
+    for call in (
+        lambda: attend(query[:, :3], key, value),
+        lambda: attend(query, key[:1], value),
+        lambda: attend(query, key, value[:, :, :5]),
+        lambda: attend(query, key.to(BF16), value),
+        lambda: attend(query, key, value, mask[..., :5]),
+        lambda: attend(query.repeat(1, 1, 2, 1), key, value),
+        lambda: attend(query.double(), key.double(), value.double()),
+        lambda: native_rms_norm(x, weight[:7]),
+        lambda: native_rms_norm(x, weight.to(BF16)),
+        lambda: native_rms_norm(x.T, weight[:2]),
+        lambda: cpu.rotate(query, query[:, :1], query[:1, :1], torch.empty_like(query)),
+        lambda: cpu.rotate(query[..., :7], *[query[:, :1, :, :7]] * 2, query[..., :7]),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("sliding_window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_attention_is_the_same_with_and_without_the_kernel(
+    monkeypatch, softcap, sliding_window, dtype
+):
+    query, key, value, mask = attention_case(3, 2, 2, 19, 8, 8, dtype)
+    last = (mask == 0).sum(-1).view(3, 1) - 1
+    options = dict(softcap=softcap, sliding_window=sliding_window, position_ids=last)
+    got, _ = attention.attend(nn.Module(), query, key, value, mask, 0.4, **options)
+    key, value = key.clone(), value.clone()
+    monkeypatch.setattr(linear, "most_rows", lambda dtype: 0)
+    want, _ = attention.attend(nn.Module(), query, key, value, mask, 0.4, **options)
+    assert got.shape == want.shape
+    torch.testing.assert_close(
+        got, want, rtol=2**-7 if dtype == BF16 else 1e-5, atol=1e-2 if dtype == BF16 else 1e-6
+    )
+
+
+NORMED = {"llama": 0, "qwen2": 0, "qwen3": 0, "mistral": 0, "gemma2": 2}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_norm_is_recognised_and_no_other_module(architecture, dtype):
+    model = tiny_base(architecture).to(dtype)
+    found = {name: rms_norm.recognise(module) for name, module in model.named_modules()}
+    norms = {name for name, module in model.named_modules() if "RMSNorm" in type(module).__name__}
+    assert {name for name, form in found.items() if form} == norms
+    assert bool(norms) == (architecture in NORMED)
+    for name in norms:
+        assert found[name][1] == rms_norm.FORMS[NORMED[architecture]]
+
+
+class OtherRMSNorm(nn.Module):
+    """The name and the attributes of one, and another arithmetic."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(n)), 1e-6
+
+    def forward(self, x):
+        return self.weight * x / (x.norm(dim=-1, keepdim=True) + self.eps)
+
+
+def test_another_norm_is_left_alone():
+    module = OtherRMSNorm(8)
+    assert rms_norm.recognise(module) is None
+    assert type(clone_sharing_parameters(nn.Sequential(module), lambda _: None)[0]) is OtherRMSNorm
+
+
+def interleaved(q, k, cos, sin):
+    def turn(x):
+        return (
+            x * cos[:, None]
+            + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin[:, None]
+        )
+
+    return turn(q), turn(k)
+
+
+def test_rotary_functions():
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.llama import modeling_llama
+
+    assert rotary.recognised(modeling_llama.apply_rotary_pos_emb)
+    assert rotary.recognised(modeling_gemma2.apply_rotary_pos_emb)
+    assert not rotary.recognised(interleaved)
+    assert not rotary.recognised(lambda q, k, freqs: (q, k))
+
+
+@needs_library
+@pytest.mark.skipif(not linear.most_rows(F32), reason="the native linear is not faster here")
+@pytest.mark.parametrize("architecture", sorted(NORMED))
+def test_a_step_runs_them_and_a_prefill_does_not(monkeypatch, architecture):
+    calls = []
+    for name in ("rms_norm", "rotate", "attend"):
+        kernel = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *a, k=kernel, n=name: (calls.append((n, a[0].shape)), k(*a))
+        )
+    model = tiny_peft(architecture)
+    classes = [type(module) for module in model.modules()]
+    stream = ModelRunner(peft_adapter.paired(model), paired=True)
+    assert [type(module) for module in model.modules()] == classes
+    stream.prefill([[3, 4, 5]] * 2, extra=2)
+    assert {name for name, _ in calls} <= {"rms_norm"}
+    calls.clear()
+    hooked = []
+    decoder = stream.model.get_decoder()
+    decoder.norm.register_forward_hook(lambda module, x, y: hooked.append(y))
+    hidden = stream.extend(torch.tensor([[7], [7]]))
+    assert torch.equal(hooked[0], hidden)
+    names = [name for name, _ in calls]
+    layers = len(decoder.layers)
+    assert names.count("attend") == layers and names.count("rotate") == 2 * layers
+    assert names.count("rms_norm") == sum(
+        rms_norm.recognise(m) is not None for m in decoder.modules()
+    )
+
+
+def test_a_second_tree_of_a_hastened_tree_is_the_same():
+    tree = peft_adapter.base(tiny_peft())
+    again = clone_sharing_parameters(tree, lambda _: None)
+    x = normal(1, 1, 32)
+    first, second = tree.get_decoder().norm, again.get_decoder().norm
+    first.weight.data.copy_(normal(32, seed=1))
+    assert torch.equal(first(x), second(x))
+    assert torch.equal(first(x), copy.deepcopy(first)(x))

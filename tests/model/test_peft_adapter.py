@@ -1,0 +1,150 @@
+"""What can be paired, what cannot and why; the PEFT model stays as it was found."""
+
+import logging
+
+import pytest
+import torch
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from svd_engine import SteeredEngine
+from svd_engine.model import peft_adapter
+from svd_engine.model.pair import pair_models
+from tests.tiny import tiny_base, tiny_peft
+
+PROMPT = torch.tensor([[5, 17, 40, 9, 33, 101, 7, 120, 3, 88, 61, 14]])
+LORA = dict(r=4, task_type="CAUSAL_LM")
+IA3 = IA3Config(
+    target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+)
+NOT_PAIRED = {
+    "q_proj uses Dora": LoraConfig(use_dora=True, target_modules=["q_proj"], **LORA),
+    "ADALORA has no paired form": AdaLoraConfig(
+        target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM"
+    ),
+    "lm_head is replaced as a whole": LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["lm_head"], **LORA
+    ),
+    "embed_tokens is replaced as a whole": LoraConfig(
+        target_modules=["q_proj"], trainable_token_indices=[5], **LORA
+    ),
+}
+
+
+@torch.inference_mode()
+def check_halves(model, base, form):
+    pair = pair_models(model, form)
+    logits = pair.logits(pair.prefill(PROMPT.tolist()))
+    for rows, whole in zip(logits, (model, base), strict=True):
+        torch.testing.assert_close(rows, whole(PROMPT).logits[:, -1], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [None, IA3, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")]
+)
+def test_the_peft_model_is_left_as_it_was(config):
+    model = tiny_peft("llama", config)
+    model.train()
+    before = {name: (type(m), m.training, id(m)) for name, m in model.named_modules()}
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    attention = model.config._attn_implementation
+    engine = SteeredEngine(model)
+    engine.generate([[5, 6]], max_new_tokens=3)
+    assert {name: (type(m), m.training, id(m)) for name, m in model.named_modules()} == before
+    assert model.config._attn_implementation == attention
+    assert model.get_base_model().config._attn_implementation == attention
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name])
+
+
+@pytest.mark.parametrize("config", [None, IA3])
+def test_weights_are_shared(config):
+    model = tiny_peft("llama", config)
+    own = {p.data_ptr() for p in model.parameters()}
+    twin = peft_adapter.paired(model)
+    foreign = [n for n, p in twin.named_parameters() if p.data_ptr() not in own]
+    assert not foreign
+
+
+@pytest.mark.parametrize("reason", NOT_PAIRED)
+def test_what_cannot_be_paired_says_why_and_decodes_in_sequence(reason, caplog):
+    model = tiny_peft("llama", NOT_PAIRED[reason])
+    with pytest.raises(ValueError, match=rf"pairing='paired' is not possible: .*{reason}"):
+        SteeredEngine(model, pairing="paired")
+    with caplog.at_level(logging.WARNING, "svd_engine"):
+        SteeredEngine(model)
+    assert [reason in record.message for record in caplog.records] == [True]
+    check_halves(model, tiny_base("llama"), "auto")
+
+
+def test_a_wrong_name_of_a_form():
+    with pytest.raises(ValueError, match="pairing must be"):
+        SteeredEngine(tiny_peft(), pairing="both")
+
+
+def tiny_mixtral():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        num_local_experts=4, initializer_range=0.4,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+def test_lora_on_the_attention_of_a_mixture_of_experts():
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **LORA)
+    check_halves(get_peft_model(tiny_mixtral(), config).eval(), tiny_mixtral(), "paired")
+
+
+def test_lora_on_experts_is_not_paired():
+    config = LoraConfig(
+        target_modules=[], target_parameters=["experts.gate_up_proj"], init_lora_weights=False,
+        **LORA,
+    )  # fmt: skip
+    model = get_peft_model(tiny_mixtral(), config).eval()
+    with pytest.raises(ValueError, match="experts"):
+        SteeredEngine(model, pairing="paired")
+    check_halves(model, tiny_mixtral(), "auto")
+
+    class Mixture(nn.Module):
+        def __init__(self, expert):
+            super().__init__()
+            self.experts = nn.ModuleList([expert])
+
+        def forward(self, x):
+            return self.experts[0](x)
+
+    base = tiny_base("llama")
+    base.model.layers[1].mlp = Mixture(base.model.layers[1].mlp)
+    model = get_peft_model(base, LoraConfig(target_modules=["down_proj"], **LORA))
+    with pytest.raises(ValueError, match=r"experts\.0\.down_proj is an expert"):
+        SteeredEngine(model, pairing="paired")
+
+
+def test_another_adapter_that_is_loaded_is_not_used():
+    model = tiny_peft("llama")
+    model.add_adapter(
+        "other", LoraConfig(target_modules=["k_proj"], init_lora_weights=False, **LORA)
+    )
+    check_halves(model, tiny_base("llama"), "paired")
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="one active adapter"):
+        SteeredEngine(model)
+
+
+def test_a_base_that_is_gone_is_refused():
+    config = LoraConfig(target_modules=["q_proj"], bias="lora_only", **LORA)
+    with pytest.raises(ValueError, match="bias='lora_only'"):
+        SteeredEngine(get_peft_model(tiny_base("qwen2"), config))
+    merged = tiny_peft()
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="merged adapter"):
+        SteeredEngine(merged)
+    disabled = tiny_peft()
+    disabled.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="disabled adapter"):
+        SteeredEngine(disabled)
+    with pytest.raises(ValueError, match="must be a PeftModel"):
+        SteeredEngine(tiny_base("llama"))
