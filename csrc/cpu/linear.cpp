@@ -1,4 +1,4 @@
-// torch.ops.svd_engine_native.linear: a linear layer of a few rows that reads the weight once.
+// torch.ops.svd_engine_cpu.linear: a linear layer of a few rows that reads the weight once.
 #include "linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -154,9 +154,9 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, "
         "Tensor? up_bias, int first_adapted, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }

@@ -1,4 +1,4 @@
-// torch.ops.svd_engine_native: the operators on the CPU, through the stable ABI of LibTorch.
+// torch.ops.svd_engine_cpu: the operators on the CPU, through the stable ABI of LibTorch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -271,7 +271,7 @@ void divergence(const Tensor adapted, const Tensor base, Tensor out) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(svd_engine_native, m) {
+STABLE_TORCH_LIBRARY(svd_engine_cpu, m) {
 #define ROWS "(Tensor adapted, Tensor base, "
 #define STRENGTH "float strength, Tensor? strengths, "
 #define MASK "float log_alpha, float penalty, "
@@ -291,7 +291,7 @@ STABLE_TORCH_LIBRARY(svd_engine_native, m) {
   m.def("capability(int limit) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CPU, m) {
   m.impl("steer", TORCH_BOX(&steer));
   m.impl("steering_vector", TORCH_BOX(&steering_vector));
   m.impl("sample", TORCH_BOX(&sample));
@@ -302,6 +302,6 @@ STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) {
   m.impl("divergence", TORCH_BOX(&divergence));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&capability));
 }

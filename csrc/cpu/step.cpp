@@ -1,4 +1,4 @@
-// torch.ops.svd_engine_native.rms_norm, rotate and attend: a decode step between its linear layers.
+// torch.ops.svd_engine_cpu.rms_norm, rotate and attend: a decode step between its linear layers.
 #include "step.h"
 
 #include <torch/csrc/stable/library.h>
@@ -148,7 +148,7 @@ void attend(const Tensor query, const Tensor key, const Tensor value,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset, bool rounded_between, "
         "Tensor(a!) out) -> ()");
   m.def("rotate(Tensor x, Tensor cos, Tensor sin, Tensor(a!) out) -> ()");
@@ -156,7 +156,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_native, m) {
         "float softcap, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("attend", TORCH_BOX(&attend));
