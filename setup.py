@@ -1,4 +1,4 @@
-"""Builds svd_engine._native (csrc/cpu) and svd_engine._cuda (csrc/cuda); see pyproject.toml.
+"""Builds svd_engine._cpu (csrc/cpu) and svd_engine._cuda (csrc/cuda); see pyproject.toml.
 
 The package works without both, so nothing here fails an install: without torch to build against
 there are no CPU kernels, without nvcc no CUDA kernels, and a compile that fails is one line of
@@ -86,7 +86,7 @@ def cpu_extension() -> Extension | None:
         skip("CPU", no_torch, "Install with --no-build-isolation beside torch to have them.")
         return None
     return CppExtension(
-        "svd_engine._native",
+        "svd_engine._cpu",
         sources=sorted(glob("csrc/cpu/*.cpp")),
         depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
         # The stable ABI of torch 2.10: the library loads in that version and any later one.

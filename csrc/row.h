@@ -1,8 +1,12 @@
-// The mathematics of one token and the sampling noise, the same on every device.
+// The mathematics of one token and the sampling noise, for the CPU and for CUDA. The names are
+// those of the glossary in kernels/reference.py, and so are the equation numbers.
 //
-// `F` is a float, or a vector of floats in csrc/cpu/rows.h: conditions select, they never branch.
-// Everything has internal linkage: rows.h is compiled for several instruction sets, and a function
-// shared between those objects could be taken from the wrong one.
+// `F` is a float, or in csrc/cpu/rows.h a vector of floats: conditions select, they never branch.
+//
+// Everything has internal linkage. csrc/cpu compiles this header once per instruction set, and the
+// linker keeps one copy of an inline function that has external linkage: AVX-512 code could then
+// end up in the variant for older processors, where it is an illegal instruction. For the same
+// reason the headers of the variants instantiate no standard template.
 #pragma once
 
 #include <cmath>
@@ -14,12 +18,12 @@
 #define SVD_HD static inline __attribute__((always_inline, unused))
 #endif
 
-// What a row's tokens need to know about the row. D is the mean of d = adapted - base under p.
+// The statistics of a row that its tokens are steered with.
 struct RowStats {
-  float top;        // max adapted
-  float mass;       // sum of exp(adapted - top), NaN for a row with NaN or +inf
-  float mean;       // D, over the tokens on which the base has an opinion
-  float threshold;  // the support is adapted >= threshold
+  float peak;       // max adapted
+  float sum_exp;    // sum of e = exp(adapted - peak); NaN for a row with NaN or +inf
+  float mean_d;     // E_p[d] over the tokens in base
+  float threshold;  // peak + log(alpha): a token is in the support if adapted >= threshold
 };
 
 struct Steering {
@@ -28,14 +32,15 @@ struct Steering {
   float penalty;
 };
 
-// `opinion` and `gap` are the sums of exp(adapted - top) and exp(adapted - top) * d over the tokens
-// with a base logit above -inf.
-SVD_HD RowStats row_stats(float top, float mass, float opinion, float gap, float log_alpha) {
-  return {top, mass, opinion > 0 ? gap / opinion : 0.0f, top + log_alpha};
+// From the max and the three sums of a whole row.
+SVD_HD RowStats row_stats(float peak, float sum_exp, float sum_exp_in_base, float sum_exp_d,
+                          float log_alpha) {
+  return {peak, sum_exp, sum_exp_in_base > 0 ? sum_exp_d / sum_exp_in_base : 0.0f,
+          peak + log_alpha};
 }
 
 SVD_HD bool is_valid(const RowStats& row) {
-  return row.mass == row.mass && row.top > -INFINITY && row.top < INFINITY;
+  return row.sum_exp == row.sum_exp && row.peak > -INFINITY && row.peak < INFINITY;
 }
 
 // d = adapted - base, 0 where either is -inf.
@@ -44,25 +49,27 @@ SVD_HD F difference(F adapted, F base) {
   return ((adapted > -INFINITY) & (base > -INFINITY)) ? adapted - base : F{};
 }
 
-// (10) for a token of weight e = exp(adapted - top) in a valid row.
+// delta = p (E_p[d] - d)  (10) of a token in a valid row, 0 if the token is not in base;
+// e = exp(adapted - peak).
 template <class F>
-SVD_HD F steering(F adapted, F base, F e, const RowStats& row) {
-  return base > -INFINITY ? e / row.mass * (row.mean - difference(adapted, base)) : F{};
+SVD_HD F delta_of(F adapted, F base, F e, const RowStats& row) {
+  return base > -INFINITY ? e / row.sum_exp * (row.mean_d - difference(adapted, base)) : F{};
 }
 
-// (12)-(14) for a token of weight e = exp(adapted - top) in a valid row.
+// The steered logit  (12)-(14) of a token in a valid row; e = exp(adapted - peak).
 template <class F>
-SVD_HD F steered(F adapted, F base, F e, const RowStats& row, const Steering& by) {
-  const F delta = steering(adapted, base, e, row);
-  // strength * -inf is never formed: it is NaN at 0 and +inf below.
-  const F off = by.penalty == -INFINITY ? F{} - INFINITY
-                                        : adapted + std::fabs(by.strength) * by.penalty;
-  const F kept = adapted >= row.threshold ? adapted + by.strength * delta : off;
+SVD_HD F steered(F adapted, F base, F e, const RowStats& row, const Steering& steering) {
+  const F delta = delta_of(adapted, base, e, row);
+  // strength * -inf is never formed: it is NaN for strength 0 and +inf for a negative one.
+  const F off = steering.penalty == -INFINITY
+                    ? F{} - INFINITY
+                    : adapted + std::fabs(steering.strength) * steering.penalty;
+  const F kept = adapted >= row.threshold ? adapted + steering.strength * delta : off;
   return adapted > -INFINITY ? kept : adapted;
 }
 
-// First word of Philox4x32-10 with key = seed and counter = (token, position, 0). A Word is a
-// uint64_t, or a vector of them, that holds 32 bits.
+// First output word of Philox4x32-10 with key = seed and counter = (token, position, 0). A Word is
+// a uint64_t, or a vector of uint64_t, and holds 32 bits per element.
 template <class Word>
 SVD_HD Word philox(uint64_t seed, Word token, uint64_t position) {
   constexpr uint64_t mask = 0xFFFFFFFF;
@@ -81,8 +88,9 @@ SVD_HD Word philox(uint64_t seed, Word token, uint64_t position) {
   return c0;
 }
 
-// -log(-log(1 - u)) of u = (bits + 1/2) / 2^32. Each tail is formed from the side where the
-// logarithm is dense, so none of the 32 bits is lost: also in float, whose error is a few 1e-7.
+// Standard Gumbel noise -log(-log(1 - u)) with u = (bits + 1/2) / 2^32. Each tail is computed from
+// the side where floating-point numbers are dense, so none of the 32 bits is lost, not even in
+// float, where the error is a few 1e-7.
 template <class Real = double>
 SVD_HD float gumbel(uint32_t bits) {
   constexpr Real unit = Real(1.0 / 4294967296.0), half = Real(0.5);

@@ -1,15 +1,17 @@
-"""The pass that reads the two rows once, and what every operator takes from it.
+"""The first pass, which reads both rows once, and the row statistics that the second pass takes.
 
-A row is cut into tiles. `measure_tiles` leaves a few numbers a tile. Whoever needs the row's own
-combines them again with `combine`: a few hundred bytes, no atomics, the same bits in every program.
+A row is cut into tiles. `measure_tiles` writes a few numbers per tile. Every program that needs the
+statistics of the whole row recomputes them from those with `combine`: it reads a few hundred bytes,
+needs no atomics and gets the same bits as every other program.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_rows import INF, NAN, Rows, Steering, difference, kernel, load_tile
+from .triton_rows import INF, NAN, Rows, RowSteering, difference, kernel, load_tile
 
-# workspace[row, :, tile]: 4 numbers of `measure_tiles`, then 2 more or the 5 of `choose_tiles`.
+# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its 2 extra ones for `divergence`
+# or the 5 of `choose_tiles`.
 STATISTICS = tl.constexpr(9)
 EXTRA = tl.constexpr(4)
 
@@ -27,44 +29,45 @@ def measure_tiles(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """workspace[row, :, tile] = max z, sum e, sum e where b > -inf, sum e * d; e = exp(z - max z).
+    """workspace[row, :, tile] = peak, sum_exp, sum_exp_in_base, sum_exp_d of the tile.
 
-    A NaN or +inf makes the sum of e NaN if it is adapted, that of e * d if it is base.
+    A NaN or +inf makes sum_exp NaN if it is an adapted logit, sum_exp_d if it is a base logit.
 
-    If BASE: d is (z - max z) - (b - max b), so that no common shift is rounded away, and the extras
-    are max b, or +inf if a token is possible in z alone, and sum exp(b - max b).
+    If BASE: d is (z - peak) - (b - base_peak), so that a shift common to all logits is not rounded
+    away, and 2 extra numbers follow: base_peak, or +inf if a token is possible in z and not in b,
+    and base_sum_exp.
     """
     count = tl.cdiv(vocab, TILE)
     row = tl.program_id(0) // count
     tile = tl.program_id(0) % count
     token = tile * TILE + tl.arange(0, TILE)
-    at = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    z, b = load_tile(at, row, token, ALIGNED)
+    rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
+    z, b = load_tile(rows, row, token, ALIGNED)
     place = workspace + row.to(tl.int64) * (STATISTICS * count) + tile
 
-    top = tl.max(z)
-    zero = tl.where(top > -INF, top, 0.0)  # 0, not NaN, where the whole tile is -inf
-    e = tl.exp(z - zero)
+    peak = tl.max(z)
+    origin = tl.where(peak > -INF, peak, 0.0)  # so that e is 0, not NaN, if the whole tile is -inf
+    e = tl.exp(z - origin)
     valid = b < INF
-    opinion = b > -INF
+    in_base = b > -INF
     d = difference(z, b)
     if BASE:
-        base_top = tl.max(b)
-        base_zero = tl.where(base_top > -INF, base_top, 0.0)
-        d = difference(z - zero, b - base_zero)
-        alone = tl.max(((z > -INF) & (b == -INF)).to(tl.int32))
-        tl.store(place + EXTRA * count, tl.where(alone > 0, INF, base_top))
-        tl.store(place + (EXTRA + 1) * count, tl.sum(tl.exp(b - base_zero)))
+        base_peak = tl.max(b)
+        base_origin = tl.where(base_peak > -INF, base_peak, 0.0)
+        d = difference(z - origin, b - base_origin)
+        only_adapted = tl.max(((z > -INF) & (b == -INF)).to(tl.int32))
+        tl.store(place + EXTRA * count, tl.where(only_adapted > 0, INF, base_peak))
+        tl.store(place + (EXTRA + 1) * count, tl.sum(tl.exp(b - base_origin)))
 
-    tl.store(place, top)
+    tl.store(place, peak)
     tl.store(place + count, tl.sum(e))
-    tl.store(place + 2 * count, tl.sum(tl.where(opinion, e, 0.0)))
+    tl.store(place + 2 * count, tl.sum(tl.where(in_base, e, 0.0)))
     tl.store(place + 3 * count, tl.sum(tl.where(valid, e * d, NAN)))
 
 
 @triton.jit
 def statistic(workspace, row, count, which, absent, LANES: tl.constexpr):
-    """One number of every tile of a row, `absent` in the lanes that have no tile."""
+    """Load one number per tile of a row, one tile per lane; `absent` in lanes without a tile."""
     lane = tl.arange(0, LANES)
     place = workspace + (row.to(tl.int64) * STATISTICS + which) * count
     return tl.load(place + lane, lane < count, other=absent)
@@ -72,50 +75,55 @@ def statistic(workspace, row, count, which, absent, LANES: tl.constexpr):
 
 @triton.jit
 def combine(workspace, row, vocab, LANES: tl.constexpr, TILE: tl.constexpr):
-    """The max and the sum of e of each tile; of the row max z, NaN if invalid, sum e, E_p[d]."""
+    """The peaks and sum_exps of the tiles; peak (NaN if invalid), sum_exp and mean_d of the row."""
     count = tl.cdiv(vocab, TILE)
-    tops = statistic(workspace, row, count, 0, -INF, LANES)
-    sums = statistic(workspace, row, count, 1, 0.0, LANES)
-    top = tl.max(tops)
-    scale = tl.where(tops > -INF, tl.exp(tops - top), 0.0)
-    total = tl.sum(scale * sums)
-    mass = tl.sum(scale * statistic(workspace, row, count, 2, 0.0, LANES))
-    weighted = tl.sum(scale * statistic(workspace, row, count, 3, 0.0, LANES))
-    mean = tl.where(mass > 0, weighted / mass, 0.0)
-    valid = (top > -INF) & (total == total) & (weighted == weighted)
-    return tops, sums, tl.where(valid, top, NAN), total, mean
+    peaks = statistic(workspace, row, count, 0, -INF, LANES)
+    sum_exps = statistic(workspace, row, count, 1, 0.0, LANES)
+    peak = tl.max(peaks)
+    scale = tl.where(peaks > -INF, tl.exp(peaks - peak), 0.0)
+    sum_exp = tl.sum(scale * sum_exps)
+    sum_exp_in_base = tl.sum(scale * statistic(workspace, row, count, 2, 0.0, LANES))
+    sum_exp_d = tl.sum(scale * statistic(workspace, row, count, 3, 0.0, LANES))
+    mean_d = tl.where(sum_exp_in_base > 0, sum_exp_d / sum_exp_in_base, 0.0)
+    valid = (peak > -INF) & (sum_exp == sum_exp) & (sum_exp_d == sum_exp_d)
+    return peaks, sum_exps, tl.where(valid, peak, NAN), sum_exp, mean_d
 
 
 @triton.jit
 def steer_row(
-    workspace, row, vocab, mu, log_alpha, penalty, LANES: tl.constexpr, TILE: tl.constexpr
+    workspace, row, vocab, strength, log_alpha, penalty, LANES: tl.constexpr, TILE: tl.constexpr
 ):
-    """The max of each tile, the sum of e of each tile, and what steers the row."""
-    tops, sums, top, total, mean = combine(workspace, row, vocab, LANES, TILE)
-    return tops, sums, Steering(top, total, mean, top + log_alpha, mu, penalty)
+    """The peaks of the tiles, the sum_exps of the tiles, and the steering of the row."""
+    peaks, sum_exps, peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
+    steering = RowSteering(peak, sum_exp, mean_d, peak + log_alpha, strength, penalty)
+    return peaks, sum_exps, steering
 
 
 @triton.jit
-def has_tokens(tops, by, REMOVE: tl.constexpr):
-    """Whether a tile with this max has a token left. No tile of an invalid row has."""
+def is_active(peaks, steering, REMOVE: tl.constexpr):
+    """Whether a tile with this peak has a token left; False for every tile of an invalid row.
+
+    With REMOVE those are the tiles with a token in the support. Without it they are the tiles with
+    any possible token; the comparison with peak - INF is False if the row's peak is NaN.
+    """
     if REMOVE:
-        return (tops >= by.threshold) & (tops > -INF)
+        return (peaks >= steering.threshold) & (peaks > -INF)
     else:
-        return (tops >= by.top - INF) & (tops > -INF)
+        return (peaks >= steering.peak - INF) & (peaks > -INF)
 
 
 @triton.jit
-def next_tile(live, after, LANES: tl.constexpr):
-    """The first live tile after this one, or LANES: `while tile < LANES` walks them."""
+def next_tile(active, after, LANES: tl.constexpr):
+    """The first active tile after this one, or LANES: `while tile < LANES` walks them."""
     lane = tl.arange(0, LANES)
-    return tl.min(tl.where(live & (lane > after), lane, LANES))
+    return tl.min(tl.where(active & (lane > after), lane, LANES))
 
 
 @triton.jit
 def tiles_lse(workspace, row, count, LANES: tl.constexpr):
-    """log sum exp of the steered logits from the tiles' peaks and masses."""
-    peaks = statistic(workspace, row, count, EXTRA + 3, -INF, LANES)
-    masses = statistic(workspace, row, count, EXTRA + 4, 0.0, LANES)
-    peak = tl.max(peaks)
-    scale = tl.where(peaks > -INF, tl.exp(peaks - peak), 0.0)
-    return peak + tl.log(tl.sum(scale * masses))
+    """log sum exp of the steered logits, from the sums that `choose_tiles` wrote per tile."""
+    lse_peaks = statistic(workspace, row, count, EXTRA + 3, -INF, LANES)
+    lse_sum_exps = statistic(workspace, row, count, EXTRA + 4, 0.0, LANES)
+    lse_peak = tl.max(lse_peaks)
+    scale = tl.where(lse_peaks > -INF, tl.exp(lse_peaks - lse_peak), 0.0)
+    return lse_peak + tl.log(tl.sum(scale * lse_sum_exps))

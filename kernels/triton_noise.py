@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def random_bits(seed, token, position):
-    """reference.philox: the first word of Philox4x32-10, uint32 of token's shape."""
+    """`reference.philox`: the first word of Philox4x32-10 as uint32, of the shape of `token`."""
     seed = seed.to(tl.int64)
     position = position.to(tl.int64)
     zero = tl.zeros(token.shape, tl.uint32)
@@ -23,13 +23,13 @@ def random_bits(seed, token, position):
 
 @triton.jit
 def gumbel_noise(bits):
-    """reference.gumbel_noise of the 32 random bits, to float32 rounding: -log(-log(1 - u)).
+    """`reference.gumbel_noise` of 32 random bits, to float32 rounding: -log(-log(1 - u)).
 
-    u, or 1 - u if that is less, is exact to its last bit near 0, so no tail is clipped.
+    The lesser of u and 1 - u is exact to its last bit near 0, so no tail is clipped.
     """
     low = bits < 0x80000000
     u = (tl.where(low, bits, bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.0**-32
-    # -log(1 - u) = 2 atanh(u / (2 - u)): with u <= 1/2 the series is right to 2e-9.
+    # -log(1 - u) = 2 atanh(u / (2 - u)); for u <= 1/2 the series has an error below 2e-9.
     s = u / (2.0 - u)
     w = s * s
     series = 1 / 9 + w * (1 / 11 + w * (1 / 13 + w * (1 / 15)))

@@ -1,4 +1,4 @@
-"""The row mathematics of the Triton operators: what is computed of the logits of a tile."""
+"""The mathematics of a tile of logits in the Triton kernels, in the names of reference.py."""
 
 import inspect
 from typing import NamedTuple
@@ -20,21 +20,23 @@ class Rows(NamedTuple):
     vocab: tl.tensor
 
 
-class Steering(NamedTuple):
-    """What the steered logits of a row follow from. An invalid row's top is NaN."""
+class RowSteering(NamedTuple):
+    """All that the steered logits of a row depend on. The peak of an invalid row is NaN."""
 
-    top: tl.tensor  # max z
-    total: tl.tensor  # sum exp(z - top)
-    mean: tl.tensor  # E_p[d]
-    threshold: tl.tensor  # of the support
+    peak: tl.tensor  # max z
+    sum_exp: tl.tensor  # sum of e = exp(z - peak)
+    mean_d: tl.tensor  # E_p[d]
+    threshold: tl.tensor  # peak + log(alpha): the support is z >= threshold
     strength: tl.tensor
     penalty: tl.tensor
 
 
 def kernel(function):
-    """A Triton kernel that only dtypes and constexpr arguments specialise.
+    """Compile a function as a Triton kernel that only dtypes and constexpr arguments specialise.
 
-    No size, stride or address that a request may bring compiles it anew.
+    By default Triton also specialises on integer values (1, or divisible by 16) and on the
+    alignment of pointers, so a request with another vocabulary, stride or address would stall for a
+    compilation. Here alignment is one explicit constexpr, ALIGNED, which `launch.warmup` covers.
     """
     arguments = inspect.signature(function).parameters.values()
     runtime = [x.name for x in arguments if x.annotation is not tl.constexpr]
@@ -43,38 +45,39 @@ def kernel(function):
 
 @triton.jit
 def per_row(shared, each, per, row):
-    """`each[row]` if `per`, or `shared`: one kernel for both."""
+    """`each[row]` if `per` is not 0, else `shared`: one kernel serves both."""
     return tl.load(each + row, per != 0, other=shared)
 
 
 @triton.jit
-def locate(rows, stride, row, token, vocab, ALIGNED: tl.constexpr):
-    """Pointers to `rows[row, token]`, and which of them are inside the vocabulary."""
-    pointers = rows + row.to(tl.int64) * stride + token
+def locate(matrix, stride, row, token, vocab, ALIGNED: tl.constexpr):
+    """Pointers to `matrix[row, token]`, and which of them are inside the vocabulary."""
+    pointers = matrix + row.to(tl.int64) * stride + token
     if ALIGNED:
-        # True of the caller's tensors; said in a form from which the compiler makes vectors.
+        # Both hold for the caller's tensors. The arguments are not specialised, so this is how the
+        # compiler learns it, and it can emit 16-byte accesses with one mask for 8 tokens.
         pointers = tl.multiple_of(pointers, 16)
         vocab = vocab // 8 * 8
     return pointers, token < vocab
 
 
 @triton.jit
-def load_tile(at, row, token, ALIGNED: tl.constexpr):
-    """Both rows' logits in float32, -inf outside the vocabulary."""
-    z_at, inside = locate(at.adapted, at.adapted_stride, row, token, at.vocab, ALIGNED)
-    b_at, inside = locate(at.base, at.base_stride, row, token, at.vocab, ALIGNED)
+def load_tile(rows, row, token, ALIGNED: tl.constexpr):
+    """Load the logits of both models as float32, -inf outside the vocabulary."""
+    z_at, inside = locate(rows.adapted, rows.adapted_stride, row, token, rows.vocab, ALIGNED)
+    b_at, inside = locate(rows.base, rows.base_stride, row, token, rows.vocab, ALIGNED)
     z = tl.load(z_at, inside, other=-INF)
     b = tl.load(b_at, inside, other=-INF)
     return z.to(tl.float32), b.to(tl.float32)
 
 
 @triton.jit
-def load_target(at, row, target):
-    """Both rows' logits of one token in float32, NaN for an id outside the vocabulary."""
-    inside = (target >= 0) & (target < at.vocab)
-    here = row.to(tl.int64)
-    z = tl.load(at.adapted + here * at.adapted_stride + target, inside, other=NAN)
-    b = tl.load(at.base + here * at.base_stride + target, inside, other=NAN)
+def load_target(rows, row, target):
+    """Load both logits of one token as float32, NaN for an id outside the vocabulary."""
+    inside = (target >= 0) & (target < rows.vocab)
+    wide_row = row.to(tl.int64)
+    z = tl.load(rows.adapted + wide_row * rows.adapted_stride + target, inside, other=NAN)
+    b = tl.load(rows.base + wide_row * rows.base_stride + target, inside, other=NAN)
     return z.to(tl.float32), b.to(tl.float32)
 
 
@@ -85,55 +88,61 @@ def difference(z, b):
 
 
 @triton.jit
-def probability(z, by):
-    return tl.exp(z - by.top) / by.total
+def probability(z, steering):
+    """p = e / sum_exp, the probability under the adapted model."""
+    return tl.exp(z - steering.peak) / steering.sum_exp
 
 
 @triton.jit
-def direction(z, b, by):
-    """delta = p (E_p[d] - d), 0 where the base has no opinion  (10)."""
-    return tl.where(b > -INF, probability(z, by) * (by.mean - difference(z, b)), 0.0)
+def delta_of(z, b, steering):
+    """delta = p (E_p[d] - d)  (10), 0 for a token that is not in base."""
+    return tl.where(b > -INF, probability(z, steering) * (steering.mean_d - difference(z, b)), 0.0)
 
 
 @triton.jit
-def penalised(z, by):
-    """What a finite penalty makes of a logit off the support."""
-    return tl.fma(tl.abs(by.strength), by.penalty, z)
+def penalised(z, steering):
+    """z + |strength| * penalty: the steered logit off the support, for a finite penalty."""
+    return tl.fma(tl.abs(steering.strength), steering.penalty, z)
 
 
 @triton.jit
-def steered(z, b, by, REMOVE: tl.constexpr):
+def steered(z, b, steering, REMOVE: tl.constexpr):
     """z + strength * delta  (13) on the support; off it z + |strength| * penalty, or -inf.
 
-    The sums are fused by name, so that every place that computes one gets the same bits: what is
-    picked in order, or cut, is compared again with what was seen before.
+    `topk` and `sample` with cuts read a tile several times and compare its logits, for equality
+    too, with those of an earlier reading. So every kernel must compute the same bits. Left to
+    itself the compiler fuses a multiply and an add in one place and not in another; an explicit
+    fma leaves it no choice.
     """
-    delta = direction(z, b, by)
+    delta = delta_of(z, b, steering)
     if REMOVE:
-        # strength * -inf is never formed: it is NaN at 0 and +inf below.
+        # strength * -inf is never formed: it is NaN for strength 0 and +inf for a negative one.
         off = -INF
     else:
-        off = penalised(z, by)
-    return tl.where(z >= by.threshold, tl.fma(delta, by.strength, z), off)
+        off = penalised(z, steering)
+    return tl.where(z >= steering.threshold, tl.fma(delta, steering.strength, z), off)
 
 
 @triton.jit
-def steered_tile(at, by, row, token, REMOVE: tl.constexpr, ALIGNED: tl.constexpr):
+def steered_tile(rows, steering, row, token, REMOVE: tl.constexpr, ALIGNED: tl.constexpr):
     """The steered logits of a tile's tokens, -inf outside the vocabulary."""
-    z, b = load_tile(at, row, token, ALIGNED)
-    return steered(z, b, by, REMOVE)
+    z, b = load_tile(rows, row, token, ALIGNED)
+    return steered(z, b, steering, REMOVE)
 
 
 @triton.jit
 def only(lane, tile, values):
-    """The value of one lane."""
+    """The value in lane `tile`."""
     return tl.sum(tl.where(lane == tile, values, 0))
 
 
 @triton.jit
-def grow(peak, mass, logits, temperature):
-    """log sum exp(logits / temperature) is peak / temperature + log(mass), one tile more."""
-    higher = tl.maximum(peak, tl.max(logits))
-    shift = tl.where(higher > -INF, higher, 0.0)
-    more = tl.sum(tl.exp((logits - shift) / temperature))
-    return higher, mass * tl.exp((peak - shift) / temperature) + more
+def accumulate(lse_peak, lse_sum_exp, logits, temperature):
+    """Add a tile to the sums of log sum exp(logits / temperature).
+
+    It is lse_peak / temperature + log(lse_sum_exp), where lse_sum_exp is relative to lse_peak.
+    """
+    peak = tl.maximum(lse_peak, tl.max(logits))
+    origin = tl.where(peak > -INF, peak, 0.0)
+    sum_exp = tl.sum(tl.exp((logits - origin) / temperature))
+    return peak, lse_sum_exp * tl.exp((lse_peak - origin) / temperature) + sum_exp

@@ -1,4 +1,4 @@
-"""The passes of `sample` that pick the token."""
+"""The second pass of `sample`, in one kernel per row or in two over tiles."""
 
 import triton
 import triton.language as tl
@@ -7,20 +7,20 @@ from .triton_measure import (
     EXTRA,
     STATISTICS,
     combine,
-    has_tokens,
+    is_active,
     next_tile,
     statistic,
     steer_row,
     tiles_lse,
 )
 from .triton_noise import gumbel_noise, random_bits
-from .triton_rows import INF, NAN, Rows, grow, kernel, only, per_row, steered_tile
+from .triton_rows import INF, NAN, Rows, accumulate, kernel, only, per_row, steered_tile
 
 
 @triton.jit
 def choose(
-    at,
-    by,
+    rows,
+    steering,
     row,
     token,
     temperature,
@@ -30,21 +30,22 @@ def choose(
     GREEDY: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """The steered logits of a tile's tokens, and how each fares: the greatest merit is chosen."""
-    z_hat = steered_tile(at, by, row, token, REMOVE, ALIGNED)
-    merit = z_hat
+    """The steered logits and the merits of a tile's tokens; `sample` returns the greatest merit."""
+    logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+    merit = logits
     if not GREEDY:
         noise = gumbel_noise(random_bits(seed, token, position))
-        # Relative to top, so that large logits do not round the noise away.
-        merit = (z_hat - by.top) / temperature + noise
-    return z_hat, merit
+        # Relative to the peak, so that large logits do not round the noise away.
+        merit = (logits - steering.peak) / temperature + noise
+    return logits, merit
 
 
 @triton.jit
-def best_of(token, z_hat, merit, first):
-    """The greatest merit, ties to the lowest token id, its token, and the steered logit of that."""
+def best_of(token, logits, merit, tile_begin):
+    """The greatest merit of a tile, its token (of equals the lowest id) and its steered logit."""
     best, index = tl.max(merit, 0, return_indices=True)
-    return best, first + index, tl.sum(tl.where(token == first + index, z_hat, 0.0))
+    best_token = tile_begin + index
+    return best, best_token, tl.sum(tl.where(token == best_token, logits, 0.0))
 
 
 @kernel
@@ -74,37 +75,39 @@ def sample_rows(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One row: the best token and its log-probability, from the few tiles with support."""
+    """One program per row: the best token and its log-probability, from the tiles with support."""
     row = tl.program_id(0)
-    mu = per_row(strength, strengths, per_strength, row)
-    seed_here = per_row(seed, seeds, per_seed, row)
-    position_here = per_row(position, positions, per_position, row)
-    at = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    tops, _, by = steer_row(workspace, row, vocab, mu, log_alpha, penalty, LANES, TILE)
-    live = has_tokens(tops, by, True)
+    row_strength = per_row(strength, strengths, per_strength, row)
+    row_seed = per_row(seed, seeds, per_seed, row)
+    row_position = per_row(position, positions, per_position, row)
+    rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
+    peaks, _, steering = steer_row(
+        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
+    )
+    active = is_active(peaks, steering, True)
 
-    # An invalid row has no live tile, and what stands here then is its result.
-    best = -INF  # the greatest merit, its token and the steered logit of that
+    # An invalid row has no active tile: these initial values are then its result, -1 and NaN.
+    best = -INF  # the greatest merit so far
     best_token = -1
     best_logit = -INF
-    peak = -INF
-    mass = 0.0
-    tile = next_tile(live, -1, LANES)
+    lse_peak = -INF
+    lse_sum_exp = 0.0
+    tile = next_tile(active, -1, LANES)
     while tile < LANES:
         token = tile * TILE + tl.arange(0, TILE)
-        z_hat, merit = choose(
-            at, by, row, token, temperature, seed_here, position_here, True, GREEDY, ALIGNED
+        logits, merit = choose(
+            rows, steering, row, token, temperature, row_seed, row_position, True, GREEDY, ALIGNED
         )
-        here, here_token, here_logit = best_of(token, z_hat, merit, tile * TILE)
-        if here > best:  # strictly: ties go to the lowest token id
-            best = here
-            best_token = here_token
-            best_logit = here_logit
-        peak, mass = grow(peak, mass, z_hat, 1.0)
-        tile = next_tile(live, tile, LANES)
+        tile_merit, tile_token, tile_logit = best_of(token, logits, merit, tile * TILE)
+        if tile_merit > best:  # strictly: of equals the lowest token id wins
+            best = tile_merit
+            best_token = tile_token
+            best_logit = tile_logit
+        lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits, 1.0)
+        tile = next_tile(active, tile, LANES)
 
     tl.store(token_out + row, best_token)
-    tl.store(logprob_out + row, best_logit - peak - tl.log(mass))
+    tl.store(logprob_out + row, best_logit - lse_peak - tl.log(lse_sum_exp))
 
 
 @kernel
@@ -133,37 +136,39 @@ def choose_tiles(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile's part of `sample_rows`, where every tile has a part: `settle_rows` has the rest.
+    """One program per tile: its part of `sample_rows`, for rows in which any tile may have tokens.
 
-    The extras are the merit, the token and the steered logit of the tile's best, and the peak and
-    the mass of its steered logits.
+    The 5 extra numbers in the workspace are merit, token and steered logit of the tile's best token
+    and the peak and sum_exp of its steered logits. `settle_rows` combines them.
     """
     count = tl.cdiv(vocab, TILE)
     row = tl.program_id(0) // count
     tile = tl.program_id(0) % count
-    mu = per_row(strength, strengths, per_strength, row)
-    seed_here = per_row(seed, seeds, per_seed, row)
-    position_here = per_row(position, positions, per_position, row)
-    at = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    tops, _, by = steer_row(workspace, row, vocab, mu, log_alpha, penalty, LANES, TILE)
+    row_strength = per_row(strength, strengths, per_strength, row)
+    row_seed = per_row(seed, seeds, per_seed, row)
+    row_position = per_row(position, positions, per_position, row)
+    rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
+    peaks, _, steering = steer_row(
+        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
+    )
     best = -INF
     best_token = -1
     best_logit = -INF
-    peak = -INF
-    mass = 0.0
-    if has_tokens(only(tl.arange(0, LANES), tile, tops), by, REMOVE):
+    lse_peak = -INF
+    lse_sum_exp = 0.0
+    if is_active(only(tl.arange(0, LANES), tile, peaks), steering, REMOVE):
         token = tile * TILE + tl.arange(0, TILE)
-        z_hat, merit = choose(
-            at, by, row, token, temperature, seed_here, position_here, REMOVE, GREEDY, ALIGNED
+        logits, merit = choose(
+            rows, steering, row, token, temperature, row_seed, row_position, REMOVE, GREEDY, ALIGNED
         )
-        best, best_token, best_logit = best_of(token, z_hat, merit, tile * TILE)
-        peak, mass = grow(peak, mass, z_hat, 1.0)
+        best, best_token, best_logit = best_of(token, logits, merit, tile * TILE)
+        lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits, 1.0)
     place = workspace + tl.cast(row, tl.int64) * (STATISTICS * count) + EXTRA * count + tile
     tl.store(place, best)
     tl.store(place + count, tl.cast(best_token, tl.float32, bitcast=True))
     tl.store(place + 2 * count, best_logit)
-    tl.store(place + 3 * count, peak)
-    tl.store(place + 4 * count, mass)
+    tl.store(place + 3 * count, lse_peak)
+    tl.store(place + 4 * count, lse_sum_exp)
 
 
 @kernel
@@ -175,16 +180,16 @@ def settle_rows(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The best of the tiles' choices."""
+    """One program per row: the best token among those that `choose_tiles` chose."""
     row = tl.program_id(0)
     count = tl.cdiv(vocab, TILE)
     lane = tl.arange(0, LANES)
-    _, _, top, _, _ = combine(workspace, row, vocab, LANES, TILE)
+    _, _, peak, _, _ = combine(workspace, row, vocab, LANES, TILE)
     merits = statistic(workspace, row, count, EXTRA, -INF, LANES)
     tokens = statistic(workspace, row, count, EXTRA + 1, 0.0, LANES).to(tl.int32, bitcast=True)
     logits = statistic(workspace, row, count, EXTRA + 2, 0.0, LANES)
-    best, tile = tl.max(merits, 0, return_indices=True)  # ties go to the lowest tile
-    found = (top == top) & (best > -INF)
+    best, tile = tl.max(merits, 0, return_indices=True)  # of equals the lowest tile
+    found = (peak == peak) & (best > -INF)
     tl.store(token_out + row, tl.where(found, only(lane, tile, tokens), -1))
     logit = tl.where(found, only(lane, tile, logits), NAN)
     tl.store(logprob_out + row, logit - tiles_lse(workspace, row, count, LANES))

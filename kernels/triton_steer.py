@@ -1,13 +1,13 @@
-"""The pass of `steer` and `steering_vector` that writes."""
+"""The second pass of `steer` and `steering_vector`."""
 
 import triton.language as tl
 
-from .triton_measure import has_tokens, steer_row
+from .triton_measure import is_active, steer_row
 from .triton_rows import (
     INF,
     NAN,
     Rows,
-    direction,
+    delta_of,
     kernel,
     load_tile,
     locate,
@@ -38,24 +38,26 @@ def steer_tiles(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of steered logits, or of delta. A tile without tokens left is filled, not read."""
+    """One program per tile: write steered logits, or delta; fill a tile without a token left."""
     count = tl.cdiv(vocab, TILE)
     row = tl.program_id(0) // count
     tile = tl.program_id(0) % count
     token = tile * TILE + tl.arange(0, TILE)
     place, inside = locate(out, out_stride, row, token, vocab, ALIGNED)
 
-    mu = per_row(strength, strengths, per_strength, row)
-    tops, _, by = steer_row(workspace, row, vocab, mu, log_alpha, penalty, LANES, TILE)
-    if has_tokens(only(tl.arange(0, LANES), tile, tops), by, REMOVE):
-        at = Rows(adapted, adapted_stride, base, base_stride, vocab)
-        z, b = load_tile(at, row, token, ALIGNED)
+    row_strength = per_row(strength, strengths, per_strength, row)
+    peaks, _, steering = steer_row(
+        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
+    )
+    if is_active(only(tl.arange(0, LANES), tile, peaks), steering, REMOVE):
+        rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
+        z, b = load_tile(rows, row, token, ALIGNED)
         if DELTA:
-            values = direction(z, b, by)
+            values = delta_of(z, b, steering)
         else:
-            values = steered(z, b, by, REMOVE)
+            values = steered(z, b, steering, REMOVE)
         tl.store(place, values.to(out.dtype.element_ty), inside)
     else:
         empty = 0.0 if DELTA else -INF
-        fill = tl.zeros((TILE,), tl.float32) + tl.where(by.top == by.top, empty, NAN)
+        fill = tl.zeros((TILE,), tl.float32) + tl.where(steering.peak == steering.peak, empty, NAN)
         tl.store(place, fill.to(out.dtype.element_ty), inside)

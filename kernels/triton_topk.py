@@ -1,9 +1,9 @@
-"""The pass of `topk`."""
+"""The second pass of `topk`."""
 
 import triton.language as tl
 
-from .triton_measure import has_tokens, steer_row
-from .triton_rows import INF, NAN, Rows, grow, kernel, only, per_row, steered_tile
+from .triton_measure import is_active, steer_row
+from .triton_rows import INF, NAN, Rows, accumulate, kernel, only, per_row, steered_tile
 
 
 @kernel
@@ -27,53 +27,58 @@ def topk_rows(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One row's k best, in order: as a tournament of tiles.
+    """One program per row: its k best tokens in order, by a tournament of tiles.
 
-    Every tile sends its best token. The best of those is next, and its tile, read again, sends
-    what comes after it. When nothing above -inf is left, the other tokens follow in order.
+    Every active tile enters its best token. The best entry of all is the next result, and its tile
+    is read again to enter the token that comes after it: so k + (active tiles) tiles are read, and
+    nothing is sorted. An entry is +inf before its tile has been read, so that every tile is read
+    before the first result. When no entry above -inf is left, the remaining slots get the tokens of
+    logit -inf in order of their ids.
     """
     row = tl.program_id(0)
     lane = tl.arange(0, LANES)
-    mu = per_row(strength, strengths, per_strength, row)
-    at = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    tops, _, by = steer_row(workspace, row, vocab, mu, log_alpha, penalty, LANES, TILE)
+    row_strength = per_row(strength, strengths, per_strength, row)
+    rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
+    peaks, _, steering = steer_row(
+        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
+    )
     logprob_out += row.to(tl.int64) * k
     token_out += row.to(tl.int64) * k
 
-    # Of each tile the steered logit of its best, +inf before it is read, and the token, then -1.
-    sent = tl.where(has_tokens(tops, by, REMOVE), INF, -INF)
-    senders = tl.where(lane >= 0, -1, 0)
+    # The entry of each tile: a steered logit and its token, or +inf and -1 before it is read.
+    entry_logits = tl.where(is_active(peaks, steering, REMOVE), INF, -INF)
+    entry_tokens = tl.where(lane >= 0, -1, 0)
     done = 0
-    last = INF  # the last picked, and its token
+    last = INF  # the steered logit of the last result
     last_token = -1
-    peak = -INF
-    mass = 0.0
-    best, tile = tl.max(sent, 0, return_indices=True)  # ties go to the lowest tile
+    lse_peak = -INF
+    lse_sum_exp = 0.0
+    best, tile = tl.max(entry_logits, 0, return_indices=True)  # of equals the lowest tile
     while (done < k) & (best > -INF):
-        sender = only(lane, tile, senders)
-        if sender >= 0:
+        best_token = only(lane, tile, entry_tokens)
+        if best_token >= 0:
             last = best
-            last_token = sender
-            tl.store(logprob_out + done, best - peak - tl.log(mass))
-            tl.store(token_out + done, sender)
+            last_token = best_token
+            tl.store(logprob_out + done, best - lse_peak - tl.log(lse_sum_exp))
+            tl.store(token_out + done, best_token)
             done += 1
         token = tile * TILE + tl.arange(0, TILE)
-        z_hat = steered_tile(at, by, row, token, REMOVE, ALIGNED)
-        if sender < 0:
-            peak, mass = grow(peak, mass, z_hat, 1.0)
-        after = (z_hat < last) | ((z_hat == last) & (token > last_token))
-        rest, index = tl.max(tl.where(after, z_hat, -INF), 0, return_indices=True)
-        sent = tl.where(lane == tile, rest, sent)
-        senders = tl.where(lane == tile, tile * TILE + index, senders)
-        best, tile = tl.max(sent, 0, return_indices=True)
+        logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+        if best_token < 0:
+            lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits, 1.0)
+        after = (logits < last) | ((logits == last) & (token > last_token))
+        entry, index = tl.max(tl.where(after, logits, -INF), 0, return_indices=True)
+        entry_logits = tl.where(lane == tile, entry, entry_logits)
+        entry_tokens = tl.where(lane == tile, tile * TILE + index, entry_tokens)
+        best, tile = tl.max(entry_logits, 0, return_indices=True)
 
-    valid = by.top == by.top
+    valid = steering.peak == steering.peak
     tile = 0
     while (done < k) & (tile * TILE < vocab):
         token = tile * TILE + tl.arange(0, TILE)
-        z_hat = steered_tile(at, by, row, token, REMOVE, ALIGNED)
-        picked = tl.where(valid, z_hat, -INF) > -INF
-        left = (token < vocab) & (picked == 0)
+        logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+        is_result = tl.where(valid, logits, -INF) > -INF
+        left = (token < vocab) & (is_result == 0)
         place = done + tl.cumsum(left.to(tl.int32), 0) - 1
         fits = left & (place < k)
         tl.store(logprob_out + place, tl.where(valid, -INF, NAN) + token * 0.0, fits)

@@ -338,8 +338,8 @@ def test_says_why_it_is_unavailable(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "__file__", str(tmp_path / "ops" / "cpu.py"))
         assert "not built" in reload()
-        (tmp_path / "_native.abi3.so").write_bytes(b"no library")
-        assert "_native.abi3.so failed to load" in reload()
+        (tmp_path / "_cpu.abi3.so").write_bytes(b"no library")
+        assert "_cpu.abi3.so failed to load" in reload()
         with pytest.raises(RuntimeError, match="failed to load"):
             cpu.capability()
     assert reload() is None

@@ -1,4 +1,4 @@
-// Which of the instruction-set variants runs: an index in every table of them.
+// The instruction set in use, as an index into each table of variants.
 #pragma once
 
 #include <cstdint>

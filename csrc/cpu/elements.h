@@ -1,4 +1,4 @@
-// Rows of float32 or bfloat16, read as vectors of floats and written from them.
+// Loads and stores of float32 and bfloat16 rows as vectors of floats.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace SVD_VARIANT {
 namespace {
 
-// The first `count` elements of a vector, and zeros.
+// Loads the first `count` elements of a vector; the others are zero.
 template <class V>
 SVD_HD V load_part(const char* from, int64_t count) {
   constexpr int kSize = sizeof(V) / kLanes;
@@ -37,13 +37,14 @@ struct BFloat16 {
   SVD_HD Vec rounded(Vec v) { return widen_bfloat16(narrow_bfloat16(v)); }
 };
 
-// Elements [k, k + kLanes) of a row of n, zeros past its end.
+// Loads elements [k, k + kLanes) of a row of n, zeros past its end.
 template <class E>
 SVD_HD Vec get(const char* row, int64_t k, int64_t n) {
   const char* from = row + k * E::kSize;
   return k + kLanes <= n ? E::whole(from) : E::part(from, n - k);
 }
 
+// Stores elements [k, k + kLanes) of a row of n, none past its end.
 template <class E>
 SVD_HD void put(char* row, int64_t k, int64_t n, Vec v) {
   const auto narrow = E::narrow(v);

@@ -1,13 +1,14 @@
-// What ops.cpp and the instruction-set variants of rows.h agree on. A row is cut into blocks of
-// `kBlock` tokens whatever the number of rows and threads, and sums are formed per block and then
-// over blocks: a row's result is the same bits alone, in any batch, and on any number of threads.
+// The interface between ops.cpp and the instruction-set variants of rows.h. Names are those of the
+// glossary in kernels/reference.py. A row is cut into tiles of `kTile` tokens regardless of the
+// number of rows and threads, and sums are formed per tile and then over tiles: a row's result has
+// the same bits alone, in any batch and on any number of threads.
 #pragma once
 
 #include <cstdint>
 
 #include "../row.h"
 
-constexpr int kBlock = 256;
+constexpr int kTile = 256;
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
@@ -19,53 +20,56 @@ struct Logits {
 struct Row {
   Logits adapted;
   Logits base;
-  Logits out;   // steer and steering_vector only
-  bool stream;  // one of too many rows to stay in the cache: read ahead, and write past it
+  Logits out;   // of steer and steering_vector only
+  bool stream;  // the rows together exceed the cache: prefetch reads, and write around the cache
   int64_t vocab;
-  Steering by;
+  Steering steering;
 };
 
 struct Noise {
-  float temperature;  // 0: none, the greatest steered logit wins
+  float temperature;  // 0: no noise, the greatest steered logit is chosen
   uint64_t seed;
   uint64_t position;
-  bool after_cuts;  // choose prepares the cuts: without noise, and with the tempered mass
+  bool after_cuts;  // noise is added after the cuts: `choose` adds none and forms tempered_sum_exp
 };
 
-// Per block, from the scan of both rows. Arrays have room up to a multiple of 16 blocks.
-struct Blocks {
-  float* top;        // max adapted
-  float* mass;       // sum of exp(adapted - top); NaN where the block spoils the row
-  float* opinion;    // the part of mass with a base logit above -inf
-  float* gap;        // sum of exp(adapted - top) * d
-  float* base_top;   // max base
-  float* base_mass;  // sum of exp(base - base_top)
-  int32_t* pending;  // 1 until the block is known to lie wholly off the support; then a list
+// Sums of each tile, from the first pass over both rows; e = exp(adapted - peak). The arrays have
+// room for a multiple of 16 tiles.
+struct TileSums {
+  float* peak;             // max adapted
+  float* sum_exp;          // sum of e; NaN if a token makes the row invalid
+  float* sum_exp_in_base;  // the part of sum_exp on tokens in base
+  float* sum_exp_d;        // sum of e * d
+  float* base_peak;        // max base
+  float* base_sum_exp;     // sum of exp(base - base_peak)
+  // After measure_tiles a flag per tile: 0 if `out` of the tile is already filled, 1 if a token may
+  // be left. list_active then overwrites it with a list of tile numbers.
+  int32_t* active;
 };
 
-// Per pending block, from the second look at it.
+// Of the steered logits of each active tile, from the second pass.
 struct Choices {
-  float* top;       // max steered
-  float* mass;      // sum of exp(steered - top)
-  float* tempered;  // sum of exp((steered - top) / temperature)
-  float* merit;     // of the block's best token
-  float* logit;     // its steered logit
+  float* peak;              // max steered logit
+  float* sum_exp;           // sum of exp(logit - peak)
+  float* tempered_sum_exp;  // sum of exp((logit - peak) / temperature)
+  float* merit;             // of the tile's best token
+  float* logit;             // its steered logit
   int64_t* token;
 };
 
-// Of x = delta on the support and 0 off it, per pending block.
+// Of x = I delta, which is delta on the support and 0 off it, in each active tile.
 struct Moments {
-  float* mass;    // sum of p
-  float* mean;    // of x under p
-  float* spread;  // sum of p (x - mean)^2
-  float* square;  // sum of x^2
+  float* sum_p;    // sum of p
+  float* mean;     // mean of x under p / sum_p
+  float* spread;   // sum of p * (x - mean)^2
+  float* squares;  // sum of x^2
 };
 
-// A sum of exponentials: sum of exp((x - top) / temperature), and its logarithm.
-struct LogSum {
-  float top;
-  float sum;
-  float log;
+// The log-sum-exp of some steered logits is peak + log(sum_exp), with sums relative to their peak.
+struct LogSumExp {
+  float peak;
+  float sum_exp;  // sum of exp((logit - peak) / temperature)
+  float log;      // log(sum_exp)
 };
 
 struct Candidate {
@@ -73,38 +77,41 @@ struct Candidate {
   int32_t token;
 };
 
-struct TokenView {
+struct TokenValues {
   float adapted;
   float delta;
   float logit;  // steered
 };
 
 struct Kernels {
-  // Reads blocks [first, last). With `out`, blocks wholly off the support are filled with -inf.
-  void (*scan)(const Row&, int64_t first, int64_t last, const Blocks&);
-  // The same for divergence: base_top and base_mass in place of opinion, and the d of `gap` are
-  // (adapted - top) - (base - base_top).
-  void (*scan_both)(const Row&, int64_t first, int64_t last, const Blocks&);
-  RowStats (*merge)(const Blocks&, int64_t blocks, float log_alpha);
-  float (*divergence)(const Blocks&, int64_t blocks);
-  // These two, and project, work on pending[first, last).
-  void (*write)(const Row&, const RowStats&, int64_t first, int64_t last, const Blocks&);
-  void (*choose)(const Row&, const RowStats&, const Noise&, int64_t first, int64_t last,
-                 const Blocks&, const Choices&);
-  void (*project)(const Row&, const RowStats&, int64_t first, int64_t last, const Blocks&,
+  // First pass over tiles [begin, end). With `out`, a tile known to be off the support is filled
+  // with -inf.
+  void (*measure_tiles)(const Row&, int64_t begin, int64_t end, const TileSums&);
+  // The first pass of divergence, with d = (adapted - peak) - (base - base_peak): forms base_peak
+  // and base_sum_exp in place of sum_exp_in_base.
+  void (*measure_pair_tiles)(const Row&, int64_t begin, int64_t end, const TileSums&);
+  RowStats (*combine)(const TileSums&, int64_t tiles, float log_alpha);
+  float (*divergence)(const TileSums&, int64_t tiles);
+  // Second passes over the tiles active[begin, end): write `out`; make Choices; make Moments.
+  void (*write)(const Row&, const RowStats&, int64_t begin, int64_t end, const TileSums&);
+  void (*choose)(const Row&, const RowStats&, const Noise&, int64_t begin, int64_t end,
+                 const TileSums&, const Choices&);
+  void (*project)(const Row&, const RowStats&, int64_t begin, int64_t end, const TileSums&,
                   const Moments&);
-  // The steering vector of blocks [first, last).
-  void (*write_vector)(const Row&, const RowStats&, int64_t first, int64_t last);
-  TokenView (*view)(const Row&, const RowStats&, int64_t token);
-  // Puts the tokens of a block with a steered logit of `floor` or more, -inf excepted, in `to`,
-  // which has room for kBlock, and counts them.
-  int (*gather)(const Row&, const RowStats&, int64_t block, float floor, Candidate* to);
-  // Which candidate has the greatest (logit - top) / temperature + noise; -1: none has any.
-  int64_t (*draw)(const Candidate*, int64_t count, float top, const Noise&);
-  // Both over blocks: sum of exp((top[k] - max top) / temperature) * mass[k], and of
-  // exp(blocks.top[k] - top) * blocks.mass[k].
-  LogSum (*log_sum)(float* top, float* mass, int64_t count, float temperature);
-  float (*mass_of)(const Blocks&, int64_t count, float top);
+  // Writes the steering vector of tiles [begin, end).
+  void (*write_vector)(const Row&, const RowStats&, int64_t begin, int64_t end);
+  TokenValues (*token_at)(const Row&, const RowStats&, int64_t token);
+  // Writes the tokens of a tile whose steered logit is `floor` or more, -inf excluded, to `to`,
+  // which has room for kTile, and returns their number.
+  int (*gather)(const Row&, const RowStats&, int64_t tile, float floor, Candidate* to);
+  // The index of the candidate with the greatest (logit - peak) / temperature + noise, or -1 if
+  // none has a logit above -inf.
+  int64_t (*draw)(const Candidate*, int64_t count, float peak, const Noise&);
+  // Sums over tiles, relative to the greatest peak: of exp((peak[k] - greatest) / temperature) *
+  // sum_exp[k].
+  LogSumExp (*log_sum_exp)(float* peak, float* sum_exp, int64_t count, float temperature);
+  // Sum over tiles of exp(tiles.peak[k] - peak) * tiles.sum_exp[k].
+  float (*sum_exp_of)(const TileSums&, int64_t count, float peak);
   void (*fill)(const Logits&, int64_t begin, int64_t end, float value, bool stream);
 };
 

@@ -1,4 +1,4 @@
-// torch.ops.svd_engine_native.linear: a few rows times a weight that is read once.
+// torch.ops.svd_engine_cpu.linear: a linear layer of a few rows that reads the weight once.
 #include "linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -46,7 +46,7 @@ Bias bias_of(const std::optional<Tensor>& tensor, int64_t out, const char* name)
   return {static_cast<const char*>(tensor->data_ptr()), tensor->stride(0) * size_of(dtype), dtype};
 }
 
-// x [..., in] as a list of rows.
+// x [..., in] as rows.
 struct Rows {
   const Tensor& tensor;
   Dtype dtype;
@@ -61,13 +61,13 @@ struct Rows {
 
   int64_t packed_row_bytes(Dtype as) const { return ::packed_row_bytes(in, as); }
 
-  // Copies rows [first, count) to `to`.
-  Packed pack(int64_t first, Dtype as, char* to) const {
+  // Copies rows [begin, count) to `to`.
+  Packed pack(int64_t begin, Dtype as, char* to) const {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     const int64_t row_bytes = packed_row_bytes(as);
     const int last = int(sizes.size()) - 1;
     const Packed packed = {to, row_bytes, as};
-    for (int64_t row = first; row < count; ++row, to += row_bytes) {
+    for (int64_t row = begin; row < count; ++row, to += row_bytes) {
       int64_t offset = 0, rest = row;
       for (int d = last - 1; d >= 0; rest /= sizes[d--]) offset += rest % sizes[d] * strides[d];
       const char* from = static_cast<const char*>(tensor.data_ptr()) + offset * size_of(dtype);
@@ -81,14 +81,14 @@ void multiply(const LinearKernel& kernel, const Product& product) {
   const int64_t blocks = (product.weight.out + kOutputs - 1) / kOutputs;
   const int64_t bytes = kOutputs * product.weight.in * size_of(product.weight.dtype);
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
-    kernel.blocks(product, first, last);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    kernel.blocks(product, begin, end);
   });
 }
 
 void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bias,
             const std::optional<Tensor> down, const std::optional<Tensor> up,
-            const std::optional<Tensor> up_bias, int64_t first, Tensor out) {
+            const std::optional<Tensor> up_bias, int64_t first_adapted, Tensor out) {
   thread_local Scratch scratch;
   const LinearKernel& kernel = linear_in_use();
   const Rows rows(x);
@@ -99,18 +99,18 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
                   "x, weight and out must have one dtype");
   STD_TORCH_CHECK(out.is_contiguous() && out.numel() == rows.count * w.out,
                   "out must be contiguous, of ", rows.count, " rows of ", w.out);
-  STD_TORCH_CHECK(first >= 0 && down.has_value() == up.has_value(),
-                  "low rank needs down, up and first >= 0");
+  STD_TORCH_CHECK(first_adapted >= 0 && down.has_value() == up.has_value(),
+                  "low rank needs down, up and first_adapted >= 0");
 
   const auto packed_for = [&](Dtype dtype) {
     return kernel.multiplies_bfloat16 && dtype == rows.dtype ? dtype : Dtype::kFloat32;
   };
-  const int64_t adapted = down ? std::max<int64_t>(0, rows.count - first) : 0;
+  const int64_t adapted = down ? std::max<int64_t>(0, rows.count - first_adapted) : 0;
   Product product = {};
   product.weight = w;
   product.bias = bias_of(bias, w.out, "bias");
   product.rows = rows.count;
-  product.first = rows.count - adapted;
+  product.first_adapted = rows.count - adapted;
   product.out = static_cast<char*>(out.data_ptr());
   product.out_row_bytes = w.out * size_of(rows.dtype);
   product.out_dtype = rows.dtype;
@@ -121,38 +121,42 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
     return multiply(kernel, product);
   }
 
-  const Weight a = weight_of(*down, "down"), b = weight_of(*up, "up");
-  STD_TORCH_CHECK(a.in == w.in && b.out == w.out && a.out == b.in, "down is [", a.out, ", ", a.in,
-                  "] and up is [", b.out, ", ", b.in, "], weight is [", w.out, ", ", w.in, "]");
-  const Dtype down_x_dtype = packed_for(a.dtype);
-  const int64_t down_x_bytes =
+  const Weight down_weight = weight_of(*down, "down"), up_weight = weight_of(*up, "up");
+  STD_TORCH_CHECK(down_weight.in == w.in && up_weight.out == w.out &&
+                      down_weight.out == up_weight.in,
+                  "down is [", down_weight.out, ", ", down_weight.in, "] and up is [",
+                  up_weight.out, ", ", up_weight.in, "], weight is [", w.out, ", ", w.in, "]");
+  const Dtype down_x_dtype = packed_for(down_weight.dtype);  // in which `down` takes x
+  const int64_t repacked_bytes =
       down_x_dtype == x_dtype ? 0 : adapted * rows.packed_row_bytes(down_x_dtype);
-  const int64_t low_row_bytes = (a.out + 31) / 32 * 32 * 4, low_bytes = adapted * low_row_bytes;
-  char* room = scratch.of(x_bytes + down_x_bytes + low_bytes);
+  const int64_t down_row_bytes = (down_weight.out + 31) / 32 * 32 * 4;
+  const int64_t down_bytes = adapted * down_row_bytes;
+  char* room = scratch.of(x_bytes + repacked_bytes + down_bytes);
   product.x = rows.pack(0, x_dtype, room);
-  char* low = room + x_bytes + down_x_bytes;
-  std::memset(low, 0, low_bytes);
-  product.low = {low, low_row_bytes, Dtype::kFloat32};
-  product.up = b;
+  char* down_x = room + x_bytes + repacked_bytes;
+  std::memset(down_x, 0, down_bytes);
+  product.down_x = {down_x, down_row_bytes, Dtype::kFloat32};
+  product.up = up_weight;
   product.up_bias = bias_of(up_bias, w.out, "up_bias");
 
-  Product inner = {};
-  inner.x = down_x_bytes ? rows.pack(product.first, down_x_dtype, room + x_bytes)
-                         : product.x.from(product.first);
-  inner.weight = a;
-  inner.rows = inner.first = adapted;
-  inner.out = low;
-  inner.out_row_bytes = low_row_bytes;
-  inner.out_dtype = Dtype::kFloat32;
-  multiply(kernel, inner);
+  Product down_product = {};
+  down_product.x = repacked_bytes
+                       ? rows.pack(product.first_adapted, down_x_dtype, room + x_bytes)
+                       : product.x.from(product.first_adapted);
+  down_product.weight = down_weight;
+  down_product.rows = down_product.first_adapted = adapted;
+  down_product.out = down_x;
+  down_product.out_row_bytes = down_row_bytes;
+  down_product.out_dtype = Dtype::kFloat32;
+  multiply(kernel, down_product);
   multiply(kernel, product);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, "
-        "Tensor? up_bias, int first, Tensor(a!) out) -> ()");
+        "Tensor? up_bias, int first_adapted, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }

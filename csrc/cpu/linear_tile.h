@@ -1,15 +1,15 @@
 // A few rows of x times a few rows of a weight, written once with vector extensions and compiled
-// once per instruction set, as rows.h is.
+// once per instruction set, like rows.h.
 #include "elements.h"
 #include "linear.h"
 
 namespace SVD_VARIANT {
 namespace {
 
-// The rows of x that share one pass over the weights in registers.
+// The most rows of x that one reading of the weights serves: their sums fill the registers.
 constexpr int kRows = kLanes == 16 ? 6 : 2;
 
-// How a weight's elements are read and multiplied: `kStep` of them at a time.
+// How the elements of a weight are read and multiplied, `kStep` at a time. `row` reads x.
 struct Float32Products : Float32 {
   typedef Vec Elements;
   static constexpr int kStep = kLanes, kRowSize = 4;
@@ -41,7 +41,7 @@ struct BFloat16Pairs {
 typedef BFloat16Products BFloat16Pairs;
 #endif
 
-// sum[i][o] += x[i] . w[o] for R rows of x. `ahead` bytes on, the next weights are sent for.
+// sum[i][o] += x[i] . w[o] for R rows of x. Prefetches the weights `ahead` bytes further on.
 template <class W, int R>
 SVD_HD void add_products(Vec (&sum)[R][kOutputs], const Packed& x, const char* const* w, int64_t in,
                          int64_t ahead) {
@@ -64,7 +64,7 @@ SVD_HD void add_products(Vec (&sum)[R][kOutputs], const Packed& x, const char* c
   if (k < in) step(k, [&](const char* at) SVD_INLINE { return W::part(at, in - k); });
 }
 
-// Where rows [output, output + kOutputs) of a weight begin; the last one stands for those past it.
+// Pointers to rows [output, output + kOutputs) of a weight; past the last row, to the last one.
 struct Block {
   const char* w[kOutputs];
 
@@ -94,7 +94,7 @@ SVD_HD Four four_of(Vec v) {
 #endif
 }
 
-// The four sums over lanes, in the order of sum_of.
+// Sums the lanes of four vectors at once, each in the order of sum_of.
 SVD_HD Four sums_of(const Vec (&v)[kOutputs]) {
   const Four a = four_of(v[0]), b = four_of(v[1]), c = four_of(v[2]), d = four_of(v[3]);
   const FourInts even = {0, 4, 1, 5}, odd = {2, 6, 3, 7}, low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
@@ -103,7 +103,7 @@ SVD_HD Four sums_of(const Vec (&v)[kOutputs]) {
   return __builtin_shuffle(ab, cd, low) + __builtin_shuffle(ab, cd, high);
 }
 
-// Of the first `count` outputs from `output` on; 0 where there is no bias.
+// Loads the bias of `count` outputs from `output` on; 0 where there is none.
 SVD_HD Four values(const Bias& bias, int64_t output, int count) {
   float value[kOutputs] = {};
   if (bias.data)
@@ -128,23 +128,24 @@ SVD_HD void put(char* to, V v, int count) {
   for (int o = 0; o < count; ++o) std::memcpy(to + o * sizeof v[0], &v[o], sizeof v[0]);
 }
 
-// Adds what is not in the sums yet, the low-rank term and the biases, and writes the outputs.
-__attribute__((noinline)) void finish(Vec (*sum)[kOutputs], const Product& p, int64_t row, int64_t last, int64_t output) {
+// Adds the low-rank term and the biases to the sums of rows [row, end), and writes the outputs.
+__attribute__((noinline)) void finish(Vec (*sum)[kOutputs], const Product& p, int64_t row,
+                                      int64_t end, int64_t output) {
   const int64_t left = p.weight.out - output;
   const int count = left < kOutputs ? left : kOutputs;
   const Four bias = values(p.bias, output, count);
-  for (; row < last; ++row, ++sum) {
+  for (; row < end; ++row, ++sum) {
     Four result;
-    if (row < p.first) {
+    if (row < p.first_adapted) {
       result = sums_of(*sum) + bias;
     } else {
       const Block up(p.up, output);
-      const Packed low = p.low.from(row - p.first);
+      const Packed down_x = p.down_x.from(row - p.first_adapted);
       auto& one = reinterpret_cast<Vec(&)[1][kOutputs]>(*sum);
       if (p.up.dtype == Dtype::kFloat32)
-        add_products<Float32Products>(one, low, up.w, p.up.in, 0);
+        add_products<Float32Products>(one, down_x, up.w, p.up.in, 0);
       else
-        add_products<BFloat16Products>(one, low, up.w, p.up.in, 0);
+        add_products<BFloat16Products>(one, down_x, up.w, p.up.in, 0);
       result = sums_of(*sum) + bias + values(p.up_bias, output, count);
     }
     char* to = p.out + row * p.out_row_bytes;
@@ -159,7 +160,7 @@ template <class W, int R>
 void tile(const Product& p, int64_t row, int64_t output, int64_t ahead) {
   Vec sum[R][kOutputs] = {};
   add_products<W>(sum, p.x.from(row), Block(p.weight, output).w, p.weight.in, ahead);
-  Vec sums[R][kOutputs];  // apart from those above, which are to stay in registers
+  Vec sums[R][kOutputs];  // a copy in memory for `finish`, so that `sum` stays in registers
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
@@ -175,21 +176,21 @@ SVD_HD void tile_of(int64_t rows, const Product& p, int64_t row, int64_t output,
 }
 
 template <class W>
-void blocks_of(const Product& p, int64_t first, int64_t last) {
-  for (int64_t block = first; block < last; ++block) {
+void blocks_of(const Product& p, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
     int64_t ahead = kOutputs * p.weight.row_bytes;
     for (int64_t row = 0; row < p.rows; row += kRows, ahead = 0)
       tile_of<W>(p.rows - row, p, row, block * kOutputs, ahead);
   }
 }
 
-void blocks(const Product& p, int64_t first, int64_t last) {
+void blocks(const Product& p, int64_t begin, int64_t end) {
   if (p.weight.dtype == Dtype::kFloat32)
-    blocks_of<Float32Products>(p, first, last);
+    blocks_of<Float32Products>(p, begin, end);
   else if (p.x.dtype == Dtype::kFloat32)
-    blocks_of<BFloat16Products>(p, first, last);
+    blocks_of<BFloat16Products>(p, begin, end);
   else
-    blocks_of<BFloat16Pairs>(p, first, last);
+    blocks_of<BFloat16Pairs>(p, begin, end);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// torch.ops.svd_engine_native: the operators on the CPU, on the LibTorch stable ABI.
+// torch.ops.svd_engine_cpu: the operators on the CPU, through the stable ABI of LibTorch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -14,16 +14,16 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows of so many bytes do not stay in the cache from one call to the next.
+// From this size on, a tensor of rows does not stay in the cache from one call to the next.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-// From the least to the most able; the best that runs here is taken at load.
+// In ascending order of capability; the best one that runs here is chosen when the library loads.
 const Kernels* const kVariants[] = {
     &portable::kernels,
 #ifdef SVD_X86_VARIANTS
     &avx2::kernels,
     &avx512::kernels,
-    &avx512::kernels,  // of AVX512_BF16, which has nothing for a row of logits
+    &avx512::kernels,  // for AVX512_BF16 too, which adds nothing for a row of logits
 #endif
 };
 
@@ -41,7 +41,7 @@ int64_t best_capability() {
 
 int64_t chosen = best_capability();
 
-// The variant in use; a `limit` of 0 or more first sets it to the best one not above.
+// Returns the variant in use. A `limit` of 0 or more first sets it to the best one up to `limit`.
 int64_t capability(int64_t limit) {
   if (limit >= 0) chosen = std::min(limit, best_capability());
   return chosen;
@@ -79,7 +79,7 @@ Matrix matrix(const Tensor& tensor, const char* name) {
           tensor.stride(0) * static_cast<int64_t>(tensor.element_size()), dtype};
 }
 
-// A per-row argument: element i of a [N] tensor, or the scalar.
+// A per-row argument: element i of a tensor [N], or one scalar for all rows.
 template <class T>
 struct PerRow {
   const T* data;
@@ -108,7 +108,7 @@ Column<T> column(const Tensor& tensor, int64_t rows, ScalarType type, const char
   return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0)};
 }
 
-// The token ids to look up, each in [0, V).
+// Checks that each target token id is in [0, V).
 PerRow<int64_t> targets(const Tensor& target, int64_t rows, int64_t vocab) {
   const auto ids = per_row(std::optional(target), int64_t{0}, rows, ScalarType::Long, "target");
   for (int64_t i = 0; i < rows; ++i)
@@ -122,14 +122,15 @@ void check_alike(const Matrix& adapted, const Matrix& other, const char* name) {
                   adapted.vocab, "]");
 }
 
-// Threads share out whole rows, or each row in turn when there are too few to go round evenly.
+// Calls f(row, fork) for each row. Threads take whole rows each; if there are too few rows to
+// divide evenly, one row follows the other and the threads divide the tiles of each (fork).
 template <class F>
 void each_row(const Matrix& adapted, const F& f) {
   const int64_t threads = torch::stable::get_num_threads(), rows = adapted.rows;
-  const bool split = rows < 4 * threads && rows % threads != 0 && adapted.vocab > kScanGrain;
-  const int64_t grain = std::max<int64_t>(1, kScanGrain / std::max<int64_t>(1, adapted.vocab));
-  each(rows, grain, threads > 1 && !split, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) f(i, threads > 1 && split);
+  const bool split = rows < 4 * threads && rows % threads != 0 && adapted.vocab > kFirstPassGrain;
+  const int64_t grain = std::max<int64_t>(1, kFirstPassGrain / std::max<int64_t>(1, adapted.vocab));
+  each(rows, grain, threads > 1 && !split, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i, threads > 1 && split);
   });
 }
 
@@ -138,15 +139,16 @@ void steer(const Tensor adapted, const Tensor base, double strength,
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base"), o = matrix(out, "out");
   check_alike(z, b, "base");
   check_alike(z, o, "out");
-  const auto mu = per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
+  const auto strength_of =
+      per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering by = {mu[i], float(log_alpha), float(penalty)};
-    steer_row(kernels, {z[i], b[i], o[i], z.stream(), z.vocab, by}, fork);
+    const Steering steering = {strength_of[i], float(log_alpha), float(penalty)};
+    steer_row(kernels, {z[i], b[i], o[i], z.stream(), z.vocab, steering}, fork);
   });
 }
 
-constexpr Steering kWholeVector = {0.0f, -INFINITY, 0.0f};  // no mask, and nothing is steered
+constexpr Steering kWholeVector = {0.0f, -INFINITY, 0.0f};  // alpha 0: every token in the support
 
 void steering_vector(const Tensor adapted, const Tensor base, Tensor out) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base"), o = matrix(out, "out");
@@ -165,20 +167,21 @@ void sample_cut(const Tensor adapted, const Tensor base, double strength,
                 const std::optional<Tensor> positions, Tensor token, Tensor logprob) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
   check_alike(z, b, "base");
-  const auto mu = per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
+  const auto strength_of =
+      per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
   const auto seed_of = per_row(seeds, seed, z.rows, ScalarType::Long, "seeds");
   const auto position_of = per_row(positions, position, z.rows, ScalarType::Long, "positions");
   const auto tokens = column<int64_t>(token, z.rows, ScalarType::Long, "token");
   const auto logprobs = column<float>(logprob, z.rows, ScalarType::Float, "logprob");
   const bool cuts = temperature > 0 && (top_k > 0 || top_p < 1 || min_p > 0);
-  const Cut by_cut = {top_k, top_p, min_p > 0 ? std::log(min_p) : -INFINITY};
+  const Cut cut = {top_k, top_p, min_p > 0 ? std::log(min_p) : -INFINITY};
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering by = {mu[i], float(log_alpha), float(penalty)};
-    const Row row = {z[i], b[i], {}, z.stream(), z.vocab, by};
+    const Steering steering = {strength_of[i], float(log_alpha), float(penalty)};
+    const Row row = {z[i], b[i], {}, z.stream(), z.vocab, steering};
     const Noise noise = {float(temperature), uint64_t(seed_of[i]), uint64_t(position_of[i]), cuts};
     if (cuts)
-      sample_cut_row(kernels, row, noise, by_cut, fork, tokens[i], logprobs[i]);
+      sample_cut_row(kernels, row, noise, cut, fork, tokens[i], logprobs[i]);
     else
       sample_row(kernels, row, noise, fork, tokens[i], logprobs[i]);
   });
@@ -197,7 +200,8 @@ void topk(const Tensor adapted, const Tensor base, double strength,
           Tensor logprob, Tensor token) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
   check_alike(z, b, "base");
-  const auto mu = per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
+  const auto strength_of =
+      per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
   STD_TORCH_CHECK(k >= 1 && k <= z.vocab, "k is ", k, ", V is ", z.vocab);
   for (const Tensor& out : {logprob, token})
     STD_TORCH_CHECK(out.is_cpu() && out.dim() == 2 && out.size(0) == z.rows && out.size(1) == k,
@@ -209,8 +213,8 @@ void topk(const Tensor adapted, const Tensor base, double strength,
   const Column<int64_t> tokens = {static_cast<int64_t*>(token.data_ptr()), token.stride(0)};
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering by = {mu[i], float(log_alpha), float(penalty)};
-    topk_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, by}, k, fork,
+    const Steering steering = {strength_of[i], float(log_alpha), float(penalty)};
+    topk_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, steering}, k, fork,
              Column<float>{&logprobs[i], logprob.stride(1)},
              Column<int64_t>{&tokens[i], token.stride(1)});
   });
@@ -221,13 +225,15 @@ void score(const Tensor adapted, const Tensor base, const Tensor target, double 
            Tensor logprob) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
   check_alike(z, b, "base");
-  const auto mu = per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
+  const auto strength_of =
+      per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
   const auto target_of = targets(target, z.rows, z.vocab);
   const auto logprobs = column<float>(logprob, z.rows, ScalarType::Float, "logprob");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering by = {mu[i], float(log_alpha), float(penalty)};
-    logprobs[i] = score_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, by}, target_of[i], fork);
+    const Steering steering = {strength_of[i], float(log_alpha), float(penalty)};
+    logprobs[i] =
+        score_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, steering}, target_of[i], fork);
   });
 }
 
@@ -243,8 +249,8 @@ void project_strength(const Tensor adapted, const Tensor base, const Tensor targ
   const auto inside = column<bool>(in_support, z.rows, ScalarType::Bool, "in_support");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering by = {0.0f, float(log_alpha), -INFINITY};
-    const Row row = {z[i], b[i], {}, z.stream(), z.vocab, by};
+    const Steering steering = {0.0f, float(log_alpha), -INFINITY};
+    const Row row = {z[i], b[i], {}, z.stream(), z.vocab, steering};
     const Projection projection = project_row(kernels, row, target_of[i], fork);
     numerators[i] = projection.numerator;
     squares[i] = projection.gauss_newton;
@@ -265,7 +271,7 @@ void divergence(const Tensor adapted, const Tensor base, Tensor out) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(svd_engine_native, m) {
+STABLE_TORCH_LIBRARY(svd_engine_cpu, m) {
 #define ROWS "(Tensor adapted, Tensor base, "
 #define STRENGTH "float strength, Tensor? strengths, "
 #define MASK "float log_alpha, float penalty, "
@@ -285,7 +291,7 @@ STABLE_TORCH_LIBRARY(svd_engine_native, m) {
   m.def("capability(int limit) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CPU, m) {
   m.impl("steer", TORCH_BOX(&steer));
   m.impl("steering_vector", TORCH_BOX(&steering_vector));
   m.impl("sample", TORCH_BOX(&sample));
@@ -296,6 +302,6 @@ STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) {
   m.impl("divergence", TORCH_BOX(&divergence));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&capability));
 }

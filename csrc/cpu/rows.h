@@ -1,6 +1,6 @@
-// The row kernels, written once with vector extensions and compiled once per instruction set: the
-// including source sets SVD_LANES and SVD_VARIANT. No standard template may be instantiated here
-// (see row.h on linkage).
+// The row kernels, written once with GCC's vector extensions and compiled once per instruction set:
+// the including source sets SVD_LANES and SVD_VARIANT. Do not instantiate a standard template here
+// (row.h says why).
 #include <cstring>
 
 #include "kernels.h"
@@ -9,39 +9,39 @@
 namespace SVD_VARIANT {
 namespace {
 
-static_assert(kBlock % (4 * kLanes) == 0, "top_of_block goes by four vectors");
+static_assert(kTile % (4 * kLanes) == 0, "peak_of_tile reads four vectors at a time");
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// Block `block` of a row as floats: the row itself, or `buffer` when it is narrower than float32
-// or ends inside the block, where `pad` follows.
-SVD_HD const float* widen(const Logits& row, int64_t vocab, int64_t block, float pad,
+// A tile of a row as float32: a pointer into the row itself, or `buffer` if the row has another
+// dtype or ends inside the tile; then `pad` follows its end.
+SVD_HD const float* widen(const Logits& row, int64_t vocab, int64_t tile, float pad,
                           float* buffer) {
-  const int64_t begin = block * kBlock, left = vocab - begin;
+  const int64_t begin = tile * kTile, left = vocab - begin;
   const char* from = row.data + begin * size_of(row.dtype);
-  uint16_t tail[kBlock];
+  uint16_t tail[kTile];
   if (row.dtype == Dtype::kFloat32) {
-    if (left >= kBlock) return reinterpret_cast<const float*>(from);
-    for (int i = 0; i < kBlock; ++i) buffer[i] = pad;
+    if (left >= kTile) return reinterpret_cast<const float*>(from);
+    for (int i = 0; i < kTile; ++i) buffer[i] = pad;
     std::memcpy(buffer, from, left * 4);
     return buffer;
   }
-  if (left < kBlock) {
+  if (left < kTile) {
     std::memset(tail, 0, sizeof tail);
     std::memcpy(tail, from, left * 2);
     from = reinterpret_cast<const char*>(tail);
   }
   if (row.dtype == Dtype::kBFloat16)
-    for (int i = 0; i < kBlock; i += kLanes)
+    for (int i = 0; i < kTile; i += kLanes)
       store(buffer + i, widen_bfloat16(load<Half>(from + 2 * i)));
   else
-    for (int i = 0; i < kBlock; i += kLanes)
+    for (int i = 0; i < kTile; i += kLanes)
       store(buffer + i, widen_float16(load<Half>(from + 2 * i)));
-  for (int64_t i = left; i < kBlock; ++i) buffer[i] = pad;
+  for (int64_t i = left; i < kTile; ++i) buffer[i] = pad;
   return buffer;
 }
 
-// With `stream` the bytes go past the cache, where they are aligned for it.
+// With `stream` the bytes are written around the cache, if `to` is aligned for it.
 SVD_HD void copy(char* to, const char* from, int64_t bytes, bool stream) {
 #if SVD_LANES == 16
   if (stream && reinterpret_cast<uintptr_t>(to) % sizeof(Vec) == 0)
@@ -53,17 +53,17 @@ SVD_HD void copy(char* to, const char* from, int64_t bytes, bool stream) {
   std::memcpy(to, from, bytes);
 }
 
-SVD_HD void narrow(const Logits& row, int64_t vocab, int64_t block, const float* from,
+SVD_HD void narrow(const Logits& row, int64_t vocab, int64_t tile, const float* from,
                    bool stream) {
-  const int64_t begin = block * kBlock, left = vocab - begin < kBlock ? vocab - begin : kBlock;
+  const int64_t begin = tile * kTile, left = vocab - begin < kTile ? vocab - begin : kTile;
   char* to = row.data + begin * size_of(row.dtype);
   if (row.dtype == Dtype::kFloat32)
     return copy(to, reinterpret_cast<const char*>(from), left * 4, stream);
-  uint16_t half[kBlock];
+  uint16_t half[kTile];
   if (row.dtype == Dtype::kBFloat16)
-    for (int i = 0; i < kBlock; i += kLanes) store(half + i, narrow_bfloat16(load<Vec>(from + i)));
+    for (int i = 0; i < kTile; i += kLanes) store(half + i, narrow_bfloat16(load<Vec>(from + i)));
   else
-    for (int i = 0; i < kBlock; i += kLanes) store(half + i, narrow_float16(load<Vec>(from + i)));
+    for (int i = 0; i < kTile; i += kLanes) store(half + i, narrow_float16(load<Vec>(from + i)));
   copy(to, reinterpret_cast<const char*>(half), left * 2, stream);
 }
 
@@ -82,81 +82,84 @@ void fill(const Logits& row, int64_t begin, int64_t end, float value, bool strea
   std::memcpy(to, &pattern, stop - to);
 }
 
-// The sums of one block. Without kCareful, right only if `gap` comes out finite: -inf and whatever
-// spoils a row do not survive e * (adapted - base). With kBase, `gap` is of differences relative to
-// both origins, and `base_mass` is formed in place of `opinion`.
+// The sums of one tile. The fast form (not kCareful) skips the tests for -inf, NaN and +inf, and is
+// right if its sum_exp_d is finite: each of those values, in either row, makes e * (adapted - base)
+// NaN or infinite, and the sum with it. The caller tries the fast form and repeats the tile with
+// the careful one only then; a row without masked tokens never pays for the tests. With kBase, d is
+// relative to both peaks, and base_sum_exp is formed in place of sum_exp_in_base.
 template <bool kCareful, bool kBase>
-SVD_HD void sum_block(const float* adapted, const float* base, const Blocks& blocks, int64_t k) {
-  const float origin = blocks.top[k] > -INFINITY ? blocks.top[k] : 0.0f;
-  const float base_origin = kBase && blocks.base_top[k] > -INFINITY ? blocks.base_top[k] : 0.0f;
-  Vec e_sum = {}, opinion_sum = {}, gap_sum = {}, base_sum = {};
-  for (int i = 0; i < kBlock; i += kLanes) {
+SVD_HD void sum_tile(const float* adapted, const float* base, const TileSums& tiles, int64_t k) {
+  const float origin = tiles.peak[k] > -INFINITY ? tiles.peak[k] : 0.0f;
+  const float base_origin = kBase && tiles.base_peak[k] > -INFINITY ? tiles.base_peak[k] : 0.0f;
+  Vec sum_exp = {}, sum_exp_in_base = {}, sum_exp_d = {}, base_sum_exp = {};
+  for (int i = 0; i < kTile; i += kLanes) {
     const Vec z = load<Vec>(adapted + i), b = load<Vec>(base + i);
     Vec e = exp(z - origin);
     if constexpr (kCareful) e = b < INFINITY ? e : Vec{} + NAN;
     if constexpr (kBase) {
       const Vec base_away = b - base_origin, term = e * (z - origin - base_away);
-      base_sum += exp(base_away);
+      base_sum_exp += exp(base_away);
       if constexpr (kCareful) {
         const Vec possible = e > 0.0f ? term : Vec{};
-        gap_sum += ((z > -INFINITY) & (b == -INFINITY)) ? Vec{} + INFINITY : possible;
+        sum_exp_d += ((z > -INFINITY) & (b == -INFINITY)) ? Vec{} + INFINITY : possible;
       } else {
-        gap_sum += term;
+        sum_exp_d += term;
       }
     } else if constexpr (kCareful) {
-      opinion_sum += b > -INFINITY ? e : Vec{};
-      gap_sum += e * difference(z, b);
+      sum_exp_in_base += b > -INFINITY ? e : Vec{};
+      sum_exp_d += e * difference(z, b);
     } else {
-      gap_sum += e * (z - b);
+      sum_exp_d += e * (z - b);
     }
-    e_sum += e;
+    sum_exp += e;
   }
-  blocks.mass[k] = sum_of(e_sum);
-  blocks.gap[k] = sum_of(gap_sum);
+  tiles.sum_exp[k] = sum_of(sum_exp);
+  tiles.sum_exp_d[k] = sum_of(sum_exp_d);
   if constexpr (kBase)
-    blocks.base_mass[k] = sum_of(base_sum);
+    tiles.base_sum_exp[k] = sum_of(base_sum_exp);
   else
-    blocks.opinion[k] = kCareful ? sum_of(opinion_sum) : blocks.mass[k];
+    tiles.sum_exp_in_base[k] = kCareful ? sum_of(sum_exp_in_base) : tiles.sum_exp[k];
 }
 
-SVD_HD float top_of_block(const float* logits) {
+SVD_HD float peak_of_tile(const float* logits) {
   Vec high[4];
   for (int j = 0; j < 4; ++j) high[j] = load<Vec>(logits + j * kLanes);
-  for (int i = 4 * kLanes; i < kBlock; i += 4 * kLanes)
+  for (int i = 4 * kLanes; i < kTile; i += 4 * kLanes)
     for (int j = 0; j < 4; ++j) high[j] = max(high[j], load<Vec>(logits + i + j * kLanes));
   return max_of(max(max(high[0], high[1]), max(high[2], high[3])));
 }
 
-// Asks for what the scan will read next but a few. The processor does so by itself only up to the
-// end of a page of 4 KB.
-SVD_HD void fetch_ahead(const Logits& row, int64_t block) {
-  const int64_t bytes = kBlock * size_of(row.dtype);
-  const char* from = row.data + block * bytes + 4096;
+// Prefetches the part of the row one page of 4 KB ahead of this tile. The hardware prefetcher stops
+// at the end of each page, so without this every page starts with a miss to memory.
+SVD_HD void fetch_ahead(const Logits& row, int64_t tile) {
+  const int64_t bytes = kTile * size_of(row.dtype);
+  const char* from = row.data + tile * bytes + 4096;
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 template <bool kBase>
-void scan(const Row& row, int64_t first, int64_t last, const Blocks& blocks) {
-  alignas(64) float z_buffer[kBlock], b_buffer[kBlock];
-  const bool removes = row.out.data && row.by.penalty == -INFINITY;
-  float running = -INFINITY;
-  for (int64_t k = first; k < last; ++k) {
+void measure(const Row& row, int64_t begin, int64_t end, const TileSums& tiles) {
+  alignas(64) float z_buffer[kTile], b_buffer[kTile];
+  const bool removes = row.out.data && row.steering.penalty == -INFINITY;
+  float running_peak = -INFINITY;
+  for (int64_t k = begin; k < end; ++k) {
     if (row.stream) fetch_ahead(row.adapted, k), fetch_ahead(row.base, k);
     const float* z = widen(row.adapted, row.vocab, k, -INFINITY, z_buffer);
     const float* b = widen(row.base, row.vocab, k, kBase ? -INFINITY : 0.0f, b_buffer);
-    const float top = blocks.top[k] = top_of_block(z);
-    if constexpr (kBase) blocks.base_top[k] = top_of_block(b);
-    if (top > -INFINITY) sum_block<false, kBase>(z, b, blocks, k);
-    if (!(top > -INFINITY && blocks.gap[k] - blocks.gap[k] == 0.0f))
-      sum_block<true, kBase>(z, b, blocks, k);
-    running = running > top ? running : top;
-    // The maximum only grows, so what is off the support now stays off, and its logits are not
-    // needed again: `out` may be `adapted` or `base`.
-    const bool off = removes && top < running + row.by.log_alpha;
-    blocks.pending[k] = !off;
+    const float peak = tiles.peak[k] = peak_of_tile(z);
+    if constexpr (kBase) tiles.base_peak[k] = peak_of_tile(b);
+    if (peak > -INFINITY) sum_tile<false, kBase>(z, b, tiles, k);
+    if (!(peak > -INFINITY && tiles.sum_exp_d[k] - tiles.sum_exp_d[k] == 0.0f))
+      sum_tile<true, kBase>(z, b, tiles, k);
+    running_peak = running_peak > peak ? running_peak : peak;
+    // The running peak only grows, so a tile that is off the support now stays off it. Its result
+    // is known before the row's statistics are: -inf is written here, while `out` costs no extra
+    // pass, and the tile is not read again. So `out` may be `adapted` or `base` itself.
+    const bool off = removes && peak < running_peak + row.steering.log_alpha;
+    tiles.active[k] = !off;
     if (off) {
-      const int64_t end = (k + 1) * kBlock;
-      fill(row.out, k * kBlock, end < row.vocab ? end : row.vocab, -INFINITY, row.stream);
+      const int64_t stop = (k + 1) * kTile;
+      fill(row.out, k * kTile, stop < row.vocab ? stop : row.vocab, -INFINITY, row.stream);
     }
   }
 #if SVD_LANES == 16
@@ -164,91 +167,93 @@ void scan(const Row& row, int64_t first, int64_t last, const Blocks& blocks) {
 #endif
 }
 
-// `count` in whole vectors, after blocks in which there is nothing.
+// Rounds `count` tiles up to whole vectors, by appending empty tiles.
 template <class... Sums>
-SVD_HD int64_t pad(int64_t count, float* top, Sums*... sums) {
+SVD_HD int64_t pad(int64_t count, float* peak, Sums*... sums) {
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int64_t k = count; k < padded; ++k) {
-    top[k] = -INFINITY;
+    peak[k] = -INFINITY;
     ((sums[k] = 0.0f), ...);
   }
   return padded;
 }
 
-SVD_HD float highest(const float* top, int64_t padded) {
+SVD_HD float highest(const float* peak, int64_t padded) {
   Vec high = Vec{} - INFINITY;
-  for (int64_t k = 0; k < padded; k += kLanes) high = max(load<Vec>(top + k), high);
+  for (int64_t k = 0; k < padded; k += kLanes) high = max(load<Vec>(peak + k), high);
   return max_of(high);
 }
 
-RowStats merge(const Blocks& blocks, int64_t count, float log_alpha) {
-  const int64_t padded = pad(count, blocks.top, blocks.mass, blocks.opinion, blocks.gap);
-  const float top = highest(blocks.top, padded);
-  Vec mass = {}, opinion = {}, gap = {};
+RowStats combine(const TileSums& tiles, int64_t count, float log_alpha) {
+  const int64_t padded =
+      pad(count, tiles.peak, tiles.sum_exp, tiles.sum_exp_in_base, tiles.sum_exp_d);
+  const float peak = highest(tiles.peak, padded);
+  Vec sum_exp = {}, sum_exp_in_base = {}, sum_exp_d = {};
   for (int64_t k = 0; k < padded; k += kLanes) {
-    const Vec weight = exp(load<Vec>(blocks.top + k) - top);
-    mass += weight * load<Vec>(blocks.mass + k);
-    opinion += weight * load<Vec>(blocks.opinion + k);
-    gap += weight * load<Vec>(blocks.gap + k);
+    const Vec scale = exp(load<Vec>(tiles.peak + k) - peak);
+    sum_exp += scale * load<Vec>(tiles.sum_exp + k);
+    sum_exp_in_base += scale * load<Vec>(tiles.sum_exp_in_base + k);
+    sum_exp_d += scale * load<Vec>(tiles.sum_exp_d + k);
   }
-  return row_stats(top, sum_of(mass), sum_of(opinion), sum_of(gap), log_alpha);
+  return row_stats(peak, sum_of(sum_exp), sum_of(sum_exp_in_base), sum_of(sum_exp_d), log_alpha);
 }
 
-// Sum of p (log p - log q), every logit relative to its row's maximum.
-float divergence(const Blocks& blocks, int64_t count) {
-  const int64_t padded = pad(count, blocks.top, blocks.mass, blocks.gap);
-  pad(count, blocks.base_top, blocks.base_mass);
-  const float top = highest(blocks.top, padded), base_top = highest(blocks.base_top, padded);
-  Vec mass_sum = {}, gap_sum = {}, base_sum = {};
+// Sum of p (log p - log q), each logit relative to the peak of its row.
+float divergence(const TileSums& tiles, int64_t count) {
+  const int64_t padded = pad(count, tiles.peak, tiles.sum_exp, tiles.sum_exp_d);
+  pad(count, tiles.base_peak, tiles.base_sum_exp);
+  const float peak = highest(tiles.peak, padded), base_peak = highest(tiles.base_peak, padded);
+  Vec row_sum_exp = {}, row_sum_exp_d = {}, base_sum_exp = {};
   for (int64_t k = 0; k < padded; k += kLanes) {
-    const Vec away = load<Vec>(blocks.top + k) - top;
-    const Vec base_away = load<Vec>(blocks.base_top + k) - base_top;
-    const Vec mass = load<Vec>(blocks.mass + k), gap = load<Vec>(blocks.gap + k);
-    const Vec weight = exp(away), moved = weight * (gap + mass * (away - base_away));
-    mass_sum += weight * mass;
-    base_sum += exp(base_away) * load<Vec>(blocks.base_mass + k);
-    gap_sum += gap < INFINITY ? (weight > 0.0f ? moved : Vec{}) : gap;
+    const Vec away = load<Vec>(tiles.peak + k) - peak;
+    const Vec base_away = load<Vec>(tiles.base_peak + k) - base_peak;
+    const Vec sum_exp = load<Vec>(tiles.sum_exp + k), sum_exp_d = load<Vec>(tiles.sum_exp_d + k);
+    const Vec scale = exp(away), moved = scale * (sum_exp_d + sum_exp * (away - base_away));
+    row_sum_exp += scale * sum_exp;
+    base_sum_exp += exp(base_away) * load<Vec>(tiles.base_sum_exp + k);
+    row_sum_exp_d += sum_exp_d < INFINITY ? (scale > 0.0f ? moved : Vec{}) : sum_exp_d;
   }
-  const RowStats stats = {top, sum_of(mass_sum), 0.0f, 0.0f};
-  const float gap = sum_of(gap_sum);
-  if (!is_valid(stats) || gap == INFINITY) return is_valid(stats) ? INFINITY : NAN;
-  const double nats = double(gap) / stats.mass + std::log(double(sum_of(base_sum)) / stats.mass);
-  return nats < 0 ? 0.0f : static_cast<float>(nats);  // rounding alone makes it negative
+  const RowStats stats = {peak, sum_of(row_sum_exp), 0.0f, 0.0f};
+  const float sum_exp_d = sum_of(row_sum_exp_d);
+  if (!is_valid(stats) || sum_exp_d == INFINITY) return is_valid(stats) ? INFINITY : NAN;
+  const double nats = double(sum_exp_d) / stats.sum_exp +
+                      std::log(double(sum_of(base_sum_exp)) / stats.sum_exp);
+  return nats < 0 ? 0.0f : static_cast<float>(nats);  // only rounding makes it negative
 }
 
-// f(i, adapted, base, exp(adapted - top)) on each vector of a block, from its i-th token on.
+// Calls f(i, adapted, base, exp(adapted - peak)) on each vector of a tile, from its i-th token on.
 template <class F>
-SVD_HD void each_vector(const Row& row, const RowStats& stats, int64_t block, const F& f) {
-  alignas(64) float z_buffer[kBlock], b_buffer[kBlock];
-  const float* z = widen(row.adapted, row.vocab, block, -INFINITY, z_buffer);
-  const float* b = widen(row.base, row.vocab, block, 0.0f, b_buffer);
-  for (int i = 0; i < kBlock; i += kLanes) {
+SVD_HD void each_vector(const Row& row, const RowStats& stats, int64_t tile, const F& f) {
+  alignas(64) float z_buffer[kTile], b_buffer[kTile];
+  const float* z = widen(row.adapted, row.vocab, tile, -INFINITY, z_buffer);
+  const float* b = widen(row.base, row.vocab, tile, 0.0f, b_buffer);
+  for (int i = 0; i < kTile; i += kLanes) {
     const Vec adapted = load<Vec>(z + i);
-    f(i, adapted, load<Vec>(b + i), exp(adapted - stats.top));
+    f(i, adapted, load<Vec>(b + i), exp(adapted - stats.peak));
   }
 }
 
-// The steered logits of one block in `buffer`.
-SVD_HD void steer_block(const Row& row, const RowStats& stats, int64_t block, float* buffer) {
-  each_vector(row, stats, block, [&](int i, Vec z, Vec b, Vec e) SVD_INLINE {
-    store(buffer + i, steered(z, b, e, stats, row.by));
+// Writes the steered logits of one tile to `buffer`.
+SVD_HD void steer_tile(const Row& row, const RowStats& stats, int64_t tile, float* buffer) {
+  each_vector(row, stats, tile, [&](int i, Vec z, Vec b, Vec e) SVD_INLINE {
+    store(buffer + i, steered(z, b, e, stats, row.steering));
   });
 }
 
-void write(const Row& row, const RowStats& stats, int64_t first, int64_t last,
-           const Blocks& blocks) {
-  alignas(64) float buffer[kBlock];
-  for (int64_t i = first; i < last; ++i) {
-    steer_block(row, stats, blocks.pending[i], buffer);
-    narrow(row.out, row.vocab, blocks.pending[i], buffer, false);
+void write(const Row& row, const RowStats& stats, int64_t begin, int64_t end,
+           const TileSums& tiles) {
+  alignas(64) float buffer[kTile];
+  for (int64_t i = begin; i < end; ++i) {
+    steer_tile(row, stats, tiles.active[i], buffer);
+    narrow(row.out, row.vocab, tiles.active[i], buffer, false);
   }
 }
 
-void write_vector(const Row& row, const RowStats& stats, int64_t first, int64_t last) {
-  alignas(64) float buffer[kBlock];
-  for (int64_t k = first; k < last; ++k) {
+void write_vector(const Row& row, const RowStats& stats, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kTile];
+  for (int64_t k = begin; k < end; ++k) {
     each_vector(row, stats, k, [&](int i, Vec z, Vec b, Vec e) SVD_INLINE {
-      store(buffer + i, steering(z, b, e, stats));
+      store(buffer + i, delta_of(z, b, e, stats));
     });
     narrow(row.out, row.vocab, k, buffer, row.stream);
   }
@@ -257,25 +262,27 @@ void write_vector(const Row& row, const RowStats& stats, int64_t first, int64_t 
 #endif
 }
 
-// Raises `best` to the greatest of (logits - top) / temperature + noise among `count` logits, which
-// are whole vectors, with the lowest `token` where there are more, and says where. words(i) are the
-// ids of the tokens from the i-th on.
+// Raises `best` to the greatest merit (logit - peak) / temperature + noise of `count` logits, which
+// are whole vectors, and sets `token` to its token, of equals the one with the lowest id; returns
+// its index, or -1 if none is better. words(i) are the token ids from the i-th on.
+//
+// Few tokens need the two logarithms of the noise: noise = -log(E) with E = -log(1 - u) >= u, so a
+// token can exceed `best` only if u <= exp(scaled - best). That test takes the random bits and one
+// exponential per token, all in vectors; only the tokens that pass it get the exact noise.
 template <class F>
-SVD_HD int noisy_best(const float* logits, const F& words, int count, float top,
+SVD_HD int noisy_best(const float* logits, const F& words, int count, float peak,
                       const Noise& noise, float& best, uint64_t& token) {
-  uint32_t bits[kBlock];
+  uint32_t bits[kTile];
   for (int i = 0; i < count; i += kLanes / 2) {
     const Words word = philox(noise.seed, words(i), noise.position);
     for (int j = 0; j < kLanes / 2; ++j) bits[i + j] = static_cast<uint32_t>(word[j]);
   }
   int at = -1;
   for (int i = 0; i < count; i += kLanes) {
-    const Vec scaled = (load<Vec>(logits + i) - top) / noise.temperature;
-    // noise = -log(E) with E = -log(1 - u) >= u: only a token with u <= exp(scaled - best) can win,
-    // and few need the two logarithms.
+    const Vec scaled = (load<Vec>(logits + i) - peak) / noise.temperature;
     const Vec u = (__builtin_convertvector(load<Bits>(bits + i), Vec) + 0.5f) * 0x1p-32f;
     const Vec ahead = scaled - best;
-    const Vec chance = exp(ahead < 0.0f ? ahead : Vec{}) * 1.0001f;
+    const Vec chance = exp(ahead < 0.0f ? ahead : Vec{}) * 1.0001f;  // with room for rounding
     const Int hopeful = (u <= chance) & (scaled > -INFINITY);
     if (!any(hopeful)) continue;
     for (int j = 0; j < kLanes; ++j) {
@@ -289,60 +296,60 @@ SVD_HD int noisy_best(const float* logits, const F& words, int count, float top,
   return at;
 }
 
-void choose(const Row& row, const RowStats& stats, const Noise& noise, int64_t first, int64_t last,
-            const Blocks& blocks, const Choices& choices) {
-  alignas(64) float buffer[kBlock];
+void choose(const Row& row, const RowStats& stats, const Noise& noise, int64_t begin, int64_t end,
+            const TileSums& tiles, const Choices& choices) {
+  alignas(64) float buffer[kTile];
   const bool noisy = noise.temperature > 0 && !noise.after_cuts;
   float best = -INFINITY;
   uint64_t token = 0;
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t begin = int64_t{blocks.pending[i]} * kBlock;
-    steer_block(row, stats, blocks.pending[i], buffer);
-    Vec high = Vec{} - INFINITY, mass = {};
-    for (int j = 0; j < kBlock; j += kLanes) high = max(load<Vec>(buffer + j), high);
-    const float top = max_of(high), origin = top > -INFINITY ? top : 0.0f;
-    for (int j = 0; j < kBlock; j += kLanes) mass += exp(load<Vec>(buffer + j) - origin);
-    choices.top[i] = top;
-    choices.mass[i] = sum_of(mass);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t tile_begin = int64_t{tiles.active[i]} * kTile;
+    steer_tile(row, stats, tiles.active[i], buffer);
+    Vec high = Vec{} - INFINITY, sum_exp = {};
+    for (int j = 0; j < kTile; j += kLanes) high = max(load<Vec>(buffer + j), high);
+    const float peak = max_of(high), origin = peak > -INFINITY ? peak : 0.0f;
+    for (int j = 0; j < kTile; j += kLanes) sum_exp += exp(load<Vec>(buffer + j) - origin);
+    choices.peak[i] = peak;
+    choices.sum_exp[i] = sum_of(sum_exp);
     if (noise.after_cuts) {
       Vec tempered = {};
-      for (int j = 0; j < kBlock; j += kLanes)
+      for (int j = 0; j < kTile; j += kLanes)
         tempered += exp((load<Vec>(buffer + j) - origin) / noise.temperature);
-      choices.tempered[i] = sum_of(tempered);
+      choices.tempered_sum_exp[i] = sum_of(tempered);
     }
 
     int at = -1;
     if (noisy) {
       Words iota;
-      for (int j = 0; j < kLanes / 2; ++j) iota[j] = begin + j;
+      for (int j = 0; j < kLanes / 2; ++j) iota[j] = tile_begin + j;
       const auto words = [&](int j) SVD_INLINE { return iota + static_cast<uint64_t>(j); };
-      at = noisy_best(buffer, words, kBlock, stats.top, noise, best, token);
-    } else if (top > best) {
-      best = top;
-      for (at = 0; buffer[at] != top;) ++at;
+      at = noisy_best(buffer, words, kTile, stats.peak, noise, best, token);
+    } else if (peak > best) {
+      best = peak;
+      for (at = 0; buffer[at] != peak;) ++at;
     }
     choices.merit[i] = at < 0 ? -INFINITY : best;
     choices.logit[i] = at < 0 ? -INFINITY : buffer[at];
-    choices.token[i] = begin + at;
+    choices.token[i] = tile_begin + at;
   }
 }
 
-LogSum log_sum(float* top, float* mass, int64_t count, float temperature) {
-  const int64_t padded = pad(count, top, mass);
-  const float high = highest(top, padded);
-  Vec vec = {};
+LogSumExp log_sum_exp(float* peak, float* sum_exp, int64_t count, float temperature) {
+  const int64_t padded = pad(count, peak, sum_exp);
+  const float greatest = highest(peak, padded);
+  Vec lanes = {};
   for (int64_t k = 0; k < padded; k += kLanes)
-    vec += exp((load<Vec>(top + k) - high) / temperature) * load<Vec>(mass + k);
-  const float sum = sum_of(vec);
-  return {high, sum, std::log(sum)};
+    lanes += exp((load<Vec>(peak + k) - greatest) / temperature) * load<Vec>(sum_exp + k);
+  const float sum = sum_of(lanes);
+  return {greatest, sum, std::log(sum)};
 }
 
-int gather(const Row& row, const RowStats& stats, int64_t block, float floor, Candidate* to) {
-  alignas(64) float buffer[kBlock];
-  steer_block(row, stats, block, buffer);
-  const int32_t begin = static_cast<int32_t>(block * kBlock);
+int gather(const Row& row, const RowStats& stats, int64_t tile, float floor, Candidate* to) {
+  alignas(64) float buffer[kTile];
+  steer_tile(row, stats, tile, buffer);
+  const int32_t begin = static_cast<int32_t>(tile * kTile);
   int count = 0;
-  for (int i = 0; i < kBlock; i += kLanes) {
+  for (int i = 0; i < kTile; i += kLanes) {
     const Vec logit = load<Vec>(buffer + i);
     const Int kept = (logit >= floor) & (logit > -INFINITY);
     if (!any(kept)) continue;
@@ -350,51 +357,51 @@ int gather(const Row& row, const RowStats& stats, int64_t block, float floor, Ca
     store(flag, kept);
     for (int j = 0; j < kLanes; ++j) {
       to[count] = {buffer[i + j], begin + i + j};
-      count -= flag[j];  // which is -1 or 0: no branch to foretell
+      count -= flag[j];  // -1 or 0: no branch to mispredict
     }
   }
   return count;
 }
 
-int64_t draw(const Candidate* from, int64_t count, float top, const Noise& noise) {
-  alignas(64) float logits[kBlock];
-  uint64_t tokens[kBlock + kLanes] = {};
+int64_t draw(const Candidate* from, int64_t count, float peak, const Noise& noise) {
+  alignas(64) float logits[kTile];
+  uint64_t tokens[kTile + kLanes] = {};
   const auto words = [&](int i) SVD_INLINE { return load<Words>(tokens + i); };
   float best = -INFINITY;
   uint64_t token = 0;
   int64_t winner = -1;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int here = static_cast<int>(count - begin < kBlock ? count - begin : kBlock);
+  for (int64_t begin = 0; begin < count; begin += kTile) {
+    const int here = static_cast<int>(count - begin < kTile ? count - begin : kTile);
     for (int i = 0; i < here; ++i) {
       logits[i] = from[begin + i].logit;
       tokens[i] = from[begin + i].token;
     }
     int padded = here;
     for (; padded % kLanes; ++padded) logits[padded] = -INFINITY;
-    const int at = noisy_best(logits, words, padded, top, noise, best, token);
+    const int at = noisy_best(logits, words, padded, peak, noise, best, token);
     if (at >= 0) winner = begin + at;
   }
   return winner;
 }
 
-void project(const Row& row, const RowStats& stats, int64_t first, int64_t last,
-             const Blocks& blocks, const Moments& moments) {
-  alignas(64) float ps[kBlock], deltas[kBlock];
-  for (int64_t i = first; i < last; ++i) {
-    Vec mass = {}, sum = {}, square = {}, spread = {};
-    each_vector(row, stats, blocks.pending[i], [&](int j, Vec z, Vec b, Vec e) SVD_INLINE {
-      const Vec p = e / stats.mass;
-      const Vec delta = z >= stats.threshold ? steering(z, b, e, stats) : Vec{};
-      mass += p;
+void project(const Row& row, const RowStats& stats, int64_t begin, int64_t end,
+             const TileSums& tiles, const Moments& moments) {
+  alignas(64) float ps[kTile], deltas[kTile];
+  for (int64_t i = begin; i < end; ++i) {
+    Vec sum_p = {}, sum = {}, squares = {}, spread = {};
+    each_vector(row, stats, tiles.active[i], [&](int j, Vec z, Vec b, Vec e) SVD_INLINE {
+      const Vec p = e / stats.sum_exp;
+      const Vec delta = z >= stats.threshold ? delta_of(z, b, e, stats) : Vec{};
+      sum_p += p;
       sum += p * delta;
-      square += delta * delta;
+      squares += delta * delta;
       store(ps + j, p);
       store(deltas + j, delta);
     });
-    moments.mass[i] = sum_of(mass);
-    moments.square[i] = sum_of(square);
-    const float mean = moments.mass[i] > 0 ? sum_of(sum) / moments.mass[i] : 0.0f;
-    for (int j = 0; j < kBlock; j += kLanes) {
+    moments.sum_p[i] = sum_of(sum_p);
+    moments.squares[i] = sum_of(squares);
+    const float mean = moments.sum_p[i] > 0 ? sum_of(sum) / moments.sum_p[i] : 0.0f;
+    for (int j = 0; j < kTile; j += kLanes) {
       const Vec away = load<Vec>(deltas + j) - mean;
       spread += load<Vec>(ps + j) * away * away;
     }
@@ -403,30 +410,30 @@ void project(const Row& row, const RowStats& stats, int64_t first, int64_t last,
   }
 }
 
-float mass_of(const Blocks& blocks, int64_t count, float top) {
-  const int64_t padded = pad(count, blocks.top, blocks.mass);
-  Vec mass = {};
+float sum_exp_of(const TileSums& tiles, int64_t count, float peak) {
+  const int64_t padded = pad(count, tiles.peak, tiles.sum_exp);
+  Vec sum_exp = {};
   for (int64_t k = 0; k < padded; k += kLanes)
-    mass += exp(load<Vec>(blocks.top + k) - top) * load<Vec>(blocks.mass + k);
-  return sum_of(mass);
+    sum_exp += exp(load<Vec>(tiles.peak + k) - peak) * load<Vec>(tiles.sum_exp + k);
+  return sum_of(sum_exp);
 }
 
-TokenView view(const Row& row, const RowStats& stats, int64_t token) {
-  alignas(64) float adapted[kBlock], delta[kBlock], logit[kBlock];
-  each_vector(row, stats, token / kBlock, [&](int i, Vec z, Vec b, Vec e) SVD_INLINE {
+TokenValues token_at(const Row& row, const RowStats& stats, int64_t token) {
+  alignas(64) float adapted[kTile], delta[kTile], logit[kTile];
+  each_vector(row, stats, token / kTile, [&](int i, Vec z, Vec b, Vec e) SVD_INLINE {
     store(adapted + i, z);
-    store(delta + i, steering(z, b, e, stats));
-    store(logit + i, steered(z, b, e, stats, row.by));
+    store(delta + i, delta_of(z, b, e, stats));
+    store(logit + i, steered(z, b, e, stats, row.steering));
   });
-  const int at = token % kBlock;
+  const int at = token % kTile;
   return {adapted[at], delta[at], logit[at]};
 }
 
 }  // namespace
 
 extern const Kernels kernels = {
-    scan<false>, scan<true>, merge, divergence, write, choose,  project,
-    write_vector, view,      gather, draw,      log_sum, mass_of, fill,
+    measure<false>, measure<true>, combine, divergence, write, choose, project,
+    write_vector, token_at, gather, draw, log_sum_exp, sum_exp_of, fill,
 };
 
 }  // namespace SVD_VARIANT

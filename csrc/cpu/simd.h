@@ -1,6 +1,6 @@
-// Vectors of floats: folding, the exponential, and the conversions of halves. The including source
-// sets SVD_LANES and SVD_VARIANT. No standard template may be instantiated here (see row.h on
-// linkage).
+// Vectors of floats: reductions, the exponential, and conversions from and to 16-bit floats. The
+// including source sets SVD_LANES and SVD_VARIANT. Do not instantiate a standard template here
+// (row.h says why).
 #pragma once
 
 #include <cmath>
@@ -36,7 +36,7 @@ SVD_HD void store(T* to, V v) {
 
 SVD_HD Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 
-// One value of all lanes, in the same order every time.
+// Reduces the lanes to one value, in a fixed order.
 template <class Join>
 SVD_HD float fold(Vec v, const Join& join) {
   typedef float Four __attribute__((vector_size(16)));
@@ -62,13 +62,15 @@ SVD_HD bool any(Int mask) {
   return seen != 0;
 }
 
-// e^x for x <= 0 to 1.4 ulp, 5 below e^-20; 0 where it would be subnormal; NaN for NaN.
+// e^x for x <= 0, with an error of at most 1.4 ulp, or 5 ulp below e^-20; 0 where it would be
+// subnormal; NaN for NaN. With n = x / log 2 rounded to an integer, it is 2^n e^r, where e^r is a
+// polynomial in r = x - n log 2.
 SVD_HD Vec exp(Vec x) {
-  // Adding 1.5 * 2^23 rounds to an integer in the low bits; the 127 is the bias of the exponent, so
-  // that a shift makes 2^n of them.
+  // Adding 1.5 * 2^23 leaves no room for a fraction: the sum's low bits are n + 127, the exponent
+  // field of the float 2^n, which a shift by 23 then puts in place.
   const Vec shifted = x * 1.44269504f + (12582912.0f + 127.0f);
   const Vec n = shifted - (12582912.0f + 127.0f);
-  // Without a fused multiply-add the product must be exact, so log 2 comes in two parts.
+  // Without a fused multiply-add the product must be exact, so log 2 is split into two parts.
   const Vec r = kLanes == 4 ? (x - n * 0.693359375f) - n * -2.12194440e-4f : x - n * 0.69314718f;
   Vec y = Vec{} + 1.38149318e-3f;
   y = y * r + 8.36870819e-3f;
@@ -82,7 +84,7 @@ SVD_HD Vec exp(Vec x) {
 
 SVD_HD Bits widen(Half h) {
 #if SVD_LANES == 16
-  return (Bits)_mm512_cvtepu16_epi32((__m256i)h);  // GCC 12 makes two halves of a conversion
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)h);  // GCC 12 splits the conversion in two
 #else
   return __builtin_convertvector(h, Bits);
 #endif
@@ -92,7 +94,8 @@ SVD_HD Vec widen_bfloat16(Half h) { return (Vec)(widen(h) << 16); }
 
 SVD_HD Vec widen_float16(Half h) {
   const Bits bits = widen(h), magnitude = (bits & 0x7FFF) << 13;
-  // Half's bias is 112 less. The product also normalises subnormals; inf and NaN regain theirs.
+  // The exponent bias of float16 is 112 less. The product also normalises subnormals; the exponent
+  // of inf and NaN is set below.
   const Bits scaled = (Bits)((Vec)magnitude * 0x1p112f);
   const Bits special = (Bits)(magnitude >= 0x0F800000) & 0x7F800000;
   return (Vec)(scaled | special | (bits & 0x8000) << 16);
@@ -106,7 +109,7 @@ SVD_HD Half narrow_bfloat16(Vec v) {
 SVD_HD Half narrow_float16(Vec v) {
   const Bits sign = (Bits)v >> 16 & 0x8000, bits = (Bits)v & 0x7FFFFFFF;
   const Bits normal = (bits - 0x38000000 + 0xFFF + (bits >> 13 & 1)) >> 13;
-  const Bits subnormal = (Bits)((Vec)bits + 0.5f) - 0x3F000000;  // the sum rounds at 2^-24
+  const Bits subnormal = (Bits)((Vec)bits + 0.5f) - 0x3F000000;  // the sum rounds to 2^-24
   const Bits special = bits > 0x7F800000 ? Bits{} + 0x7E00 : Bits{} + 0x7C00;
   const Bits finite = bits < 0x38800000 ? subnormal : normal;
   return __builtin_convertvector((bits < 0x47800000 ? finite : special) | sign, Half);

@@ -1,4 +1,4 @@
-// torch.ops.svd_engine_native.rms_norm, rotate and attend: a decode step between its linear layers.
+// torch.ops.svd_engine_cpu.rms_norm, rotate and attend: a decode step between its linear layers.
 #include "step.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,13 +18,13 @@ const StepKernel* const kVariants[] = {
 #ifdef SVD_X86_VARIANTS
     &avx2::step,
     &avx512::step,
-    &avx512::step,  // of AVX512_BF16: its products are those of `linear`
+    &avx512::step,  // for AVX512_BF16 too: only `linear` multiplies bfloat16
 #endif
 };
 
 const StepKernel& step_in_use() { return *kVariants[capability_in_use()]; }
 
-// A [a, b, c, n] tensor by its rows of n.
+// A [a, b, c, n] tensor as rows of n elements.
 struct Grid {
   char* data;
   int64_t size[4], stride_bytes[4];
@@ -69,7 +69,8 @@ void rms_norm(const Tensor x, const Tensor weight, double eps, double offset, bo
   const char* from = static_cast<const char*>(x.data_ptr());
   char* to = static_cast<char*>(out.data_ptr());
   const int64_t bytes = count * size_of(dtype);
-  for (int64_t at = 0; at < bytes; at += n * size_of(dtype)) kernel.rms_norm(norm, from + at, to + at);
+  for (int64_t at = 0; at < bytes; at += n * size_of(dtype))
+    kernel.rms_norm(norm, from + at, to + at);
 }
 
 void rotate(const Tensor x, const Tensor cos, const Tensor sin, Tensor out) {
@@ -117,9 +118,9 @@ void attend(const Tensor query, const Tensor key, const Tensor value,
   const int64_t packed_bytes = group * packed_row_bytes(dim, packed);
   const int64_t bytes = slots * (dim + out_dim) * size_of(q.dtype);
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, rows * kv_heads, grain, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, rows * kv_heads, grain, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    for (int64_t unit = first; unit < last; ++unit) {
+    for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / kv_heads, head = unit % kv_heads;
       char* x = scratch.of(packed_bytes + group * (room + 1) * 4);
       float* scores = reinterpret_cast<float*>(x + packed_bytes);
@@ -130,15 +131,15 @@ void attend(const Tensor query, const Tensor key, const Tensor value,
       Product product = {};
       product.x = {x, packed_row_bytes(dim, packed), packed};
       product.weight = {k.at(row, head), k.stride_bytes[2], slots, dim, k.dtype};
-      product.rows = product.first = group;
+      product.rows = product.first_adapted = group;
       product.out = reinterpret_cast<char*>(scores);
       product.out_row_bytes = room * 4;
       product.out_dtype = Dtype::kFloat32;
       linear.blocks(product, 0, (slots + kOutputs - 1) / kOutputs);
-      const Softmax by = {float(scale), float(softcap), mask ? hidden.at(row, 0) : nullptr,
-                          hidden.dtype};
+      const Softmax softmax = {float(scale), float(softcap), mask ? hidden.at(row, 0) : nullptr,
+                               hidden.dtype};
       for (int64_t i = 0; i < group; ++i)
-        sums[i] = kernel.exponentials(by, scores + i * room, slots);
+        sums[i] = kernel.exponentials(softmax, scores + i * room, slots);
       kernel.mix({v.at(row, head), v.stride_bytes[2], slots, out_dim, v.dtype},
                  {scores, room, sums, group}, o.at(row, 0) + head * group * o.stride_bytes[2]);
     }
@@ -147,7 +148,7 @@ void attend(const Tensor query, const Tensor key, const Tensor value,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset, bool rounded_between, "
         "Tensor(a!) out) -> ()");
   m.def("rotate(Tensor x, Tensor cos, Tensor sin, Tensor(a!) out) -> ()");
@@ -155,7 +156,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_native, m) {
         "float softcap, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(svd_engine_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("attend", TORCH_BOX(&attend));

@@ -1,5 +1,6 @@
-// What step.cpp and the instruction-set variants of step_rows.h agree on: the arithmetic of a decode
-// step between its linear layers. Sums go over elements or slots in an order that the variant fixes.
+// The interface between step.cpp and the instruction-set variants of step_rows.h: the arithmetic of
+// a decode step between its linear layers. The order of a sum over elements or slots depends only
+// on its length and the variant.
 #pragma once
 
 #include "kernels.h"
@@ -9,14 +10,14 @@ struct Norm {
   int64_t n;
   float eps;
   float offset;          // added to the weight
-  bool rounded_between;  // x / rms is rounded to the dtype before the weight multiplies it
+  bool rounded_between;  // x / rms is rounded to the dtype before it is multiplied by the weight
   Dtype dtype;
 };
 
 struct Softmax {
   float scale;
-  float softcap;     // 0: none
-  const char* mask;  // [slots], added after the soft cap; or null
+  float softcap;     // 0 if there is none
+  const char* mask;  // [slots], added after the softcap; null if there is none
   Dtype mask_dtype;
 };
 
@@ -27,20 +28,22 @@ struct Values {  // [slots, dim]
   Dtype dtype;
 };
 
-struct Weights {  // of each slot, for every query that shares the values; not normalised
+struct Weights {  // [queries, slots], of the queries that share the values; not normalised
   const float* data;
   int64_t stride;
-  const float* sum;
+  const float* sum;  // [queries], over slots
   int64_t queries;
 };
 
 struct StepKernel {
   void (*rms_norm)(const Norm&, const char* x, char* out);
-  // x cos + (x with its halves swapped and the first one negated) sin; rows of `dim`, which is even.
+  // out = x cos + [-x2, x1] sin for one row x = [x1, x2] of `dim` elements, an even number.
   void (*rotate)(Dtype, int64_t dim, const char* x, const char* cos, const char* sin, char* out);
-  // Makes exp(score - max score) of scores, which have room up to a multiple of 16; their sum.
+  // Replaces `scores` by exp(score - max score), of scaled, softcapped and masked scores, and
+  // returns their sum. There is room for a multiple of 16 scores.
   float (*exponentials)(const Softmax&, float* scores, int64_t slots);
-  // The weighted mean of the values for each query, [queries, dim] of their dtype.
+  // out = the weighted mean of the values for each query, [queries, dim] in the dtype of the
+  // values.
   void (*mix)(const Values&, const Weights&, char* out);
 };
 

@@ -1,12 +1,12 @@
 // The arithmetic of step.h, written once with vector extensions and compiled once per instruction
-// set, as rows.h is.
+// set, like rows.h.
 #include "elements.h"
 #include "step.h"
 
 namespace SVD_VARIANT {
 namespace {
 
-// f(Float32{}) or f(BFloat16{}).
+// Calls f(Float32{}) or f(BFloat16{}).
 template <class F>
 SVD_HD void for_dtype(Dtype dtype, const F& f) {
   if (dtype == Dtype::kFloat32)
@@ -58,22 +58,22 @@ SVD_HD Vec tanh(Vec x) {
   return x;
 }
 
-float exponentials(const Softmax& by, float* scores, int64_t slots) {
+float exponentials(const Softmax& softmax, float* scores, int64_t slots) {
   for (int64_t k = slots; k % 16; ++k) scores[k] = -INFINITY;
-  Vec top = Vec{} - INFINITY;
+  Vec peak = Vec{} - INFINITY;
   for (int64_t k = 0; k < slots; k += kLanes) {
-    Vec score = load<Vec>(scores + k) * by.scale;
-    if (by.softcap != 0) score = by.softcap * tanh(score / by.softcap);
-    if (by.mask)
-      for_dtype(by.mask_dtype, [&](auto e) SVD_INLINE {
-        score += get<decltype(e)>(by.mask, k, slots);
+    Vec score = load<Vec>(scores + k) * softmax.scale;
+    if (softmax.softcap != 0) score = softmax.softcap * tanh(score / softmax.softcap);
+    if (softmax.mask)
+      for_dtype(softmax.mask_dtype, [&](auto e) SVD_INLINE {
+        score += get<decltype(e)>(softmax.mask, k, slots);
       });
     if (k + kLanes > slots)
       for (int64_t i = slots - k; i < kLanes; ++i) score[i] = -INFINITY;
     store(scores + k, score);
-    top = max(score, top);
+    peak = max(score, peak);
   }
-  const float highest = max_of(top);
+  const float highest = max_of(peak);
   Vec sum = {};
   for (int64_t k = 0; k < slots; k += kLanes) {
     const Vec weight = exp(load<Vec>(scores + k) - highest);
@@ -83,7 +83,7 @@ float exponentials(const Softmax& by, float* scores, int64_t slots) {
   return sum_of(sum);
 }
 
-// Two vectors of columns from `column` on, for R queries from `query` on.
+// Mixes two vectors of columns from `column` on, for R queries from `query` on.
 template <class E, int R>
 SVD_HD void mix_tile(const Values& values, const Weights& weights, int64_t query, int64_t column,
                      char* out) {

@@ -1,4 +1,4 @@
-// What the operators on float32 and bfloat16 tensors share on the side of torch.
+// Shared by the operators on float32 and bfloat16 tensors: checks, working memory, packed rows.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,9 +16,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrainBytes = 64 << 10;  // of weights: less is not worth waking a thread
+constexpr int64_t kGrainBytes = 64 << 10;  // of weights per thread: fewer are not worth waking one
 
-// Working memory that is kept from call to call and begins on a cache line.
+// Working memory that is kept from call to call and aligned to a cache line.
 class Scratch {
  public:
   char* of(int64_t bytes) {
@@ -71,7 +71,7 @@ void copy(const char* from, int64_t stride, int64_t count, char* to) {
 
 int64_t packed_row_bytes(int64_t in, Dtype as) { return (in + 31) / 32 * 32 * size_of(as); }
 
-// Copies a row to `to` as one of a Packed (linear.h).
+// Copies a row to `to` in the form of a row of Packed (linear.h).
 void pack_row(const char* from, Dtype dtype, int64_t stride, int64_t in, Dtype as, char* to) {
   if (dtype == Dtype::kFloat32)
     copy<float, float>(from, stride, in, to);

@@ -1,4 +1,4 @@
-// Pass 2 of the operators that choose tokens: sample, with cuts or without, and topk.
+// The second pass of the operators that choose tokens: sample, with or without cuts, and topk.
 #pragma once
 
 #include "walk.h"
@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int kNone = INT_MAX;
-constexpr int kList = 512;  // tokens that fit in a block's memory; more are looked up again
+constexpr int kList = 512;  // tokens listed in shared memory; rows with more are read again
 
 struct Sample {
   Steered of;
@@ -27,10 +27,13 @@ struct TopK {
   int64_t* token;
 };
 
-// A number for each token that is greater the earlier the token comes: greatest logit first, then
-// lowest id.
+// Packs a steered logit and a token id into one integer, greater for the token that comes first:
+// the one with the greater logit, or of equal logits with the lower id. The float's bits, with all
+// bits of a negative float flipped and the sign bit of a positive one set, sort as unsigned
+// integers in the order of the floats; they are the high word, and the complement of the id is the
+// low word. So the max over a block, a comparison and a bisection need no separate rule for ties.
 SVD_DEVICE uint64_t order_of(float logit, int token) {
-  logit += 0.0f;  // -0 is 0
+  logit += 0.0f;  // turns -0 into 0
   uint32_t bits;
   std::memcpy(&bits, &logit, sizeof bits);
   bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -51,20 +54,20 @@ SVD_DEVICE uint64_t greatest_of_block(uint64_t mine) {
   return of_block(mine, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
 }
 
-// Puts the orders of the first kList tokens that are not removed into `list`, lowest id first;
-// returns how many there are in all.
+// Lists the orders of the first kList tokens that are not removed, lowest id first; returns how
+// many such tokens there are in all.
 SVD_DEVICE int collect(const Rows& rows, const Row& row, uint64_t* list) {
   int count = 0;
-  walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+  walk_active(rows, row, [&](int token, const float (&logits)[kRun]) {
     int mine = 0, total;
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) mine += z[j] > -INFINITY;
+    for (int j = 0; j < kRun; ++j) mine += logits[j] > -INFINITY;
     int at = count + sum_before(mine, total);
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
-      const bool live = z[j] > -INFINITY;
-      if (live && at < kList) list[at] = order_of(z[j], token + j);
-      at += live;
+      const bool left = logits[j] > -INFINITY;
+      if (left && at < kList) list[at] = order_of(logits[j], token + j);
+      at += left;
     }
     count += total;
   });
@@ -72,29 +75,31 @@ SVD_DEVICE int collect(const Rows& rows, const Row& row, uint64_t* list) {
   return count;
 }
 
-// The tokens that come before one: how many, and the sum of exp((logit - top) / temperature).
+// Of the tokens that come before some token: how many there are, and the sum of their
+// exp((logit - best) / temperature), where `best` is the greatest steered logit of the row.
 struct Before {
   int count;
-  float mass;
+  float sum_exp;
 };
 
 SVD_DEVICE Before join(const Before& a, const Before& b) {
-  return {a.count + b.count, a.mass + b.mass};
+  return {a.count + b.count, a.sum_exp + b.sum_exp};
 }
 
-// The order of the last token that the cuts keep. All of them keep the first token, and of any
-// other token all those before it.
+// The order of the last token that the cuts keep. Every cut keeps the first token, and with a token
+// also all those before it, so what is kept is a prefix of the order. A row with up to kList tokens
+// left is resolved in shared memory; a longer one by bisection over orders, one walk per step.
 SVD_DEVICE uint64_t last_kept(const Sample& to, const Row& row) {
   __shared__ uint64_t list[kList];
-  __shared__ float mass[kList];
+  __shared__ float tempered[kList];
   const Rows& rows = to.of.rows;
   const int count = collect(rows, row, list);
-  const auto keeps = [&](float top, float total, uint64_t order, const Before& before) {
-    return before.count < to.top_k && before.mass < to.top_p * total &&
-           (logit_of(order) - top) / to.temperature >= to.log_min_p;
+  const auto keeps = [&](float best, float sum_exp, uint64_t order, const Before& before) {
+    return before.count < to.top_k && before.sum_exp < to.top_p * sum_exp &&
+           (logit_of(order) - best) / to.temperature >= to.log_min_p;
   };
-  const auto mass_of = [&](float logit, float top) {
-    return fast_exp((logit - top) / to.temperature);
+  const auto tempered_exp = [&](float logit, float best) {
+    return fast_exp((logit - best) / to.temperature);
   };
 
   if (count <= kList) {
@@ -102,67 +107,69 @@ SVD_DEVICE uint64_t last_kept(const Sample& to, const Row& row) {
     for (int i = threadIdx.x; i < count; i += kWalkThreads)
       first = list[i] > first ? list[i] : first;
     first = greatest_of_block(first);
-    const float top = logit_of(first);
+    const float best = logit_of(first);
     for (int i = threadIdx.x; i < count; i += kWalkThreads)
-      mass[i] = mass_of(logit_of(list[i]), top);
+      tempered[i] = tempered_exp(logit_of(list[i]), best);
     __syncthreads();
-    float total = 0.0f;
-    for (int i = 0; i < count; ++i) total += mass[i];
-    uint64_t removed = 0;  // the first token that is
+    float sum_exp = 0.0f;
+    for (int i = 0; i < count; ++i) sum_exp += tempered[i];
+    uint64_t removed = 0;  // the first token that is not kept
     for (int i = threadIdx.x; i < count; i += kWalkThreads) {
       const uint64_t order = list[i];
       Before before = {};
       for (int j = 0; j < count; ++j)
-        if (list[j] > order) before = join(before, {1, mass[j]});
-      if (order != first && !keeps(top, total, order, before) && order > removed) removed = order;
+        if (list[j] > order) before = join(before, {1, tempered[j]});
+      if (order != first && !keeps(best, sum_exp, order, before) && order > removed)
+        removed = order;
     }
     return greatest_of_block(removed) + 1;
   }
 
   uint64_t first = 0;
-  walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+  walk_active(rows, row, [&](int token, const float (&logits)[kRun]) {
     for (int j = 0; j < kRun; ++j) {
-      const uint64_t order = order_of(z[j], token + j);
-      first = z[j] > -INFINITY && order > first ? order : first;
+      const uint64_t order = order_of(logits[j], token + j);
+      first = logits[j] > -INFINITY && order > first ? order : first;
     }
   });
   first = greatest_of_block(first);
-  const float top = logit_of(first);
+  const float best = logit_of(first);
   const auto before_order = [&](uint64_t order) {
     Before before = {};
-    walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+    walk_active(rows, row, [&](int token, const float (&logits)[kRun]) {
 #pragma unroll
       for (int j = 0; j < kRun; ++j)
-        if (order_of(z[j], token + j) > order) before = join(before, {1, mass_of(z[j], top)});
+        if (order_of(logits[j], token + j) > order)
+          before = join(before, {1, tempered_exp(logits[j], best)});
     });
     return of_block(before, [](const Before& a, const Before& b) { return join(a, b); });
   };
   uint64_t low = order_of(-INFINITY, 0), high = first;  // low < the answer <= high
-  const float total = before_order(low).mass;
+  const float sum_exp = before_order(low).sum_exp;
   while (high - low > 1) {
     const uint64_t middle = low + (high - low) / 2;
-    (keeps(top, total, middle, before_order(middle)) ? high : low) = middle;
+    (keeps(best, sum_exp, middle, before_order(middle)) ? high : low) = middle;
   }
   return high;
 }
 
-// The best token of some, and the log sum exp of all.
+// The best token of some, and the log-sum-exp of all of them.
 struct Choice {
   float merit;
-  int token;  // kNone: none
+  int token;  // kNone if there is none
   float logit;
-  LogSum all;
+  LogSumExp lse;
 };
 
 SVD_DEVICE Choice better(const Choice& a, const Choice& b) {
   const bool second = b.merit > a.merit || (b.merit == a.merit && b.token < a.token);
   return {second ? b.merit : a.merit, second ? b.token : a.token, second ? b.logit : a.logit,
-          join(a.all, b.all)};
+          join(a.lse, b.lse)};
 }
 
 template <bool kCut>
 __global__ void __launch_bounds__(kWalkThreads) sample_rows(const Sample to) {
-  wait_for_pass_1();
+  wait_for_first_pass();
   const Rows& rows = to.of.rows;
   const Row row = open_row(to.of);
   if (!row.valid) {
@@ -176,43 +183,43 @@ __global__ void __launch_bounds__(kWalkThreads) sample_rows(const Sample to) {
   const uint64_t seed = value_of(to.seed, row.index), position = value_of(to.position, row.index);
 
   Choice choice = {-INFINITY, kNone, -INFINITY, {-INFINITY, 0.0f}};
-  walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
-    add(choice.all, z);
+  walk_active(rows, row, [&](int token, const float (&logits)[kRun]) {
+    accumulate(choice.lse, logits);
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
-      if (kCut && order_of(z[j], token + j) < last) continue;
-      float merit = z[j];
+      if (kCut && order_of(logits[j], token + j) < last) continue;
+      float merit = logits[j];
       if (to.temperature > 0.0f && merit > -INFINITY) {
         const uint64_t counter = token + j;
         const uint32_t bits = static_cast<uint32_t>(philox(seed, counter, position));
-        // Relative to the top, so that large logits do not round the noise away.
-        merit = (merit - row.stats.top) / to.temperature + gumbel<float>(bits);
+        // Relative to the peak, so that large logits do not round the noise away.
+        merit = (merit - row.stats.peak) / to.temperature + gumbel<float>(bits);
       }
-      if (merit > choice.merit) {  // strictly: the lowest of equals stays
+      if (merit > choice.merit) {  // strictly: of equals the lowest token id wins
         choice.merit = merit;
         choice.token = token + j;
-        choice.logit = z[j];
+        choice.logit = logits[j];
       }
     }
   });
   choice = of_block(choice, [](const Choice& a, const Choice& b) { return better(a, b); });
   if (threadIdx.x == 0) {
     to.token[row.index] = choice.token == kNone ? -1 : choice.token;
-    to.logprob[row.index] = logprob_of(choice.logit, choice.all);
+    to.logprob[row.index] = logprob_of(choice.logit, choice.lse);
   }
 }
 
-// Tokens that are left once the others are out, lowest id first: those of logit -inf.
+// Fills the slots from `slot` on with the tokens of logit -inf, lowest id first.
 SVD_DEVICE void list_removed(const TopK& to, const Row& row, int slot) {
   const Rows& rows = to.of.rows;
-  walk_steered(rows, row, [](float) { return true; }, [&](int token, const float (&z)[kRun]) {
+  walk_steered(rows, row, [](float) { return true; }, [&](int token, const float (&logits)[kRun]) {
     int mine = 0, total;
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) mine += token + j < rows.vocab && !(z[j] > -INFINITY);
+    for (int j = 0; j < kRun; ++j) mine += token + j < rows.vocab && !(logits[j] > -INFINITY);
     int at = slot + sum_before(mine, total);
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
-      const bool removed = token + j < rows.vocab && !(z[j] > -INFINITY);
+      const bool removed = token + j < rows.vocab && !(logits[j] > -INFINITY);
       if (removed && at < to.k) {
         to.token[int64_t{row.index} * to.k + at] = token + j;
         to.logprob[int64_t{row.index} * to.k + at] = -INFINITY;
@@ -225,7 +232,7 @@ SVD_DEVICE void list_removed(const TopK& to, const Row& row, int slot) {
 }
 
 __global__ void __launch_bounds__(kWalkThreads) topk_rows(const TopK to) {
-  wait_for_pass_1();
+  wait_for_first_pass();
   const Rows& rows = to.of.rows;
   const Row row = open_row(to.of);
   const int64_t start = int64_t{row.index} * to.k;
@@ -236,10 +243,10 @@ __global__ void __launch_bounds__(kWalkThreads) topk_rows(const TopK to) {
     }
     return;
   }
-  const LogSum all = log_sum(rows, row);
+  const LogSumExp lse = log_sum_exp(rows, row);
   const auto put = [&](int slot, uint64_t order) {
     to.token[start + slot] = token_of(order);
-    to.logprob[start + slot] = logprob_of(logit_of(order), all);
+    to.logprob[start + slot] = logprob_of(logit_of(order), lse);
   };
 
   __shared__ uint64_t list[kList];
@@ -254,11 +261,11 @@ __global__ void __launch_bounds__(kWalkThreads) topk_rows(const TopK to) {
     uint64_t last = UINT64_MAX;
     for (int slot = 0; slot < to.k && slot < count; ++slot) {
       uint64_t next = 0;
-      walk_live(rows, row, [&](int token, const float (&z)[kRun]) {
+      walk_active(rows, row, [&](int token, const float (&logits)[kRun]) {
 #pragma unroll
         for (int j = 0; j < kRun; ++j) {
-          const uint64_t order = order_of(z[j], token + j);
-          next = z[j] > -INFINITY && order < last && order > next ? order : next;
+          const uint64_t order = order_of(logits[j], token + j);
+          next = logits[j] > -INFINITY && order < last && order > next ? order : next;
         }
       });
       last = greatest_of_block(next);

@@ -1,6 +1,7 @@
-// The kernels that stream tiles. Pass 1 reads both rows once and leaves the sums of every tile;
-// pass 2, here or in choose.h and score.h, looks again only at tiles that matter. No block waits
-// for another within a kernel, nothing is accumulated in memory, the host reads nothing back.
+// The kernels that stream tiles. The first pass reads both rows once and writes the sums of every
+// tile; the second pass, here or in choose.h and score.h, reads again only the tiles that it needs.
+// No thread block waits for another within a kernel, nothing is accumulated in memory, and the host
+// reads nothing back.
 #pragma once
 
 #include <climits>
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kStreamThreads = 128;
 
-// A number for all rows, or one for each.
+// A per-row argument: one number per row in `each`, or `shared` for all rows if `each` is null.
 template <class T>
 struct PerRow {
   const T* each;
@@ -27,17 +28,18 @@ struct Rows {
   Logits adapted;
   Logits base;
   int vocab;
-  int tiles;        // a row
-  bool aligned;     // 16-byte accesses fit both
+  int tiles;        // per row
+  bool aligned;     // 16-byte accesses fit both tensors
   void* workspace;  // [rows, tiles] of Sums or PairSums
 };
 
-// `Sums` or `PairSums` of a row's tiles.
+// The sums of a row's tiles in the workspace; S is Sums or PairSums.
 template <class S>
 SVD_DEVICE const S* sums_of(const Rows& rows, int row) {
   return static_cast<const S*>(rows.workspace) + int64_t{row} * rows.tiles;
 }
 
+// The operands of a steered row.
 struct Steered {
   Rows rows;
   PerRow<float> strength;
@@ -48,27 +50,31 @@ struct Steered {
 struct Steer {
   Steered of;
   Logits out;
-  int span;     // tiles a block
-  bool vector;  // the steering vector, not the steered logits
+  int span;     // tiles per thread block
+  bool vector;  // write the steering vector in place of the steered logits
 };
 
-// From sm_90 on the blocks of pass 2 may start, and wait, before pass 1 is done.
-SVD_DEVICE void let_pass_2_start() {
+// Programmatic dependent launch (sm_90 and later). The second pass is launched with an attribute
+// that lets its thread blocks become resident as soon as every block of the first pass has called
+// let_second_pass_start, so its launch latency is hidden. It may read the workspace only after
+// wait_for_first_pass, which returns when the first pass has finished and its writes are visible.
+// On older devices both are empty, and the passes run one after the other in the stream.
+SVD_DEVICE void let_second_pass_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-SVD_DEVICE void wait_for_pass_1() {
+SVD_DEVICE void wait_for_first_pass() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Pass 1: one block a tile. S is Sums or PairSums.
+// First pass, one thread block per tile; S is Sums or PairSums.
 template <class A, class B, bool kAligned, class S>
 __global__ void __launch_bounds__(kStreamThreads) measure_tiles(const Rows rows) {
-  let_pass_2_start();
+  let_second_pass_start();
   const int row = blockIdx.x / rows.tiles, begin = blockIdx.x % rows.tiles * kTile;
   float z[kTile / kStreamThreads], b[kTile / kStreamThreads];
   load<kAligned, kStreamThreads>(row_of<const A>(rows.adapted, row), begin, rows.vocab, z);
@@ -86,36 +92,38 @@ __global__ void __launch_bounds__(kStreamThreads) measure_tiles(const Rows rows)
   }
 }
 
-// Pass 2 of `steer` and `steering_vector`: one block `span` neighbouring tiles. A tile without a
-// live token is not read. `out` may be one of the rows: a thread has read the tokens it writes.
+// Second pass of `steer` and `steering_vector`, one thread block per `span` adjacent tiles. A tile
+// without a token left is filled, not read. `out` may be `adapted` or `base` itself: a thread
+// writes only tokens that it has read.
 template <class A, class B, bool kAligned>
 __global__ void __launch_bounds__(kStreamThreads) steer_tiles(const Steer to) {
-  wait_for_pass_1();
+  wait_for_first_pass();
   const Rows& rows = to.of.rows;
-  const int blocks = (rows.tiles + to.span - 1) / to.span;  // a row
-  const int row = blockIdx.x / blocks, first = blockIdx.x % blocks * to.span;
+  const int blocks = (rows.tiles + to.span - 1) / to.span;  // per row
+  const int row = blockIdx.x / blocks, first_tile = blockIdx.x % blocks * to.span;
   const Sums* tiles = sums_of<Sums>(rows, row);
   const RowStats stats = combine(tiles, rows.tiles, to.of.log_alpha);
   const bool valid = is_valid(stats);
-  const Steering by = {value_of(to.of.strength, row), to.of.log_alpha, to.of.penalty};
-  const float dead = !valid ? NAN : to.vector ? 0.0f : -INFINITY;
+  const Steering steering = {value_of(to.of.strength, row), to.of.log_alpha, to.of.penalty};
+  const float fill = !valid ? NAN : to.vector ? 0.0f : -INFINITY;
 
-  const int last = first + to.span < rows.tiles ? first + to.span : rows.tiles;
-  for (int tile = first; tile < last; ++tile) {
+  const int end_tile = first_tile + to.span < rows.tiles ? first_tile + to.span : rows.tiles;
+  for (int tile = first_tile; tile < end_tile; ++tile) {
     const int begin = tile * kTile;
     float z[kTile / kStreamThreads];
-    if (valid && is_live(tiles[tile].top, stats, by.penalty)) {
+    if (valid && is_active(tiles[tile].peak, stats, steering.penalty)) {
       float b[kTile / kStreamThreads];
       load<kAligned, kStreamThreads>(row_of<const A>(rows.adapted, row), begin, rows.vocab, z);
       load<kAligned, kStreamThreads>(row_of<const B>(rows.base, row), begin, rows.vocab, b);
 #pragma unroll
       for (int j = 0; j < kTile / kStreamThreads; ++j) {
-        const float e = fast_exp(z[j] - stats.top);
-        z[j] = to.vector ? steering(z[j], b[j], e, stats) : steered(z[j], b[j], e, stats, by);
+        const float e = fast_exp(z[j] - stats.peak);
+        z[j] = to.vector ? delta_of(z[j], b[j], e, stats)
+                         : steered(z[j], b[j], e, stats, steering);
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < kTile / kStreamThreads; ++j) z[j] = dead;
+      for (int j = 0; j < kTile / kStreamThreads; ++j) z[j] = fill;
     }
     store<kAligned, kStreamThreads>(to.out, row, begin, rows.vocab, z);
   }

@@ -1,6 +1,6 @@
-// The library's interface: plain C, device pointers, a stream. It knows nothing of PyTorch, loads
-// without a driver, allocates nothing and never waits for the device. Every function that returns
-// an int returns a cudaError_t. `dtype` is 0, 1, 2 for float32, bfloat16, float16.
+// The interface of the library: plain C functions of device pointers and a stream. It does not
+// depend on PyTorch, loads without a driver, allocates nothing and never waits for the device. The
+// functions of an operator return a cudaError_t. `dtype` is 0, 1, 2 for float32, bfloat16, float16.
 #include "choose.h"
 #include "score.h"
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Calls f with a value of the type that `dtype` names.
+// Calls f with a value of the type that `dtype` stands for.
 template <class F>
 cudaError_t with_type(Dtype dtype, const F& f) {
   switch (dtype) {
@@ -19,7 +19,7 @@ cudaError_t with_type(Dtype dtype, const F& f) {
   return cudaErrorInvalidValue;
 }
 
-// Calls f with values of the rows' types and with std::true_type where 16-byte accesses fit.
+// Calls f with a value of each row's type and with std::true_type if 16-byte accesses fit.
 template <class F>
 cudaError_t with_types(const Rows& rows, bool aligned, const F& f) {
   return with_type(rows.adapted.dtype, [&](auto a) {
@@ -29,7 +29,8 @@ cudaError_t with_types(const Rows& rows, bool aligned, const F& f) {
   });
 }
 
-// The number of rows does not matter, so that a row's result cannot depend on it.
+// Whether 16-byte accesses fit every row. The number of rows plays no part, so that a row's result
+// cannot depend on it.
 bool is_aligned(const Logits& logits, int vocab) {
   const int64_t size = logits.dtype == Dtype::kFloat32 ? 4 : 2;
   return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 && logits.stride * size % 16 == 0 &&
@@ -52,7 +53,7 @@ cudaError_t launch(void (*kernel)(Argument), int64_t blocks, int threads, bool o
   return cudaLaunchKernelEx(&config, kernel, argument);
 }
 
-// Makes `device` current for the calling thread while it lives.
+// Makes `device` current for the calling thread, and the previous one again when destroyed.
 class Current {
  public:
   explicit Current(int device) {
@@ -68,10 +69,10 @@ class Current {
   }
   ~Current() {
     if (moved_) cudaSetDevice(before_);
-    if (error != cudaSuccess) cudaGetLastError();  // it is returned; nobody else is to find it
+    if (error != cudaSuccess) cudaGetLastError();  // it is returned: clear it for later calls
   }
   cudaError_t error;
-  bool overlaps;  // passes may
+  bool overlaps;  // the second pass may start before the first ends
 
  private:
   int before_ = 0;
@@ -83,23 +84,24 @@ Rows make_rows(const Logits& adapted, const Logits& base, int vocab, void* works
           is_aligned(adapted, vocab) && is_aligned(base, vocab), workspace};
 }
 
-// Pass 1 into sums of type S, then `second(overlap)`.
+// Launches the first pass, into sums of type S, and then `second_pass(overlap)`.
 template <class S, class F>
 cudaError_t run(const Rows& rows, int64_t count, int device, cudaStream_t stream,
-                const F& second) {
+                const F& second_pass) {
   Current current(device);
   if (current.error != cudaSuccess) return current.error;
   current.error = with_types(rows, rows.aligned, [&](auto a, auto b, auto vectors) {
     return launch(measure_tiles<decltype(a), decltype(b), decltype(vectors)::value, S>,
                   count * rows.tiles, kStreamThreads, false, stream, rows);
   });
-  if (current.error == cudaSuccess) current.error = second(current.overlaps);
+  if (current.error == cudaSuccess) current.error = second_pass(current.overlaps);
   return current.error;
 }
 
 cudaError_t run_steer(Steer to, int64_t count, int device, cudaStream_t stream) {
   const Rows& rows = to.of.rows;
-  // `combine` costs a block as much as a tile or two: many rows share it among more of them.
+  // `combine` costs a thread block as much as a tile or two; with many rows, blocks of several
+  // tiles spread that cost.
   const int64_t tiles = count * rows.tiles;
   to.span = tiles < 2048 ? 1 : tiles < 8192 ? 2 : 4;
   const int64_t blocks = count * ((rows.tiles + to.span - 1) / to.span);
@@ -112,7 +114,7 @@ cudaError_t run_steer(Steer to, int64_t count, int device, cudaStream_t stream) 
   });
 }
 
-// One block a row after pass 1.
+// Launches a second pass of one thread block per row.
 template <class To>
 cudaError_t run_walk(void (*kernel)(To), const To& to, int64_t count, int device,
                      cudaStream_t stream) {
@@ -125,14 +127,14 @@ cudaError_t run_walk(void (*kernel)(To), const To& to, int64_t count, int device
 
 SVD_EXPORT int svd_cuda_tile() { return kTile; }
 
-// Bytes of workspace a tile; the workspace is aligned to 16 and need not be initialised.
+// Bytes of workspace per tile. The workspace is aligned to 16 bytes and need not be initialised.
 SVD_EXPORT int svd_cuda_tile_bytes() { return sizeof(PairSums); }
 
 SVD_EXPORT const char* svd_cuda_error(int code) {
   return cudaGetErrorName(static_cast<cudaError_t>(code));
 }
 
-// Whether the current device can run what is in this library.
+// Whether the current device can run the kernels of this library.
 SVD_EXPORT int svd_cuda_probe() {
   cudaFuncAttributes attributes;
   const cudaError_t error =
@@ -141,7 +143,8 @@ SVD_EXPORT int svd_cuda_probe() {
   return error;
 }
 
-// `strengths`, `seeds` and `positions` hold one number a row, or are null: then the scalar counts.
+// `strengths`, `seeds` and `positions` hold one number per row, or are null: then the scalar beside
+// them is that of every row.
 #define SVD_INPUTS                                                                          \
   void *adapted, int64_t adapted_stride, int adapted_dtype, void *base, int64_t base_stride, \
       int base_dtype, int64_t rows, int vocab

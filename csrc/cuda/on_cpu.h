@@ -1,6 +1,7 @@
-// Runs the kernels on the CPU, slowly, so that tests can check all but the compiler and the device:
-// each CUDA thread is a fiber, and warps and blocks meet where the kernels say. Compile launch.cu
-// as C++ with -include of this file. A thread that misses a meeting ends the process.
+// Runs the kernels on the CPU, slowly, so that tests can check everything but nvcc's device code
+// and the device. Each CUDA thread is a fiber; a fiber runs until a warp or block operation, where
+// it waits for the other threads of its warp or block. A thread that never arrives ends the
+// process. Compile launch.cu as C++ with -include of this file.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +16,7 @@
 #include <vector>
 
 #undef __shared__
-#define __shared__ static  // blocks take turns
+#define __shared__ static  // one block runs at a time
 #undef __forceinline__
 #define __forceinline__ inline
 #undef __launch_bounds__
@@ -27,12 +28,12 @@ enum State { kReady, kAtWarp, kAtBlock, kDone };
 
 struct Fiber {
   ucontext_t start;
-  jmp_buf here;  // once it has started: a jump costs no system call
+  jmp_buf here;  // resumes a started fiber: unlike setcontext, a jump costs no system call
   std::vector<char> stack = std::vector<char>(1 << 16);
   State state;
   bool started;
-  int meetings;              // of its warp so far
-  unsigned char shown[2][8];  // to the others of its warp, this meeting and the last
+  int exchanges;             // of its warp so far
+  unsigned char shown[2][8];  // to its warp, in this exchange and the last
 };
 
 inline std::vector<Fiber> fibers;
@@ -59,11 +60,11 @@ __attribute__((noinline)) inline void go_on(Fiber& fiber) {
   setcontext(&fiber.start);
 }
 
-// Lets those of [first, last) go on that wait for each other at `where`, if all are there.
-inline bool release(unsigned first, unsigned last, State where) {
-  for (unsigned i = first; i < last; ++i)
+// Makes the fibers [begin, end) ready again if all of them wait at `where`.
+inline bool release(unsigned begin, unsigned end, State where) {
+  for (unsigned i = begin; i < end; ++i)
     if (fibers[i].state != where) return false;
-  for (unsigned i = first; i < last; ++i) fibers[i].state = kReady;
+  for (unsigned i = begin; i < end; ++i) fibers[i].state = kReady;
   return true;
 }
 
@@ -72,16 +73,17 @@ inline void run_block(unsigned block, unsigned threads) {
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.data();
     fiber.start.uc_stack.ss_size = fiber.stack.size();
-    fiber.start.uc_link = nullptr;  // nothing returns to it
+    fiber.start.uc_link = nullptr;  // `enter` never returns
     fiber.state = kReady;
     fiber.started = false;
-    fiber.meetings = 0;
+    fiber.exchanges = 0;
     makecontext(&fiber.start, enter, 0);
   }
   for (;;) {
     unsigned done = 0;
     for (unsigned i = 0; i < threads; ++i) {
-      current = block % 2 ? threads - 1 - i : i;  // what races would not care for
+      // Odd blocks run their threads backwards, so that a data race changes results.
+      current = block % 2 ? threads - 1 - i : i;
       if (fibers[current].state == kReady) go_on(fibers[current]);
     }
     for (const Fiber& fiber : fibers) done += fiber.state == kDone;
@@ -89,7 +91,7 @@ inline void run_block(unsigned block, unsigned threads) {
     bool moved = release(0, threads, kAtBlock);
     for (unsigned warp = 0; warp < threads; warp += 32) moved |= release(warp, warp + 32, kAtWarp);
     if (!moved) {
-      std::fprintf(stderr, "block %u: some threads wait for others that never come\n", block);
+      std::fprintf(stderr, "block %u: some threads wait for others that never arrive\n", block);
       std::abort();
     }
   }
@@ -99,7 +101,7 @@ template <class T>
 T exchange(T mine, unsigned lane) {
   static_assert(sizeof(T) <= 8, "");
   const unsigned warp = current / 32 * 32;
-  const int side = fibers[current].meetings++ % 2;
+  const int side = fibers[current].exchanges++ % 2;
   std::memcpy(fibers[current].shown[side], &mine, sizeof mine);
   wait(kAtWarp);
   std::memcpy(&mine, fibers[warp + lane % 32].shown[side], sizeof mine);

@@ -1,7 +1,8 @@
-// What the CUDA kernels share: a tile of tokens in registers, and the sums of a row.
+// Shared by the CUDA kernels: loading and storing a tile of a row, and the sums of a tile. Names
+// are those of the glossary in kernels/reference.py.
 //
-// A row is cut into tiles of `kTile` tokens whatever the number of rows, and sums are formed in one
-// fixed order: a row's result is the same bits alone and in any batch.
+// A row is cut into tiles of `kTile` tokens regardless of the number of rows, and sums are formed
+// in one fixed order: a row's result has the same bits alone and in any batch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,7 +22,7 @@ namespace {
 constexpr int kTile = 2048;
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
-constexpr int kRun = 8;  // neighbours that a thread owns where 16-byte loads fit
+constexpr int kRun = 8;  // consecutive tokens per thread where 16-byte accesses fit
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
@@ -48,12 +49,11 @@ SVD_DEVICE T narrow(float x) {
   else return __float2bfloat16_rn(x);
 }
 
-// A run as it lies in memory.
+// The memory image of a run.
 template <class T>
 struct Run {
   static constexpr int kWords = kRun * sizeof(T) / sizeof(uint4);
   uint4 word[kWords];
-
 };
 
 template <class T>
@@ -63,20 +63,20 @@ constexpr uint32_t kImpossible<__nv_bfloat16> = 0xFF80FF80;
 template <>
 constexpr uint32_t kImpossible<__half> = 0xFC00FC00;
 
-// The part of a tile that this thread holds: element j is token `begin + place<...>(j)`, ascending
-// in j. Aligned: runs of neighbours, a warp's side by side. Otherwise a warp's tokens are side by
-// side, so that scalar accesses coalesce.
+// Which tokens of a tile this thread holds: element j is token `begin + place<...>(j)`, ascending
+// in j. Aligned: each thread holds runs of consecutive tokens, and the runs of a warp are adjacent.
+// Otherwise the tokens of a warp are adjacent, so that scalar accesses coalesce.
 template <bool kAligned, int kThreads>
 SVD_DEVICE int place(int j) {
   const int thread = threadIdx.x;
   return kAligned ? (j / kRun * kThreads + thread) * kRun + j % kRun : j * kThreads + thread;
 }
 
-// Logits of the tile at `begin` in float32, -inf outside the vocabulary. Aligned, `vocab` is a
-// multiple of kRun.
+// Loads the logits of the tile at `begin` as float32, -inf outside the vocabulary. If aligned,
+// `vocab` is a multiple of kRun.
 template <bool kAligned, int kThreads, class T, int kEach>
 SVD_DEVICE void load(const T* row, int begin, int vocab, float (&values)[kEach]) {
-  static_assert(kEach * kThreads == kTile && kEach % kRun == 0, "a tile is whole runs a thread");
+  static_assert(kEach * kThreads == kTile && kEach % kRun == 0, "a thread holds whole runs");
   if constexpr (kAligned) {
     Run<T> runs[kEach / kRun];
 #pragma unroll
@@ -138,7 +138,7 @@ SVD_DEVICE void store(const Logits& out, int row, int begin, int vocab,
     store_as<kAligned, kThreads>(row_of<__half>(out, row), begin, vocab, values);
 }
 
-// A struct of another lane.
+// The value that the lane `step` away (by xor) passes; T is any trivially copyable struct.
 template <class T>
 SVD_DEVICE T across(T mine, int step) {
   using Word = std::conditional_t<sizeof(T) % 8 == 0, unsigned long long, unsigned>;
@@ -150,15 +150,15 @@ SVD_DEVICE T across(T mine, int step) {
   return mine;
 }
 
-// Sums over some tokens of a row, with e = exp(adapted - top).
+// Sums over some tokens of a row, with e = exp(adapted - peak).
 struct alignas(16) Sums {
-  float top;      // max adapted
-  float mass;     // sum of e; NaN where a token spoils the row
-  float opinion;  // the part of mass with a base logit above -inf
-  float gap;      // sum of e * d
+  float peak;             // max adapted
+  float sum_exp;          // sum of e; NaN if a token makes the row invalid
+  float sum_exp_in_base;  // the part of sum_exp on tokens in base
+  float sum_exp_d;        // sum of e * d
 };
 
-// e^x to a few roundings, 0 where it would be subnormal.
+// e^x with an error of a few roundings; 0 where it would be subnormal.
 SVD_DEVICE float fast_exp(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -169,20 +169,22 @@ SVD_DEVICE float fast_exp(float x) {
 #endif
 }
 
-// exp(part - whole): what sums relative to `part` weigh relative to `whole`. 0, not NaN, where
-// there is nothing in the part; a NaN that was summed survives the 0.
-SVD_DEVICE float weight(float part, float whole) {
-  const float e = fast_exp(part - whole);
-  return part > -INFINITY ? e : 0.0f;
+// exp(part_peak - peak): the factor that turns sums relative to `part_peak` into sums relative to
+// `peak`. 0, not NaN, if the part is empty; a sum that is NaN stays NaN when multiplied by 0.
+SVD_DEVICE float rescale(float part_peak, float peak) {
+  const float e = fast_exp(part_peak - peak);
+  return part_peak > -INFINITY ? e : 0.0f;
 }
 
 SVD_DEVICE Sums join(const Sums& a, const Sums& b) {
-  const float top = fmaxf(a.top, b.top), wa = weight(a.top, top), wb = weight(b.top, top);
-  return {top, wa * a.mass + wb * b.mass, wa * a.opinion + wb * b.opinion,
-          wa * a.gap + wb * b.gap};
+  const float peak = fmaxf(a.peak, b.peak);
+  const float sa = rescale(a.peak, peak), sb = rescale(b.peak, peak);
+  return {peak, sa * a.sum_exp + sb * b.sum_exp,
+          sa * a.sum_exp_in_base + sb * b.sum_exp_in_base,
+          sa * a.sum_exp_d + sb * b.sum_exp_d};
 }
 
-// Of all lanes, in all lanes, the same bits in each: a + b is b + a.
+// Sum over the lanes of a warp, returned in every lane with the same bits: a + b is b + a.
 SVD_DEVICE float sum_of_warp(float x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
@@ -196,69 +198,73 @@ SVD_DEVICE float max_of_warp(float x) {
 }
 
 SVD_DEVICE Sums join_warp(const Sums& mine) {
-  const float top = max_of_warp(mine.top), w = weight(mine.top, top);
-  return {top, sum_of_warp(w * mine.mass), sum_of_warp(w * mine.opinion),
-          sum_of_warp(w * mine.gap)};
+  const float peak = max_of_warp(mine.peak), scale = rescale(mine.peak, peak);
+  return {peak, sum_of_warp(scale * mine.sum_exp), sum_of_warp(scale * mine.sum_exp_in_base),
+          sum_of_warp(scale * mine.sum_exp_d)};
 }
 
-// Without kCareful, right only if `gap` comes out finite: -inf and whatever spoils a row do not
-// survive e * (adapted - base).
+// The sums of one thread's tokens. The fast form (not kCareful) skips the tests for -inf, NaN and
+// +inf, and is right if its sum_exp_d is finite: each of those values, in either row, makes
+// e * (adapted - base) NaN or infinite, and the sum with it. `sum` tries the fast form and repeats
+// the careful one only then, from registers; a row without masked tokens never pays for the tests.
 template <bool kCareful, int kEach>
-SVD_DEVICE Sums sum_from(float top, const float (&adapted)[kEach], const float (&base)[kEach]) {
-  Sums sums = {top, 0.0f, 0.0f, 0.0f};
-  const float origin = top > -INFINITY ? top : 0.0f;
+SVD_DEVICE Sums sum_from(float peak, const float (&adapted)[kEach], const float (&base)[kEach]) {
+  Sums sums = {peak, 0.0f, 0.0f, 0.0f};
+  const float origin = peak > -INFINITY ? peak : 0.0f;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     float e = fast_exp(adapted[j] - origin);
     if (kCareful) {
       e = base[j] < INFINITY ? e : NAN;
-      sums.opinion += base[j] > -INFINITY ? e : 0.0f;
-      sums.gap += e * difference(adapted[j], base[j]);
+      sums.sum_exp_in_base += base[j] > -INFINITY ? e : 0.0f;
+      sums.sum_exp_d += e * difference(adapted[j], base[j]);
     } else {
-      sums.gap += e * (adapted[j] - base[j]);
+      sums.sum_exp_d += e * (adapted[j] - base[j]);
     }
-    sums.mass += e;
+    sums.sum_exp += e;
   }
-  if (!kCareful) sums.opinion = sums.mass;
+  if (!kCareful) sums.sum_exp_in_base = sums.sum_exp;
   return sums;
 }
 
 template <int kEach>
-SVD_DEVICE float top_of(const float (&values)[kEach]) {
-  float top = -INFINITY;
+SVD_DEVICE float peak_of(const float (&values)[kEach]) {
+  float peak = -INFINITY;
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) top = fmaxf(top, values[j]);  // NaN is passed over
-  return top;
+  for (int j = 0; j < kEach; ++j) peak = fmaxf(peak, values[j]);  // fmaxf ignores NaN
+  return peak;
 }
 
 template <int kEach>
 SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], Sums& sums) {
-  const float top = top_of(adapted);
-  sums = sum_from<false>(top, adapted, base);
-  if (sums.gap - sums.gap != 0.0f) sums = sum_from<true>(top, adapted, base);
+  const float peak = peak_of(adapted);
+  sums = sum_from<false>(peak, adapted, base);
+  if (sums.sum_exp_d - sums.sum_exp_d != 0.0f) sums = sum_from<true>(peak, adapted, base);
 }
 
-// What the divergence needs of some tokens: sums of both rows, each relative to its own top.
+// Sums over some tokens for the divergence, of each row relative to its own peak. Here d is
+// (adapted - peak) - (base - base_peak), so that a shift common to all logits is not rounded away.
 struct alignas(16) PairSums {
-  float top;        // max adapted
-  float mass;       // sum of e; NaN where a token spoils the row
-  float gap;        // sum of e * ((adapted - top) - (base - base_top)); inf where only base is -inf
-  float base_top;   // max base
-  float base_mass;  // sum of exp(base - base_top)
+  float peak;          // max adapted
+  float sum_exp;       // sum of e; NaN if a token makes the row invalid
+  float sum_exp_d;     // sum of e * d; +inf if a token is possible in adapted and not in base
+  float base_peak;     // max base
+  float base_sum_exp;  // sum of exp(base - base_peak)
 };
 
-// `part.gap` relative to the tops of `whole`.
-SVD_DEVICE float moved_gap(const PairSums& part, float top, float base_top) {
-  const float shift = (part.top - top) - (part.base_top - base_top);
-  const float gap = weight(part.top, top) * (part.gap + part.mass * shift);
-  return part.gap == INFINITY ? INFINITY : part.mass > 0.0f ? gap : 0.0f;
+// `part.sum_exp_d` relative to these peaks in place of its own.
+SVD_DEVICE float rescaled_d(const PairSums& part, float peak, float base_peak) {
+  const float shift = (part.peak - peak) - (part.base_peak - base_peak);
+  const float sum_exp_d = rescale(part.peak, peak) * (part.sum_exp_d + part.sum_exp * shift);
+  return part.sum_exp_d == INFINITY ? INFINITY : part.sum_exp > 0.0f ? sum_exp_d : 0.0f;
 }
 
 SVD_DEVICE PairSums join(const PairSums& a, const PairSums& b) {
-  const float top = fmaxf(a.top, b.top), base_top = fmaxf(a.base_top, b.base_top);
-  return {top, weight(a.top, top) * a.mass + weight(b.top, top) * b.mass,
-          moved_gap(a, top, base_top) + moved_gap(b, top, base_top), base_top,
-          weight(a.base_top, base_top) * a.base_mass + weight(b.base_top, base_top) * b.base_mass};
+  const float peak = fmaxf(a.peak, b.peak), base_peak = fmaxf(a.base_peak, b.base_peak);
+  return {peak, rescale(a.peak, peak) * a.sum_exp + rescale(b.peak, peak) * b.sum_exp,
+          rescaled_d(a, peak, base_peak) + rescaled_d(b, peak, base_peak), base_peak,
+          rescale(a.base_peak, base_peak) * a.base_sum_exp +
+              rescale(b.base_peak, base_peak) * b.base_sum_exp};
 }
 
 SVD_DEVICE PairSums join_warp(PairSums sums) {
@@ -268,35 +274,36 @@ SVD_DEVICE PairSums join_warp(PairSums sums) {
 }
 
 template <bool kCareful, int kEach>
-SVD_DEVICE PairSums pair_from(float top, float base_top, const float (&adapted)[kEach],
+SVD_DEVICE PairSums pair_from(float peak, float base_peak, const float (&adapted)[kEach],
                               const float (&base)[kEach]) {
-  PairSums sums = {top, 0.0f, 0.0f, base_top, 0.0f};
-  const float origin = top > -INFINITY ? top : 0.0f;
-  const float base_origin = base_top > -INFINITY ? base_top : 0.0f;
+  PairSums sums = {peak, 0.0f, 0.0f, base_peak, 0.0f};
+  const float origin = peak > -INFINITY ? peak : 0.0f;
+  const float base_origin = base_peak > -INFINITY ? base_peak : 0.0f;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     float e = fast_exp(adapted[j] - origin);
-    float gap = e * ((adapted[j] - origin) - (base[j] - base_origin));
+    float exp_d = e * ((adapted[j] - origin) - (base[j] - base_origin));
     if (kCareful) {
       e = base[j] < INFINITY ? e : NAN;
-      gap = adapted[j] > -INFINITY ? base[j] > -INFINITY ? gap : INFINITY : 0.0f;
+      exp_d = adapted[j] > -INFINITY ? base[j] > -INFINITY ? exp_d : INFINITY : 0.0f;
     }
-    sums.mass += e;
-    sums.gap += gap;
-    sums.base_mass += fast_exp(base[j] - base_origin);
+    sums.sum_exp += e;
+    sums.sum_exp_d += exp_d;
+    sums.base_sum_exp += fast_exp(base[j] - base_origin);
   }
   return sums;
 }
 
 template <int kEach>
 SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], PairSums& sums) {
-  const float top = top_of(adapted), base_top = top_of(base);
-  sums = pair_from<false>(top, base_top, adapted, base);
-  if (sums.gap - sums.gap != 0.0f) sums = pair_from<true>(top, base_top, adapted, base);
+  const float peak = peak_of(adapted), base_peak = peak_of(base);
+  sums = pair_from<false>(peak, base_peak, adapted, base);
+  if (sums.sum_exp_d - sums.sum_exp_d != 0.0f)
+    sums = pair_from<true>(peak, base_peak, adapted, base);
 }
 
-// A row's statistics out of its tiles' sums: by every warp for itself, so no block has to meet, in
-// the same order and to the same bits everywhere.
+// The statistics of a row from the sums of its tiles. Every warp computes them for itself, in the
+// same order and so with the same bits: no warp waits for another.
 SVD_DEVICE RowStats combine(const Sums* tiles, int count, float log_alpha) {
   Sums sums = {-INFINITY, 0.0f, 0.0f, 0.0f};
   for (int tile = threadIdx.x % kWarp; tile < count; tile += kWarp) {
@@ -304,12 +311,12 @@ SVD_DEVICE RowStats combine(const Sums* tiles, int count, float log_alpha) {
     sums = join(sums, {part.x, part.y, part.z, part.w});
   }
   sums = join_warp(sums);
-  return row_stats(sums.top, sums.mass, sums.opinion, sums.gap, log_alpha);
+  return row_stats(sums.peak, sums.sum_exp, sums.sum_exp_in_base, sums.sum_exp_d, log_alpha);
 }
 
-// Whether a tile of a valid row has a token that is neither impossible nor removed.
-SVD_DEVICE bool is_live(float tile_top, const RowStats& row, float penalty) {
-  return tile_top > -INFINITY && (penalty > -INFINITY || tile_top >= row.threshold);
+// Whether a tile of a valid row has a token left: one that is neither impossible nor removed.
+SVD_DEVICE bool is_active(float tile_peak, const RowStats& row, float penalty) {
+  return tile_peak > -INFINITY && (penalty > -INFINITY || tile_peak >= row.threshold);
 }
 
 }  // namespace

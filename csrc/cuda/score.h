@@ -1,4 +1,5 @@
-// Pass 2 of the operators that judge a row: score, project_strength and divergence.
+// The second pass of the operators that return a few numbers per row: score, project_strength and
+// divergence.
 #pragma once
 
 #include "walk.h"
@@ -12,7 +13,7 @@ struct Score {
 };
 
 struct Project {
-  Steered of;  // its strength and penalty do not count
+  Steered of;  // strength and penalty are unused
   const int64_t* target;
   float* numerator;
   float* gauss_newton;
@@ -25,12 +26,12 @@ struct Diverge {
   float* out;
 };
 
-// A row's target as it is in both rows.
+// The logits of a row's target token.
 struct Target {
   bool exists;  // in the vocabulary
   float adapted;
   float base;
-  float e;  // exp(adapted - top)
+  float e;  // exp(adapted - peak)
 };
 
 SVD_DEVICE Target target_of(const Rows& rows, const Row& row, const int64_t* targets) {
@@ -38,83 +39,89 @@ SVD_DEVICE Target target_of(const Rows& rows, const Row& row, const int64_t* tar
   if (token < 0 || token >= rows.vocab) return {false, -INFINITY, -INFINITY, 0.0f};
   const float adapted = read(rows.adapted, row.index, static_cast<int>(token));
   const float base = read(rows.base, row.index, static_cast<int>(token));
-  return {true, adapted, base, fast_exp(adapted - row.stats.top)};
+  return {true, adapted, base, fast_exp(adapted - row.stats.peak)};
 }
 
 __global__ void __launch_bounds__(kWalkThreads) score_rows(const Score to) {
-  wait_for_pass_1();
+  wait_for_first_pass();
   const Rows& rows = to.of.rows;
   const Row row = open_row(to.of);
   const Target target = target_of(rows, row, to.target);
   float logprob = NAN;
   if (row.valid && target.exists) {
-    const float logit = steered(target.adapted, target.base, target.e, row.stats, row.by);
-    logprob = logprob_of(logit, log_sum(rows, row));
+    const float logit = steered(target.adapted, target.base, target.e, row.stats, row.steering);
+    logprob = logprob_of(logit, log_sum_exp(rows, row));
   }
   if (threadIdx.x == 0) to.logprob[row.index] = logprob;
 }
 
-// Mean and variance of x over tokens of weight e, without cancellation, and a sum of squares.
+// Moments of x over tokens weighted by e, and a sum of squares. Two sets are joined by the update
+// of Chan et al. (1979): no difference of large sums is formed, so a small variance keeps its
+// digits.
 struct Moments {
-  float mass;    // sum of e
-  float mean;    // of x
-  float spread;  // sum of e * (x - mean)^2
-  float square;  // sum of (I delta)^2
+  float sum_exp;  // sum of e
+  float mean;     // mean of x under e / sum_exp
+  float spread;   // sum of e * (x - mean)^2
+  float squares;  // sum of (I delta)^2
 };
 
 SVD_DEVICE Moments join(const Moments& a, const Moments& b) {
-  const float mass = a.mass + b.mass, share = mass > 0.0f ? b.mass / mass : 0.0f;
+  const float sum_exp = a.sum_exp + b.sum_exp;
+  const float share = sum_exp > 0.0f ? b.sum_exp / sum_exp : 0.0f;
   const float step = b.mean - a.mean;
-  return {mass, a.mean + share * step, a.spread + b.spread + a.mass * share * step * step,
-          a.square + b.square};
+  return {sum_exp, a.mean + share * step, a.spread + b.spread + a.sum_exp * share * step * step,
+          a.squares + b.squares};
 }
 
-// With x = I_y delta_y - I delta: the numerator is its mean, Var_p(I delta) its variance.
+// With x = I_y delta_y - I delta, the numerator is the mean of x and Var_p(I delta) its variance.
 __global__ void __launch_bounds__(kWalkThreads) project_rows(const Project to) {
-  wait_for_pass_1();
+  wait_for_first_pass();
   const Rows& rows = to.of.rows;
   const Row row = open_row(to.of);
   const Target target = target_of(rows, row, to.target);
   const bool valid = row.valid && target.exists, kept = target.adapted >= row.stats.threshold;
   Moments sum = {};
   if (valid) {
-    const float own =
-        kept ? steering(target.adapted, target.base, target.e, row.stats) : 0.0f;
-    walk(rows, row, [&](float top) { return has_support(top, row); },
+    const float target_delta =
+        kept ? delta_of(target.adapted, target.base, target.e, row.stats) : 0.0f;
+    walk(rows, row, [&](float peak) { return has_support(peak, row); },
          [&](int, const float (&z)[kRun], const float (&b)[kRun]) {
 #pragma unroll
            for (int j = 0; j < kRun; ++j) {
-             const float e = fast_exp(z[j] - row.stats.top);
-             const float all = steering(z[j], b[j], e, row.stats);
-             const float delta = z[j] >= row.stats.threshold ? all : 0.0f;
-             sum = join(sum, Moments{e, own - delta, 0.0f, delta * delta});
+             const float e = fast_exp(z[j] - row.stats.peak);
+             const float delta = delta_of(z[j], b[j], e, row.stats);
+             const float masked = z[j] >= row.stats.threshold ? delta : 0.0f;  // I delta
+             sum = join(sum, Moments{e, target_delta - masked, 0.0f, masked * masked});
            }
            return true;
          });
     each_tile_off_support(rows, row, [&](const Sums& tile) {
-      sum = join(sum, Moments{weight(tile.top, row.stats.top) * tile.mass, own, 0.0f, 0.0f});
+      sum = join(sum, Moments{rescale(tile.peak, row.stats.peak) * tile.sum_exp, target_delta, 0.0f,
+                              0.0f});
     });
     sum = of_block(sum, [](const Moments& a, const Moments& b) { return join(a, b); });
   }
   if (threadIdx.x == 0) {
     to.numerator[row.index] = valid ? sum.mean : NAN;
-    to.gauss_newton[row.index] = valid ? sum.square : NAN;
-    to.newton[row.index] = valid ? sum.spread / sum.mass : NAN;
+    to.gauss_newton[row.index] = valid ? sum.squares : NAN;
+    to.newton[row.index] = valid ? sum.spread / sum.sum_exp : NAN;
     to.in_support[row.index] = valid && kept;
   }
 }
 
-// One warp a row.
+// One warp per row.
 __global__ void __launch_bounds__(kWarp) divergence_rows(const Diverge to) {
-  wait_for_pass_1();
+  wait_for_first_pass();
   const PairSums* tiles = sums_of<PairSums>(to.rows, blockIdx.x);
   PairSums sums = {-INFINITY, 0.0f, 0.0f, -INFINITY, 0.0f};
   for (int tile = threadIdx.x; tile < to.rows.tiles; tile += kWarp) sums = join(sums, tiles[tile]);
   sums = join_warp(sums);
   if (threadIdx.x == 0) {
-    const bool valid = sums.mass == sums.mass && sums.top > -INFINITY && sums.top < INFINITY;
-    const float kl = sums.gap / sums.mass + (logf(sums.base_mass) - logf(sums.mass));
-    to.out[blockIdx.x] = !valid ? NAN : sums.gap == INFINITY ? INFINITY : kl;
+    const bool valid =
+        sums.sum_exp == sums.sum_exp && sums.peak > -INFINITY && sums.peak < INFINITY;
+    const float kl =
+        sums.sum_exp_d / sums.sum_exp + (logf(sums.base_sum_exp) - logf(sums.sum_exp));
+    to.out[blockIdx.x] = !valid ? NAN : sums.sum_exp_d == INFINITY ? INFINITY : kl;
   }
 }
 

@@ -1,5 +1,6 @@
-// What the kernels of one block a row share: the walk over the row's tiles that matter, and the
-// meetings of the block. They read few tiles, so dtypes are told apart at run time.
+// Shared by the kernels that use one thread block per row: the walk over the tiles that are needed,
+// and reductions over the block. These kernels read few tiles, so they branch on dtypes at run
+// time.
 #pragma once
 
 #include "kernels.h"
@@ -9,7 +10,7 @@ namespace {
 constexpr int kWalkThreads = 256;
 static_assert(kWalkThreads * kRun == kTile, "a thread holds one run of a tile");
 
-// A run of any dtype as it lies in memory.
+// The memory image of a run of any dtype.
 struct Raw {
   uint4 word[2];
 };
@@ -32,8 +33,8 @@ SVD_DEVICE Raw fetch_as(const Rows& rows, const Logits& logits, int row, int tok
   return raw;
 }
 
-// The logits from `token` on, -inf outside the vocabulary. Nothing looks at them yet, so that two
-// reads can be under way.
+// Loads the run of logits from `token` on, -inf outside the vocabulary, without converting it: the
+// loads of both rows are issued before either is used.
 SVD_DEVICE Raw fetch(const Rows& rows, const Logits& logits, int row, int token) {
   if (logits.dtype == Dtype::kFloat32) return fetch_as<float, uint32_t>(rows, logits, row, token);
   if (logits.dtype == Dtype::kBFloat16)
@@ -62,12 +63,12 @@ SVD_DEVICE float read(const Logits& logits, int row, int token) {
   return widen(row_of<const __half>(logits, row)[token]);
 }
 
-// The row of a block.
+// The row that this thread block works on.
 struct Row {
   int index;
   const Sums* tiles;
   RowStats stats;
-  Steering by;
+  Steering steering;
   bool valid;  // the same in every thread
 };
 
@@ -80,14 +81,15 @@ SVD_DEVICE Row open_row(const Steered& of) {
           is_valid(stats) && strength - strength == 0.0f};
 }
 
-// Calls f(token, adapted, base) with the runs from `token` on of all threads: for the tiles whose
-// top `takes` takes, in order, until f returns false, in every thread at once.
+// Calls f(token, adapted, base), with this thread's run from `token` on, for each tile for whose
+// peak `takes` returns true: in ascending order, in all threads together, until f returns false (in
+// every thread alike). 32 tiles are tested at a time, one per lane, with a ballot.
 template <class Takes, class F>
 SVD_DEVICE void walk(const Rows& rows, const Row& row, const Takes& takes, const F& f) {
   for (int group = 0; group < rows.tiles; group += kWarp) {
     const int mine = group + threadIdx.x % kWarp;
-    const bool taken = mine < rows.tiles && takes(row.tiles[mine].top);
-    // Every warp finds the same tiles.
+    const bool taken = mine < rows.tiles && takes(row.tiles[mine].peak);
+    // The ballot is over the lanes of one warp, but every warp tests the same tiles.
     for (unsigned left = __ballot_sync(kAllLanes, taken); left; left &= left - 1) {
       const int begin = (group + __ffs(left) - 1) * kTile;
       const int token = begin + place<true, kWalkThreads>(0);
@@ -101,46 +103,48 @@ SVD_DEVICE void walk(const Rows& rows, const Row& row, const Takes& takes, const
   }
 }
 
-// The same of steered logits: f(token, logits).
+// `walk` over steered logits: f(token, logits).
 template <class Takes, class F>
 SVD_DEVICE void walk_steered(const Rows& rows, const Row& row, const Takes& takes, const F& f) {
   walk(rows, row, takes, [&](int token, float (&z)[kRun], const float (&b)[kRun]) {
 #pragma unroll
     for (int j = 0; j < kRun; ++j)
-      z[j] = steered(z[j], b[j], fast_exp(z[j] - row.stats.top), row.stats, row.by);
+      z[j] = steered(z[j], b[j], fast_exp(z[j] - row.stats.peak), row.stats, row.steering);
     return f(token, z);
   });
 }
 
-// ... of all tiles with a token that is not removed.
+// `walk_steered` over all tiles with a token left.
 template <class F>
-SVD_DEVICE void walk_live(const Rows& rows, const Row& row, const F& f) {
-  walk_steered(rows, row, [&](float top) { return is_live(top, row.stats, row.by.penalty); },
-               [&](int token, const float (&z)[kRun]) {
-                 f(token, z);
+SVD_DEVICE void walk_active(const Rows& rows, const Row& row, const F& f) {
+  walk_steered(rows, row,
+               [&](float peak) { return is_active(peak, row.stats, row.steering.penalty); },
+               [&](int token, const float (&logits)[kRun]) {
+                 f(token, logits);
                  return true;
                });
 }
 
-SVD_DEVICE bool has_support(float tile_top, const Row& row) {
-  return is_live(tile_top, row.stats, -INFINITY);
+// Whether a tile has a token in the support.
+SVD_DEVICE bool has_support(float tile_peak, const Row& row) {
+  return is_active(tile_peak, row.stats, -INFINITY);
 }
 
-// For the tiles of penalised tokens alone: f(sums of the tile), of one thread each.
+// Calls f(sums) for each tile without a token in the support, each in one thread.
 template <class F>
 SVD_DEVICE void each_tile_off_support(const Rows& rows, const Row& row, const F& f) {
   for (int tile = threadIdx.x; tile < rows.tiles; tile += kWalkThreads)
-    if (row.tiles[tile].top > -INFINITY && !has_support(row.tiles[tile].top, row))
+    if (row.tiles[tile].peak > -INFINITY && !has_support(row.tiles[tile].peak, row))
       f(row.tiles[tile]);
 }
 
-// Joined over all threads, in all threads, the same bits in each.
+// Reduces `mine` over the thread block with `join`; every thread gets the result, the same bits.
 template <class T, class Join>
 SVD_DEVICE T of_block(T mine, const Join& join) {
   __shared__ T warps[kWalkThreads / kWarp];
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) mine = join(mine, across(mine, step));
-  __syncthreads();  // what was there has been read
+  __syncthreads();  // the last call's values have been read
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mine;
   __syncthreads();
   mine = warps[0];
@@ -148,7 +152,7 @@ SVD_DEVICE T of_block(T mine, const Join& join) {
   return mine;
 }
 
-// The sum of `mine` over the threads below this one; over all in `total`.
+// The sum of `mine` over the threads before this one; `total` becomes that over all threads.
 SVD_DEVICE int sum_before(int mine, int& total) {
   __shared__ int warps[kWalkThreads / kWarp];
   const int lane = threadIdx.x % kWarp;
@@ -170,46 +174,46 @@ SVD_DEVICE int sum_before(int mine, int& total) {
   return before;
 }
 
-// log sum exp of some logits is peak + log(mass).
-struct LogSum {
+// The log-sum-exp of some steered logits is peak + log(sum_exp), with sums relative to their peak.
+struct LogSumExp {
   float peak;
-  float mass;
+  float sum_exp;
 };
 
-SVD_DEVICE LogSum join(const LogSum& a, const LogSum& b) {
+SVD_DEVICE LogSumExp join(const LogSumExp& a, const LogSumExp& b) {
   const float peak = fmaxf(a.peak, b.peak);
-  return {peak, weight(a.peak, peak) * a.mass + weight(b.peak, peak) * b.mass};
+  return {peak, rescale(a.peak, peak) * a.sum_exp + rescale(b.peak, peak) * b.sum_exp};
 }
 
-SVD_DEVICE void add(LogSum& sum, const float (&logits)[kRun]) {
-  const float peak = fmaxf(sum.peak, top_of(logits));
-  float mass = weight(sum.peak, peak) * sum.mass;
+SVD_DEVICE void accumulate(LogSumExp& lse, const float (&logits)[kRun]) {
+  const float peak = fmaxf(lse.peak, peak_of(logits));
+  float sum_exp = rescale(lse.peak, peak) * lse.sum_exp;
 #pragma unroll
-  for (int j = 0; j < kRun; ++j) mass += peak > -INFINITY ? fast_exp(logits[j] - peak) : 0.0f;
-  sum = {peak, mass};
+  for (int j = 0; j < kRun; ++j) sum_exp += peak > -INFINITY ? fast_exp(logits[j] - peak) : 0.0f;
+  lse = {peak, sum_exp};
 }
 
-// A token's log-probability.
-SVD_DEVICE float logprob_of(float logit, const LogSum& all) {
-  return logit - all.peak - logf(all.mass);
+// The log-probability of a token with this steered logit.
+SVD_DEVICE float logprob_of(float logit, const LogSumExp& lse) {
+  return logit - lse.peak - logf(lse.sum_exp);
 }
 
-// Of a row's steered logits. Tiles of penalised tokens alone are not read again: a penalty lowers
-// all their logits alike.
-SVD_DEVICE LogSum log_sum(const Rows& rows, const Row& row) {
-  LogSum sum = {-INFINITY, 0.0f};
-  walk_steered(rows, row, [&](float top) { return has_support(top, row); },
-               [&](int, const float (&z)[kRun]) {
-                 add(sum, z);
+// The log-sum-exp of a row's steered logits. Tiles without support are not read again: a finite
+// penalty shifts all their logits by the same amount, so their sums of the first pass hold.
+SVD_DEVICE LogSumExp log_sum_exp(const Rows& rows, const Row& row) {
+  LogSumExp lse = {-INFINITY, 0.0f};
+  walk_steered(rows, row, [&](float peak) { return has_support(peak, row); },
+               [&](int, const float (&logits)[kRun]) {
+                 accumulate(lse, logits);
                  return true;
                });
-  if (row.by.penalty > -INFINITY) {
-    const float lower = std::fabs(row.by.strength) * row.by.penalty;
+  if (row.steering.penalty > -INFINITY) {
+    const float shift = std::fabs(row.steering.strength) * row.steering.penalty;
     each_tile_off_support(rows, row, [&](const Sums& tile) {
-      sum = join(sum, LogSum{tile.top + lower, tile.mass});
+      lse = join(lse, LogSumExp{tile.peak + shift, tile.sum_exp});
     });
   }
-  return of_block(sum, [](const LogSum& a, const LogSum& b) { return join(a, b); });
+  return of_block(lse, [](const LogSumExp& a, const LogSumExp& b) { return join(a, b); });
 }
 
 }  // namespace

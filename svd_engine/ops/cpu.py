@@ -23,12 +23,12 @@ OPERATORS = (
 @functools.cache
 def _load() -> SimpleNamespace | str:
     """The operators, or why there are none."""
-    found = sorted(Path(__file__).parents[1].glob("_native*.so"))
+    found = sorted(Path(__file__).parents[1].glob("_cpu*.so"))
     if not found:
-        return "svd_engine._native was not built (see the output of pip install -v)"
+        return "svd_engine._cpu was not built (see the output of pip install -v)"
     try:
         torch.ops.load_library(str(found[0]))
-        ops = torch.ops.svd_engine_native
+        ops = torch.ops.svd_engine_cpu
         return SimpleNamespace(**{name: _called(getattr(ops, name).default) for name in OPERATORS})
     except Exception as error:
         return f"{found[0].name} failed to load: {error}"
