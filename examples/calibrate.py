@@ -1,7 +1,7 @@
 """Fit the strength to examples and write it beside the adapter.
 
-Each line of the data is JSON with `prompt`, `completion` and `rejected`, a list of wrong answers. Run
-`make demo` first, or give your own adapter, data and base.
+Each line of the data is JSON with `prompt`, `completion` and `rejected`, a list of wrong answers.
+Run `make demo` first, or give your own adapter, data and base.
 """
 
 import argparse
