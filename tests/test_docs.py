@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,14 @@ def test_the_readme_runs_after_the_demo(tiny_folder, tmp_path, monkeypatch, caps
     assert names["report"].examples == len(examples)
     assert names["engine"].steering == SteeringConfig(strength=-4.0, alpha=0.1)
     assert names["completion"].text in capsys.readouterr().out
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "images" / "quality_curves.svg").is_file()
 
 
 def anchors(page):
