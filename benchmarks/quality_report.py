@@ -114,7 +114,7 @@ def likelihood(result: Result) -> str:
             f"{found['test_before']:.3f}", f"{found['test_change']:+.4f}",
         ])  # fmt: skip
     head = ["", "mu", "held out, mu = 0", "calibrated", "test, mu = 0", "calibrated"]
-    note = "NLL of the right answers in nats a token, and what steering adds to it."
+    note = "NLL of the right answers in nats per token, and what steering adds to it."
     return f"{table(head, rows)}\n\n{note}"
 
 

@@ -24,6 +24,12 @@ CONTENDERS = {
     "generate, PEFT": "Hugging Face `generate`, PEFT, un-steered",
     "naive": "naive: PEFT on, PEFT off, eager steering",
 }
+SUMMARY = {
+    "steered": "**steered**: base and adapted model in one batch",
+    "adapted": "not steered: the adapted model alone, same engine",
+    "generate, merged": "not steered: Hugging Face `generate`, adapter merged",
+    "naive": "steered naively: two PEFT passes, the formula in PyTorch",
+}
 
 
 def number(value: float) -> str:
@@ -65,12 +71,47 @@ def operators(result: dict) -> str:
     )
 
 
-def engine(result: dict) -> str:
-    measured = {
+def decoding(result: dict) -> dict[tuple[str, int, str], dict]:
+    """The contenders of each case of decoding alone, by adapter, batch and dtype."""
+    return {
         (case["adapter"], case["batch"], case["dtype"]): case["contenders"]
         for case in result["cases"]
         if "request" not in case["name"]
     }
+
+
+def summary(result: dict) -> str:
+    """The README's rows of `engine`, ms per token."""
+    measured = decoding(result)
+    rows = [
+        [words, *(number(measured["LoRA", 1, d][name]["median"] * 1e3) for d in DTYPES)]
+        for name, words in SUMMARY.items()
+    ]
+    return (
+        f"{table(['ms per token', *DTYPES], rows)}\n\nSmolLM2-135M-Instruct with a LoRA on all "
+        f"linear layers, batch 1. {source(result)}."
+    )
+
+
+def gain(result: dict) -> str:
+    """What steering gains in the paper's direction and without the projection, one objective."""
+    rows = [
+        [words, quality_report.span(result["objective_gain"][f"ranking a token{variant}"])]
+        for words, variant in (
+            ("the paper's direction", ""),
+            ("without the projection (`projection=False`)", ", without the projection"),
+        )
+    ]
+    methods, splits = (len({case[key] for case in result["cases"]}) for key in ("method", "seed"))
+    return (
+        f"{table(['steered over adapted', 'points, 95 % interval'], rows)}\n\nTruthfulQA: average "
+        f"of MC1, MC2 and MC3 on test questions, mean of {methods} PEFT methods and {splits} "
+        f"splits. {result['model']}, {result['date']}; `{result['command']}`."
+    )
+
+
+def engine(result: dict) -> str:
+    measured = decoding(result)
     first = result["cases"][0]
     rows = []
     for name, words in CONTENDERS.items():
@@ -93,8 +134,9 @@ def engine(result: dict) -> str:
     ]
     return (
         f"SmolLM2-135M-Instruct with a LoRA (r = 8, all linear layers), batch 1, "
-        f"{first['prompt_tokens']} prompt tokens, {first['new_tokens']} new ones, prefill left "
-        f"out. {source(result, 'transformers', 'peft', 'svd-engine')}.\n\n{table(head, rows)}\n\n"
+        f"{first['prompt_tokens']} prompt tokens, {first['new_tokens']} new ones, prefill not "
+        f"counted. {source(result, 'transformers', 'peft', 'svd-engine')}."
+        f"\n\n{table(head, rows)}\n\n"
         f"Medians of {first['contenders']['steered']['rounds']} rounds in which the contenders "
         "take turns; a ratio is the median of the time over the steered time of the same round. "
         f"Steered, a batch of 8 prompts of different lengths: {'; '.join(batches)}. With prefix "
@@ -118,7 +160,7 @@ def requests(result: dict) -> str:
         if "weight_bytes" in case and case["adapter"] == "LoRA"
     ]
     return (
-        f"Seconds a request, prefill and all. {source(result, 'transformers', 'peft')}.\n\n"
+        f"Seconds per request, prefill included. {source(result, 'transformers', 'peft')}.\n\n"
         f"{table(head, rows)}\n\nThe engine holds {'; '.join(memory)} "
         f"({result['cases'][0]['prompt_tokens'] + result['cases'][0]['new_tokens']} positions)."
     )
@@ -177,8 +219,10 @@ def plot(result: dict, path: Path) -> None:
 
 # (document, figures, where they come from, their table)
 TABLES = (
-    ("README.md", "operators", "cpu_operators", operators),
-    ("README.md", "engine", "cpu_engine", engine),
+    ("docs/performance.md", "operators", "cpu_operators", operators),
+    ("docs/performance.md", "engine", "cpu_engine", engine),
+    ("README.md", "summary", "cpu_engine", summary),
+    ("README.md", "gain", "quality_truthfulqa", gain),
     ("docs/performance.md", "requests", "cpu_engine", requests),
     ("docs/performance.md", "start", "cpu_start", start),
     *quality_report.TABLES,

@@ -1,6 +1,10 @@
 """The snippets of the documentation run and say the truth; its links lead somewhere."""
 
+import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +12,10 @@ import torch
 
 from tests.tiny import tiny_peft
 
+from svd_engine import SteeringConfig, models
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def snippets(page):
@@ -34,20 +40,52 @@ def test_the_three_loops_agree():
     assert torch.equal(names["decode_with_engine"](model, ids, 10, -4.0), plain)
 
 
-def test_the_readme_names_what_exists():
-    import svd_engine
+def test_the_readme_runs_on_its_operators():
+    names = {}
+    exec(snippets("README.md")[1], names)
+    assert names["token"].shape == names["logprob"].shape == (4,)
 
-    first, second = snippets("README.md")
-    names = re.findall(r"from svd_engine import (.*)", first)[0].split(", ")
-    assert all(hasattr(svd_engine, name) for name in names)
-    for method in re.findall(r"engine\.(\w+)", first):
-        assert hasattr(svd_engine.SteeredEngine, method)
-    logits = torch.randn(2, 50)
-    exec(second, dict(adapted_logits=logits, base_logits=logits))
+
+def test_the_readme_runs_after_the_demo(tiny_folder, tmp_path, monkeypatch, capsys):
+    """A tiny model, adapter and examples stand in for those that `make demo` leaves."""
+    demo = tmp_path / "runs" / "demo"
+    shutil.copytree(tiny_folder / "base", tmp_path / "smollm2")
+    shutil.copytree(tiny_folder / "adapter", demo / "adapter")
+    SteeringConfig(-1.0).save_pretrained(demo / "adapter")
+    examples = [
+        dict(prompt=f"w{i:03} w017", completion="w033 w005", rejected=["w101", "w200 w004"])
+        for i in range(5, 11)
+    ]
+    (demo / "calibration.jsonl").write_text("\n".join(map(json.dumps, examples)) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "SMOLLM2", None)  # so that "smollm2" is the folder here
+    names = {}
+    exec(snippets("README.md")[0], names)
+    assert names["report"].examples == len(examples)
+    assert names["engine"].steering == SteeringConfig(strength=-4.0, alpha=0.1)
+    assert names["completion"].text in capsys.readouterr().out
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "images" / "quality_curves.svg").is_file()
+
+
+def anchors(page):
+    """The ids that GitHub and mkdocs give to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        target, _, anchor = link.partition("#")
+        file = page.parent / target if target else page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link

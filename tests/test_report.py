@@ -18,15 +18,19 @@ ABOUT = {
     "versions": {"transformers": "5.1", "peft": "0.2", "svd-engine": "0.3"},
 }
 README = """# Title
-<!-- figures:operators -->
+<!-- figures:summary -->
 old
 <!-- /figures -->
 between
-<!-- figures:engine -->
+<!-- figures:gain -->
 <!-- /figures -->
 end
 """
-PERFORMANCE = """<!-- figures:requests -->
+PERFORMANCE = """<!-- figures:operators -->
+<!-- /figures -->
+<!-- figures:engine -->
+<!-- /figures -->
+<!-- figures:requests -->
 <!-- /figures -->
 <!-- figures:start -->
 <!-- /figures -->
@@ -117,6 +121,21 @@ def test_the_engine_table():
     assert prefix in lines[-1]
 
 
+def test_the_summary_is_rows_of_the_engine_table():
+    lines = report.summary(engine()).splitlines()
+    assert f"| {report.SUMMARY['steered']} | 40.0 | 40.0 |" in lines
+    assert f"| {report.SUMMARY['naive']} | 133 | 133 |" in lines
+    assert set(report.SUMMARY) < set(report.CONTENDERS)
+
+
+def test_the_gain_says_what_is_published():
+    published = json.loads((FOLDER / "results" / "quality_truthfulqa.json").read_text())
+    text = report.gain(published)
+    for name in ("ranking a token", "ranking a token, without the projection"):
+        assert f"| {published['objective_gain'][name]['mean']:+.1f} [" in text
+    assert "mean of 4 PEFT methods and 4 splits" in text
+
+
 def test_the_requests_table():
     lines = report.requests(engine()).splitlines()
     cells = " | ".join(f"{s / 1e3:.2f}" for s in (40, 38, 75, 51, 58, 133))
@@ -142,7 +161,7 @@ def test_the_readme_is_filled_once_and_then_passes_the_check(root):
 def test_what_is_missing_is_named_in_one_line(root):
     (root / "README.md").write_text("# Title\n")
     assert report.main([], root) == (
-        "README.md needs one <!-- figures:operators --> ... <!-- /figures -->; it has 0."
+        "README.md needs one <!-- figures:summary --> ... <!-- /figures -->; it has 0."
     )
     (root / "benchmarks" / "results" / "cpu_operators.json").unlink()
     assert "cpu_operators.json does not exist." in report.main([], root)
