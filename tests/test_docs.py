@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import tiny_peft
-
 from svd_engine import SteeringConfig, models
+from tests.tiny import tiny_peft
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
