@@ -5,10 +5,10 @@ Run `make demo` first, or give a folder with a PEFT adapter and the name of its 
 
 import argparse
 
-from svd_engine.models import load_adapter, load_base
 from transformers import TextStreamer
 
 from svd_engine import SteeringConfig, steered_generate
+from svd_engine.loading import load_adapter, load_base
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("adapter", nargs="?", default="runs/demo/adapter")

@@ -6,10 +6,10 @@ Run `make demo` first, or give a folder with a PEFT adapter and the name of its 
 import argparse
 
 import torch
-from svd_engine.models import load_adapter, load_base
 from transformers import DynamicCache
 
 from svd_engine import ops
+from svd_engine.loading import load_adapter, load_base
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("adapter", nargs="?", default="runs/demo/adapter")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svd_engine import SteeringConfig, models
+from svd_engine import SteeringConfig, loading
 from tests.tiny import tiny_peft
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_the_readme_runs_after_the_demo(tiny_folder, tmp_path, monkeypatch, caps
     ]
     (demo / "calibration.jsonl").write_text("\n".join(map(json.dumps, examples)) + "\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "SMOLLM2", None)  # so that "smollm2" is the folder here
+    monkeypatch.setattr(loading, "SMOLLM2", None)  # so that "smollm2" is the folder here
     names = {}
     exec(snippets("README.md")[0], names)
     assert names["report"].examples == len(examples)
