@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from peft import PeftModel
@@ -11,11 +11,14 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from svd_engine import __version__, loading, ops
 from svd_engine.calibration import calibrate
 from svd_engine.data import examples as example_files
+from svd_engine.data.tokenization import encode_text
 from svd_engine.generation import logits_processors, scoring
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
-from svd_engine.generation.request import Completion, Event, Request
+from svd_engine.generation.options import GenerateOptions, SamplingOptions
+from svd_engine.generation.outputs import Completion, Event
+from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.model import cuda_graphs
 from svd_engine.model import peft_adapter as forms
@@ -59,7 +62,7 @@ class SteeredEngine:
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
-        self._turns = CallLock()
+        self._lock = CallLock()
         self._steering: SteeringConfig | None = None
         self.steering = steering
 
@@ -101,36 +104,40 @@ class SteeredEngine:
         prompts: Prompt | Sequence[Prompt] | None = None,
         *,
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> list[Completion]:
-        """Complete prompts or chats: one `Completion` a prompt and sequence, in order.
+        """Complete prompts or chats: one `Completion` per prompt and sequence, in order.
 
         prompts: text or token ids, one or a ragged batch; or messages=, a conversation or several.
-        model="steered", "adapted" or "base": one of the last two decodes that model alone.
-        steering=: in place of the engine's. generation_config=, and the fields of `SamplingParams`
+        model="steered", "adapted" or "base": the last two decode that model only.
+        steering=: instead of the engine's. generation_config=, and the fields of `SamplingParams`
         and do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p,
         min_p, seed, num_beams, stop_strings, ... logits_processor=: applied to the steered logits.
-        batch_size=: rows decoded at once (32). A request gives the same tokens alone or in a batch.
-        Raises ValueError before any work. Other threads wait for their turn.
+        batch_size=: rows decoded at once (32). A prompt gets the same tokens alone or in a batch.
+        Raises ValueError before any work. One call runs at a time; other threads wait.
         """
-        request = self._request(prompts, **options)
-        with self._turns.hold():
+        request = self._request(prompts, False, **options)
+        with self._lock.hold():
             return complete(request, progress)
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt] | None = None, **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Generator[Event, None, None]:
-        """The tokens of `generate`, of the same options, as they come; not for beams.
+        """Yield the tokens of `generate` as they come, with the same options except num_beams.
 
-        Other calls wait until the stream is exhausted, closed or forgotten.
+        Other calls wait until the stream is exhausted, closed or garbage-collected.
         """
-        return self._turns.stream(self._events(prompts, options))
+        return self._lock.stream(self._events(prompts, options))
 
     def astream(
-        self, prompts: Prompt | Sequence[Prompt] | None = None, **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Event, None]:
-        """`stream` for coroutines: decodes in a thread, and stops where its reader is cancelled."""
-        return self._turns.astream(self._events(prompts, options))
+        """`stream` for coroutines: decode in a thread, and stop when the reader is cancelled."""
+        return self._lock.astream(self._events(prompts, options))
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), max_length: int = 1024) -> None:
         """Compile and record, ahead of the first request, what steered or adapted decoding needs.
@@ -138,7 +145,7 @@ class SteeredEngine:
         batch_sizes: rows of the requests to come; max_length: their tokens, prompt and completion.
         """
         _, pair, _ = self._decoded(None)
-        with self._turns.hold():
+        with self._lock.hold():
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
             for rows in batch_sizes:
@@ -163,12 +170,12 @@ class SteeredEngine:
         """
         start = self.inputs.prompts([prompt])[0]
         passages = [
-            scoring.Passage(start, example_files.ids(c, self.tokenizer, special=False))
+            scoring.Passage(start, encode_text(c, self.tokenizer, add_special_tokens=False))
             for c in continuations
         ]
         self.inputs.check_passages(passages)
         _, pair, steering = self._decoded(model)
-        with self._turns.hold():
+        with self._lock.hold():
             return scoring.score(pair, passages, steering, penalty)
 
     def calibrate(
@@ -184,7 +191,7 @@ class SteeredEngine:
         """
         encoded = example_files.encode(examples, self.tokenizer)
         self.inputs.check_passages(calibrate.Answers(encoded).passages)
-        with self._turns.hold():
+        with self._lock.hold():
             report = calibrate.calibrate(self.pair, encoded, **options)
         self.steering = SteeringConfig(
             strength=report.strength if report.worthwhile or force else 0.0,
@@ -229,8 +236,8 @@ class SteeredEngine:
             self._decoders[pair] = cuda_graphs.decoder(pair)
         return self._decoders[pair]
 
-    def _events(self, prompts: Any, options: dict[str, Any]) -> Generator[Event, None, None]:
-        request = self._request(prompts, **options)
+    def _events(self, prompts: Any, options: GenerateOptions) -> Generator[Event, None, None]:
+        request = self._request(prompts, True, **options)
         if request.sampling.num_beams > 1:
             raise ValueError("beams cannot be streamed; use generate, or leave out num_beams.")
         return events(request)
@@ -238,25 +245,27 @@ class SteeredEngine:
     def _request(
         self,
         prompts: Any,
+        is_streamed: bool,
+        /,
         *,
         messages: Any = None,
         model: str | None = None,
         steering: SteeringConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         batch_size: int = 32,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Request:
-        """The call, with every argument found good."""
+        """Validate all arguments and build the request."""
         sampling = SamplingParams.from_arguments(**options)
-        rows = self.inputs.prompts(prompts, messages)
-        self.inputs.check_fit(rows, sampling)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        prompt_ids = self.inputs.prompts(prompts, messages)
+        sequences = self.inputs.sequences(prompt_ids, sampling, is_streamed=is_streamed)
         name, pair, steering = self._decoded(model, steering)
         return Request(
-            self._decoder(pair), name, steering, rows, sampling,
-            self.inputs.ends(sampling.eos_token_id),
-            self.inputs.stops(sampling.stop_strings, len(rows)),
-            logits_processors.build(sampling.repetition_penalty, logits_processor),
-            self.inputs.text, batch_size,
-        )  # fmt: skip
+            decoder=self._decoder(pair),
+            steering=steering,
+            sampling=sampling,
+            sequences=sequences,
+            process_logits=logits_processors.build(sampling.repetition_penalty, logits_processor),
+            model=name,
+            batch_size=batch_size,
+        )

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-Text = str | Sequence[int]
+from svd_engine.data.tokenization import Text, encode_chat, encode_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,10 @@ def encode(
     """Token ids of examples whose texts are strings or ids already. Raises ValueError."""
     if not examples:
         raise ValueError("examples is empty; give at least one.")
+
+    def answer(text: Text) -> list[int]:
+        return encode_text(text, tokenizer, add_special_tokens=False)
+
     encoded = []
     for i, example in enumerate(examples):
         check(example, f"examples[{i}]")
@@ -89,27 +93,16 @@ def encode(
             if tokenizer is None or tokenizer.chat_template is None:
                 raise ValueError(f"examples[{i}] has messages and needs a chat template.")
             *before, last = example["messages"]
-            chat = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
-            prompt = ids(str(chat), tokenizer, special=False)
+            prompt = encode_chat(before, tokenizer)
             completion = last["content"]
         else:
-            prompt = ids(example["prompt"], tokenizer, special=True)
+            prompt = encode_text(example["prompt"], tokenizer, add_special_tokens=True)
             completion = example["completion"]
         answers = {
-            key: tuple(ids(a, tokenizer, special=False) for a in example.get(key, []))
-            for key in ("accepted", "rejected")
+            key: tuple(answer(a) for a in example.get(key, [])) for key in ("accepted", "rejected")
         }
-        encoded.append(Example(prompt, ids(completion, tokenizer, special=False), **answers))
+        encoded.append(Example(prompt, answer(completion), **answers))
     return encoded
-
-
-def ids(text: Text, tokenizer: PreTrainedTokenizerBase | None, *, special: bool) -> list[int]:
-    """Token ids of text or ids; `special` adds what the tokenizer puts before a text."""
-    if not isinstance(text, str):
-        return [int(token) for token in text]
-    if tokenizer is None:
-        raise ValueError("text needs a tokenizer; pass one to the engine or give token ids.")
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
 def fingerprint(examples: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from svd_engine.data import examples as example_files
+from svd_engine.data.tokenization import encode_text
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.journal import Journal
 from svd_engine.generation import scoring
@@ -40,10 +40,12 @@ def by_likelihood(
     passages = [
         [
             scoring.Passage(
-                example_files.ids(
-                    template.format(question=item.question), engine.tokenizer, special=True
+                encode_text(
+                    template.format(question=item.question),
+                    engine.tokenizer,
+                    add_special_tokens=True,
                 ),
-                example_files.ids(answer, engine.tokenizer, special=False),
+                encode_text(answer, engine.tokenizer, add_special_tokens=False),
             )
             for answer in item.answers
         ]
@@ -88,7 +90,7 @@ def by_generation(
     prompts = [template.format(question=item.question) for item in items]
     inputs = Inputs(engine.model, engine.tokenizer)
     for item, prompt in zip(items, prompts, strict=True):
-        length = len(example_files.ids(prompt, engine.tokenizer, special=True))
+        length = len(encode_text(prompt, engine.tokenizer, add_special_tokens=True))
         inputs.check_room(f"{item.where}: the question", length, max_new_tokens)
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,11 +1,10 @@
 """Beam search on the steered distribution, by the rules of transformers' `_beam_search`.
 
-Beams are sums of log-probabilities; one that has ended is ranked by its sum / length **
-length_penalty. Every prompt is searched by itself, so it gets the same answer in any batch.
+Running beams are ranked by the sum of their log-probabilities, finished ones by sum / length **
+length_penalty. Every prompt is searched by itself, so its answer is the same in any batch.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,129 +12,133 @@ import torch
 from svd_engine import ops
 from svd_engine.generation.decode_loop import not_finite
 from svd_engine.generation.distribution import steered, steered_logits
-from svd_engine.generation.logits_processors import LogitsProcess
+from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
-from svd_engine.model.pair import Decoder, PerModel
-from svd_engine.steering_config import SteeringConfig
-
-Stop = int | str  # the end-of-sequence token or the stop string that ended a row
+from svd_engine.generation.sequence import Sequence
+from svd_engine.model.pair import PerModel
 
 
 @dataclass
 class Beam:
-    """One way to go on from a prompt."""
+    """One way to continue a prompt."""
 
     total: float  # sum of the log-probabilities
-    parent: int  # the row that it goes on from
+    parent: int  # the batch row that it continues
     token_ids: list[int]
     logprobs: list[float]
-    stop: Stop | None = None
-    score: float = -math.inf  # of a beam that has ended
+    stop_reason: int | str | None = None
+    score: float = -math.inf  # of a finished beam
 
 
 @dataclass
 class Search:
-    """The beams of one prompt."""
+    """The beams of one prompt, and the rules by which they continue or finish."""
 
     sampling: SamplingParams
-    limit: int
+    sequences: list[Sequence]  # num_return_sequences of the prompt; the best beams fill them
     running: list[Beam] = field(default_factory=list)  # best first
     finished: list[Beam] = field(default_factory=list)  # best first
-    done: bool = False
-
-    @property
-    def full(self) -> bool:
-        return len(self.finished) == self.sampling.num_beams
+    is_finished: bool = False
 
     def advance(self, candidates: list[Beam]) -> None:
-        """Take the candidates of a step, best first: some end, the best others run on."""
-        width = self.sampling.num_beams
+        """Take the candidates of a step, best first: some finish, the best others continue."""
+        width, sequence = self.sampling.num_beams, self.sequences[0]
         length = max((len(beam.token_ids) for beam in candidates), default=0)
-        over = [length == self.limit or beam.stop is not None for beam in candidates]
-        # Those past the first `width` are there to go on where better ones end.
-        ended = [beam for beam, end in zip(candidates[:width], over, strict=False) if end]
+        ends = []
+        for beam in candidates:
+            beam.stop_reason = sequence.find_stop(beam.token_ids)
+            ends.append(length == sequence.max_new_tokens or beam.stop_reason is not None)
+        # Candidates past the first `width` only replace better ones that finish.
+        ended = [beam for beam, end in zip(candidates[:width], ends, strict=False) if end]
         for beam in ended:
             beam.score = beam.total / length**self.sampling.length_penalty
         best = sorted(self.finished + ended, key=lambda beam: beam.score, reverse=True)
         self.finished = best[:width]
-        going = [beam for beam, end in zip(candidates, over, strict=True) if not end]
-        self.running = going[:width]
-        self.done = not self.running or (self.full and not self._can_improve(length))
+        continued = [beam for beam, end in zip(candidates, ends, strict=True) if not end]
+        self.running = continued[:width]
+        self.is_finished = not self.running or (self.is_full and not self._can_improve(length))
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.finished) == self.sampling.num_beams
+
+    def fill_sequences(self) -> None:
+        """Copy the best beams into the sequences; if there are too few, repeat the last."""
+        for rank, sequence in enumerate(self.sequences):
+            if not self.finished:
+                sequence.finish("length")
+                continue
+            beam = self.finished[min(rank, len(self.finished) - 1)]
+            sequence.token_ids, sequence.logprobs = [*beam.token_ids], [*beam.logprobs]
+            sequence.score = beam.score
+            sequence.finish("length" if beam.stop_reason is None else "stop", beam.stop_reason)
 
     def _can_improve(self, length: int) -> bool:
-        early = self.sampling.early_stopping
+        """Whether a running beam may still overtake a finished one."""
+        early, penalty = self.sampling.early_stopping, self.sampling.length_penalty
         if early is True:
             return False
-        penalty = self.sampling.length_penalty
-        reach = self.limit if early == "never" and penalty > 0 else length
+        longest = self.sequences[0].max_new_tokens
+        reach = longest if early == "never" and penalty > 0 else length
         return self.running[0].total / reach**penalty > self.finished[-1].score
 
 
 @torch.inference_mode()
-def search(
-    pair: Decoder,
-    steering: SteeringConfig,
-    rows: list[list[int]],
-    sampling: SamplingParams,
-    stop: Callable[[int, list[int]], Stop | None],
-    candidates: int,
-    process: LogitsProcess | None = None,
-) -> list[list[Beam]]:
-    """The best num_beams completions of each prompt, best first; fewer where there are no more.
-
-    stop: what ends a row, from the prompt's index and the ids generated; None while it goes on.
-    candidates: continuations looked at a prompt and step. process: changes the log-probabilities.
-    """
-    width = sampling.num_beams
-    searches = [Search(sampling, sampling.limit(len(row))) for row in rows]
-    extra = max((s.limit for s in searches), default=0)
-    if extra == 0:
-        return [[] for _ in rows]
-    logits = pair.logits(pair.prefill(rows, extra, len(rows) * width))
-    for i, s in enumerate(searches):
-        s.running = [Beam(0.0, i, [], [])]
+def search(request: Request, sequences: list[Sequence]) -> None:
+    """Search the prompts of the sequences in one batch, and finish the sequences."""
+    sampling, decoder = request.sampling, request.decoder
+    width, copies = sampling.num_beams, sampling.num_return_sequences
+    longest = max(sequence.max_new_tokens for sequence in sequences)
+    if longest == 0:
+        return
+    # As in transformers: enough candidates that num_beams continue, however many finish.
+    count = max(2, 1 + len(sequences[0].eos_token_ids)) * width
+    prompts = [sequence.prompt_ids for sequence in sequences[::copies]]
+    logits = decoder.logits(decoder.prefill(prompts, longest, len(prompts) * width))
+    searches = [
+        Search(sampling, sequences[i * copies : (i + 1) * copies], [Beam(0.0, i, [], [])])
+        for i in range(len(prompts))
+    ]
     while True:
-        open_prompts = [i for i, s in enumerate(searches) if not s.done]
-        so_far = [rows[i] + beam.token_ids for i in open_prompts for beam in searches[i].running]
-        scores, tokens = _best(logits, steering, process, so_far, candidates)
+        unfinished = [s for s in searches if not s.is_finished]
+        rows = [s.sequences[0].prompt_ids + b.token_ids for s in unfinished for b in s.running]
+        scores, tokens = _best(request, logits, rows, count)
         row = 0
-        for i in open_prompts:
+        for s in unfinished:
             grown = []
-            for beam in searches[i].running:
+            for beam in s.running:
                 for score, token in zip(scores[row], tokens[row], strict=True):
                     if math.isnan(score):
-                        raise not_finite(so_far[row])
+                        raise not_finite(rows[row])
                     if score > -math.inf:  # -inf is off the support
                         grown.append((beam.total + score, row, beam, token, score))
                 row += 1
-            grown.sort(key=lambda option: option[0], reverse=True)
-            options = [
-                Beam(total, parent, [*beam.token_ids, token], [*beam.logprobs, score])
-                for total, parent, beam, token, score in grown[:candidates]
-            ]
-            for option in options:
-                option.stop = stop(i, option.token_ids)
-            searches[i].advance(options)
-        running = [beam for s in searches if not s.done for beam in s.running]
+            grown.sort(key=lambda candidate: candidate[0], reverse=True)
+            s.advance(
+                [
+                    Beam(total, parent, [*beam.token_ids, token], [*beam.logprobs, score])
+                    for total, parent, beam, token, score in grown[:count]
+                ]
+            )
+        running = [beam for s in unfinished if not s.is_finished for beam in s.running]
         if not running:
-            return [s.finished for s in searches]
-        pair.reorder(torch.tensor([beam.parent for beam in running], device=pair.device))
-        logits = pair.step(torch.tensor([b.token_ids[-1] for b in running], device=pair.device))
+            break
+        decoder.reorder(torch.tensor([beam.parent for beam in running], device=decoder.device))
+        latest = [beam.token_ids[-1] for beam in running]
+        logits = decoder.step(torch.tensor(latest, device=decoder.device))
+    for s in searches:
+        s.fill_sequences()
 
 
 def _best(
-    logits: PerModel,
-    steering: SteeringConfig,
-    process: LogitsProcess | None,
-    tokens: list[list[int]],
-    k: int,
+    request: Request, logits: PerModel, rows: list[list[int]], k: int
 ) -> tuple[list[list[float]], list[list[int]]]:
-    """The k best log-probabilities of each row and their tokens."""
+    """The k best log-probabilities of each row, and their tokens."""
     k = min(k, logits[0].shape[1])
-    if process is None:
-        drawn_from = steered(logits, steering)
+    if request.process_logits is None:
+        drawn_from = steered(logits, request.steering)
         best = ops.topk(*drawn_from.operands, k, **drawn_from.mask)
         return best.logprob.tolist(), best.token.tolist()
-    processed = process(tokens, steered_logits(logits, steering).log_softmax(-1))
-    top = processed.topk(k)
+    logprobs = steered_logits(logits, request.steering).log_softmax(-1)
+    top = request.process_logits(rows, logprobs).topk(k)
     return top.values.tolist(), top.indices.tolist()

@@ -1,110 +1,141 @@
-"""The decoding loop: prefill, then one forward step and one operator call a token."""
+"""The decode loop: a prefill, then one forward step and one operator call per token."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from svd_engine import ops
 from svd_engine.generation import distribution
 from svd_engine.generation.distribution import Distribution
-from svd_engine.generation.logits_processors import LogitsProcess
-from svd_engine.generation.sampling_params import SamplingParams
-from svd_engine.model import cuda_graphs
-from svd_engine.model.pair import Decoder, PerModel
-from svd_engine.steering_config import SteeringConfig
-
-# (rows of the step, logits of the models, the distribution drawn from)
-Observe = Callable[[list[int], PerModel, Distribution], None]
+from svd_engine.generation.outputs import Event, TopLogprobs
+from svd_engine.generation.request import Request
+from svd_engine.generation.sequence import Sequence
+from svd_engine.generation.top_logprobs import top_logprobs
+from svd_engine.model.pair import PerModel
 
 
-@torch.inference_mode()
-def decode(
-    pair: Decoder,
-    steering: SteeringConfig,
-    rows: list[list[int]],
-    sampling: SamplingParams,
-    ends: set[int],
-    process: LogitsProcess | None = None,
-    stopped: Set[int] = frozenset(),
-    observe: Observe | None = None,
-) -> Iterator[list[tuple[int, int, float]]]:
-    """The loop: a step yields (row, token, logprob) of every row that has not ended before it.
+class Batch:
+    """Sequences of a request that are decoded together.
 
-    rows: prompts; with num_return_sequences n, prompt i becomes rows i * n to i * n + n - 1.
-    process: changes the steered logits that a token is drawn from. stopped: rows that the caller
-    has found to be at their end, looked at after every step.
+        batch = Batch(request, sequences)
+        while not batch.is_finished:
+            events = batch.step()
+
+    rows: the sequence of each batch row. Finished sequences leave before the next step.
     """
-    copies = sampling.num_return_sequences
-    limits = [sampling.limit(len(row)) for row in rows for _ in range(copies)]
-    if max(limits, default=0) == 0:
-        return
-    hidden, device = pair.prefill(rows, max(limits), len(limits)), pair.device
-    if copies > 1:
-        spread = torch.arange(len(rows), device=device).repeat_interleave(copies)
-        pair.reorder(spread)
-        hidden = tuple(h[spread] for h in hidden)
-    logits = pair.logits(hidden)
-    so_far = [list(row) for row in rows for _ in range(copies)]
-    running = list(range(len(so_far)))
-    seeds = [seed + copy for seed in sampling.seeds(len(rows)) for copy in range(copies)]
-    seed = torch.tensor(seeds, device=device)
-    position = torch.tensor([len(row) for row in so_far], device=device)
-    ending = [len(row) + limit for row, limit in zip(so_far, limits, strict=True)]
-    while True:
-        tokens = [so_far[i] for i in running] if process else []
-        drawn_from = _distribution(logits, steering, process, tokens)
-        token, logprob = ops.sample(
-            *drawn_from.operands, **drawn_from.mask, temperature=sampling.temperature,
-            top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p, seed=seed,
-            position=position,
-        )  # fmt: skip
-        if observe is not None:
-            observe(running, logits, drawn_from)
-        fetch = cuda_graphs.read(token, logprob)
-        more = any(len(so_far[i]) + 1 < ending[i] for i in running)
-        if ahead := pair.ahead and more:  # the device goes on while the host looks at the tokens
-            logits = pair.step(token.clamp(min=0))
-        step = list(zip(running, *fetch(), strict=True))
-        for i, drawn, _ in step:
-            if drawn < 0:
-                raise not_finite(so_far[i])
-            so_far[i].append(drawn)
-        yield step
-        on = [
-            k
-            for k, (i, drawn, _) in enumerate(step)
-            if drawn not in ends and i not in stopped and len(so_far[i]) < ending[i]
-        ]
-        if not on:
+
+    @torch.inference_mode()
+    def __init__(self, request: Request, sequences: list[Sequence]) -> None:
+        self.rows = list(sequences)
+        self._request, self._decoder = request, request.decoder
+        if self.is_finished:
             return
-        position = position + 1
-        if len(on) < len(running):  # rows that have ended leave the batch
-            index = torch.tensor(on, device=device)
-            pair.reorder(index)
-            token, seed, position = token[index], seed[index], position[index]
-            logits = tuple(x[index] for x in logits) if ahead else logits
-            running = [running[k] for k in on]
-        if not ahead:
-            logits = pair.step(token)
+        device = self._decoder.device
+        self._seeds = torch.tensor([s.seed for s in sequences], device=device)
+        self._positions = torch.tensor([len(s.prompt_ids) for s in sequences], device=device)
+        self._tokens = torch.empty(0, dtype=torch.int64)  # drawn in the latest step
+        self._logits: PerModel | None = self._prefill()  # None if the tokens are still to be fed
 
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.rows)
 
-def not_finite(tokens: list[int]) -> ValueError:
-    return ValueError(f"the model's logits are not finite after the tokens ... {tokens[-8:]}.")
-
-
-def _distribution(
-    logits: PerModel,
-    steering: SteeringConfig,
-    process: LogitsProcess | None,
-    tokens: list[list[int]],
-) -> Distribution:
-    """The steered distribution, after `process` where there is one."""
-    if process is None:
-        return distribution.steered(logits, steering)
-    processed = process(tokens, distribution.steered_logits(logits, steering))
-    if processed.isneginf().all(1).any():
-        raise ValueError(
-            "logits_processor removed every token that steering left to a row. Steer with alpha=0 "
-            "or a finite penalty where tokens are constrained."
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Append one token to every sequence that is not finished; return their events in order."""
+        sampling = self._request.sampling
+        self._drop_finished()
+        if self._logits is None:
+            self._logits = self._decoder.step(self._tokens)
+        logits = self._logits
+        drawn_from = self._distribution(logits)
+        self._tokens, logprob = ops.sample(
+            *drawn_from.operands,
+            **drawn_from.mask,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=self._seeds,
+            position=self._positions,
         )
-    return distribution.unsteered(processed)
+        self._positions = self._positions + 1
+        best: list[TopLogprobs] | list[None] = [None] * len(self.rows)
+        if sampling.top_logprobs:
+            best = top_logprobs(sampling.top_logprobs, self._request.model, logits, drawn_from)
+        fetch = start_fetch(self._tokens, logprob)
+        # A decoder that overlaps the host computes the next step while the host reads the tokens.
+        overlaps = self._decoder.overlaps_host and not self._ends_with_this_step()
+        self._logits = self._decoder.step(self._tokens.clamp(min=0)) if overlaps else None
+        drawn = list(zip(self.rows, *fetch(), best, strict=True))
+        for sequence, token_id, _, _ in drawn:
+            if token_id < 0:
+                raise not_finite(sequence.all_ids)
+        return [sequence.append(*rest) for sequence, *rest in drawn]
+
+    def _prefill(self) -> PerModel:
+        copies = self._request.sampling.num_return_sequences
+        prompts = [sequence.prompt_ids for sequence in self.rows[::copies]]
+        longest = max(sequence.max_new_tokens for sequence in self.rows)
+        hidden = self._decoder.prefill(prompts, longest, len(self.rows))
+        if copies > 1:
+            index = torch.arange(len(prompts), device=self._decoder.device)
+            index = index.repeat_interleave(copies)
+            self._decoder.reorder(index)
+            hidden = tuple(h[index] for h in hidden)
+        return self._decoder.logits(hidden)
+
+    def _ends_with_this_step(self) -> bool:
+        """Whether every sequence reaches its max_new_tokens."""
+        return all(len(s.token_ids) + 1 >= s.max_new_tokens for s in self.rows)
+
+    def _drop_finished(self) -> None:
+        running = [row for row, sequence in enumerate(self.rows) if not sequence.is_finished]
+        if len(running) == len(self.rows):
+            return
+        index = torch.tensor(running, device=self._decoder.device)
+        self._decoder.reorder(index)
+        self._tokens, self._seeds = self._tokens[index], self._seeds[index]
+        self._positions = self._positions[index]
+        if self._logits is not None:
+            self._logits = tuple(x[index] for x in self._logits)
+        self.rows = [self.rows[row] for row in running]
+
+    def _distribution(self, logits: PerModel) -> Distribution:
+        """The steered distribution, after logits processors if there are any."""
+        request = self._request
+        if request.process_logits is None:
+            return distribution.steered(logits, request.steering)
+        processed = request.process_logits(
+            [sequence.all_ids for sequence in self.rows],
+            distribution.steered_logits(logits, request.steering),
+        )
+        if processed.isneginf().all(1).any():
+            raise ValueError(
+                "logits_processor removed every token that steering left to a row. Steer with "
+                "alpha=0 or a finite penalty where tokens are constrained."
+            )
+        return distribution.unsteered(processed)
+
+
+def start_fetch(*tensors: Tensor) -> Callable[[], list[list]]:
+    """Start copying to the host; the result waits for the copies and returns their values.
+
+    It does not wait for work launched on the device after this call.
+    """
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if not tensors[0].is_cuda:
+        return lambda: [copy.tolist() for copy in copies]
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensors[0].device))
+
+    def fetch() -> list[list]:
+        copied.synchronize()
+        return [copy.tolist() for copy in copies]
+
+    return fetch
+
+
+def not_finite(token_ids: list[int]) -> ValueError:
+    return ValueError(f"the model's logits are not finite after the tokens ... {token_ids[-8:]}.")

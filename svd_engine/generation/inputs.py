@@ -1,4 +1,4 @@
-"""What a call is given, as token ids and found to fit the model."""
+"""Validate a call's inputs, and turn them into token ids and sequences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,20 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from svd_engine.data import examples
+from svd_engine.data.tokenization import Text, encode_chat, encode_text
+from svd_engine.generation import sequence
+from svd_engine.generation.detokenizer import Detokenizer
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scoring import Passage
 from svd_engine.model import peft_adapter
 
-Prompt = str | Sequence[int]
+Prompt = Text
 Message = Mapping[str, str]  # role and content
 
 
 @dataclass
 class Inputs:
-    """Reads prompts and options for one model; every method raises ValueError before any work."""
+    """Validates inputs against one model; every method raises ValueError before any work."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -36,55 +38,74 @@ class Inputs:
         """Token ids of each prompt or, by the tokenizer's chat template, of each conversation."""
         if (prompts is None) == (messages is None):
             raise ValueError("give prompts or messages, one of the two.")
-        rows = self._conversations(messages) if messages is not None else self._texts(prompts)
-        for i, row in enumerate(rows):
-            if not row:
+        encoded = self._conversations(messages) if messages is not None else self._texts(prompts)
+        for i, ids in enumerate(encoded):
+            if not ids:
                 raise ValueError(f"prompts[{i}] is empty; give at least one token.")
-            if min(row) < 0 or max(row) >= self.vocab_size:
+            if min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise ValueError(
-                    f"prompts[{i}] has token ids from {min(row)} to {max(row)}; the vocabulary has "
+                    f"prompts[{i}] has token ids from {min(ids)} to {max(ids)}; the vocabulary has "
                     f"{self.vocab_size}."
                 )
-        return rows
+        return encoded
 
     def _texts(self, prompts: Any) -> list[list[int]]:
         if isinstance(prompts, str) or (len(prompts) > 0 and _is_id(prompts[0])):
             prompts = [prompts]
-        return [examples.ids(prompt, self.tokenizer, special=True) for prompt in prompts]
+        return [encode_text(prompt, self.tokenizer, add_special_tokens=True) for prompt in prompts]
 
     def _conversations(self, messages: Any) -> list[list[int]]:
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise ValueError("the engine has no chat template for messages; give prompts.")
         if len(messages) > 0 and isinstance(messages[0], Mapping):
             messages = [messages]
-        rows = []
+        encoded = []
         for i, conversation in enumerate(messages):
             if not conversation or not all({"role", "content"} <= set(m) for m in conversation):
                 raise ValueError(
                     f"messages[{i}] must be a list of {{'role': ..., 'content': ...}}."
                 )
-            text = self.tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=False
-            )
-            rows.append(examples.ids(str(text), self.tokenizer, special=False))
-        return rows
+            encoded.append(encode_chat(conversation, self.tokenizer))
+        return encoded
 
-    def check_fit(self, rows: list[list[int]], sampling: SamplingParams) -> None:
-        """Raise ValueError unless the rows, what they may grow by and the options fit."""
-        for i, row in enumerate(rows):
-            new = sampling.limit(len(row))
-            if new < 1 and sampling.max_new_tokens is None:
-                raise ValueError(
-                    f"prompts[{i}] has {len(row)} tokens; max_length = {sampling.max_length} "
-                    "leaves no room for new ones."
-                )
-            self.check_room(f"prompts[{i}]", len(row), new)
-        sampling.seeds(len(rows))
+    def sequences(
+        self, prompts: list[list[int]], sampling: SamplingParams, *, is_streamed: bool
+    ) -> list[sequence.Sequence]:
+        """The sequences to decode: num_return_sequences per prompt, side by side."""
+        limits = [self._max_new_tokens(i, ids, sampling) for i, ids in enumerate(prompts)]
+        seeds = sampling.seeds(len(prompts))
         if sampling.top_logprobs > self.vocab_size:
             raise ValueError(
                 f"top_logprobs must be at most the vocabulary's {self.vocab_size}; "
                 f"got {sampling.top_logprobs}."
             )
+        eos_token_ids = self._eos_token_ids(sampling.eos_token_id)
+        stop_strings = self._stop_strings(sampling.stop_strings, len(prompts))
+        searches_for_stops = any(stop_strings) and sampling.num_beams == 1
+        copies = sampling.num_return_sequences
+        return [
+            sequence.Sequence(
+                index=i * copies + copy,
+                prompt_ids=prompts[i],
+                max_new_tokens=limits[i],
+                seed=seeds[i] + copy,
+                eos_token_ids=eos_token_ids,
+                detokenizer=Detokenizer(self._decode, stop_strings[i]),
+                is_text_incremental=is_streamed or searches_for_stops,
+            )
+            for i in range(len(prompts))
+            for copy in range(copies)
+        ]
+
+    def _max_new_tokens(self, i: int, prompt_ids: list[int], sampling: SamplingParams) -> int:
+        limit = sampling.limit(len(prompt_ids))
+        if limit < 1 and sampling.max_new_tokens is None:
+            raise ValueError(
+                f"prompts[{i}] has {len(prompt_ids)} tokens; max_length = {sampling.max_length} "
+                "leaves no room for new ones."
+            )
+        self.check_room(f"prompts[{i}]", len(prompt_ids), limit)
+        return limit
 
     def check_room(self, name: str, length: int, new: int = 0) -> None:
         """Raise ValueError unless `length` tokens and `new` more fit the model's context."""
@@ -107,20 +128,20 @@ class Inputs:
                 raise ValueError(f"passage {i} has an empty prompt or completion.")
             self.check_room(f"passage {i}", len(prompt) + len(completion))
 
-    def ends(self, eos_token_id: int | Sequence[int] | None) -> set[int]:
-        """The ids that end a row; by default the model's own."""
+    def _eos_token_ids(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+        """The ids that end a sequence; by default the model's own."""
         if eos_token_id is None:
             generation = getattr(self.model.get_base_model(), "generation_config", None)
             eos_token_id = getattr(generation, "eos_token_id", None)
         if eos_token_id is None and self.tokenizer is not None:
             eos_token_id = self.tokenizer.eos_token_id
         if eos_token_id is None:
-            return set()
+            return frozenset()
         ids: Any = [eos_token_id] if _is_id(eos_token_id) else eos_token_id
-        return {int(token) for token in ids}
+        return frozenset(int(token) for token in ids)
 
-    def stops(self, stop_strings: Any, prompts: int) -> list[list[str]]:
-        """The stop strings of each prompt, from one, a list for all, or a list of one list each."""
+    def _stop_strings(self, stop_strings: Any, prompts: int) -> list[list[str]]:
+        """Stop strings per prompt, from one, a list for all prompts, or a list of lists."""
         if isinstance(stop_strings, str):
             stop_strings = [stop_strings]
         if all(isinstance(stop, str) for stop in stop_strings):
@@ -130,7 +151,7 @@ class Inputs:
         if len(each) != prompts:
             raise ValueError(
                 f"stop_strings has {len(each)} lists for {prompts} prompts; give one list for all "
-                "or one a prompt."
+                "or one per prompt."
             )
         for stop in (stop for stops in each for stop in stops):
             if not isinstance(stop, str) or not stop:
@@ -139,7 +160,7 @@ class Inputs:
                 raise ValueError("stop_strings need a tokenizer; pass one to the engine.")
         return each
 
-    def text(self, token_ids: list[int]) -> str:
+    def _decode(self, token_ids: list[int]) -> str:
         """Text without special tokens; empty without a tokenizer."""
         if self.tokenizer is None:
             return ""

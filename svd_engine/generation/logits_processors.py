@@ -1,4 +1,4 @@
-"""Logits processors of transformers, on steered logits."""
+"""Logits processors of transformers, applied to steered logits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-# (prompt and generated ids of each row, scores float32 [R, V]) -> scores [R, V]
+# (prompt and generated ids of each batch row, scores float32 [R, V]) -> scores [R, V]
 LogitsProcess = Callable[[list[list[int]], Tensor], Tensor]
 
 
 def build(
     repetition_penalty: float, processors: Sequence[LogitsProcessor] | None
 ) -> LogitsProcess | None:
-    """The penalty, then the processors in their order; None where there is nothing to do."""
+    """The penalty, then the processors in their order; None if there are neither."""
     chain = LogitsProcessorList()
     if repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(penalty=repetition_penalty))
@@ -27,18 +27,18 @@ def build(
         if repetition_penalty != 1 and isinstance(processor, RepetitionPenaltyLogitsProcessor):
             raise ValueError("repetition_penalty is given twice, also in logits_processor.")
         chain.append(processor)
-    return _process(chain) if chain else None
+    return _for_ragged_rows(chain) if chain else None
 
 
-def _process(chain: LogitsProcessorList) -> LogitsProcess:
+def _for_ragged_rows(chain: LogitsProcessorList) -> LogitsProcess:
     def apply(rows: list[list[int]], scores: Tensor) -> Tensor:
         ids: Any = torch.tensor(rows, device=scores.device)
         return chain(ids, scores)
 
-    def process(rows: list[list[int]], scores: Tensor) -> Tensor:
-        """Rows of one length together, ragged rows one at a time: a processor sees no padding."""
+    def process_logits(rows: list[list[int]], scores: Tensor) -> Tensor:
+        """Process rows of one length together, ragged rows one by one: none sees padding."""
         if len({len(row) for row in rows}) == 1:
             return apply(rows, scores)
         return torch.cat([apply([row], scores[i : i + 1]) for i, row in enumerate(rows)])
 
-    return process
+    return process_logits

@@ -1,69 +1,44 @@
-"""A checked call, and what comes of it."""
+"""A validated call of `generate` or `stream`."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from svd_engine.generation.logits_processors import LogitsProcess
 from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.generation.sequence import Sequence
 from svd_engine.model.pair import Decoder
 from svd_engine.steering_config import SteeringConfig
-
-# The best (token, log-probability) by distribution: steered, adapted, base.
-Best = dict[str, list[tuple[int, float]]]
-
-
-@dataclass
-class Completion:
-    """What one prompt became."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # under the distribution decoded
-    finish_reason: str = "length"  # or "stop"
-    stop_reason: int | str | None = None  # the id, kept in token_ids, or the string that ended it
-    text: str = ""  # without special tokens, up to a stop string; empty without a tokenizer
-    score: float | None = None  # of beam search: sum of logprobs / length ** length_penalty
-    top_logprobs: list[Best] = field(default_factory=list)  # one a token, if asked for
-    prompt_tokens: int = 0
-    seconds_to_first_token: float = field(default=0.0, compare=False)  # both since the call
-    seconds: float = field(default=0.0, compare=False)
-
-    @property
-    def completion_tokens(self) -> int:
-        return len(self.token_ids)
-
-
-class Event(NamedTuple):
-    """One token of one row of a stream."""
-
-    row: int
-    token_id: int
-    logprob: float
-    text: str  # what may be shown now; empty while a character or a stop string is incomplete
-    finish_reason: str | None  # on the row's last token, with the reason to stop
-    stop_reason: int | str | None = None
-    top_logprobs: Best | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A call, checked."""
+    """A validated call: its sequences, and how all of them are decoded.
 
-    pair: Decoder
-    model: str  # steered, or the name of the one model decoded
+    sequences: num_return_sequences per prompt, side by side. model: "steered", or the name of the
+    one model decoded.
+    """
+
+    decoder: Decoder
     steering: SteeringConfig
-    prompts: list[list[int]]
     sampling: SamplingParams
-    ends: set[int]
-    stops: list[list[str]]  # of each prompt
-    process: LogitsProcess | None
-    text: Callable[[list[int]], str]
-    batch_size: int
+    sequences: list[Sequence]
+    process_logits: LogitsProcess | None = None
+    model: str = "steered"
+    batch_size: int = 32
 
-    def groups(self) -> Iterator[list[int]]:
-        """Prompts that are decoded together, of like lengths; the longest first, so that the KV
-        cache takes its size once."""
-        rows = max(self.sampling.num_return_sequences, self.sampling.num_beams)
-        size = max(1, self.batch_size // rows)
-        order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
-        yield from (sorted(order[i : i + size]) for i in range(0, len(order), size))
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
+
+    def groups(self) -> Iterator[list[Sequence]]:
+        """Sequences to decode together, with prompts of similar lengths.
+
+        The longest come first, so the KV cache is allocated once.
+        """
+        copies = self.sampling.num_return_sequences
+        prompts = [self.sequences[i : i + copies] for i in range(0, len(self.sequences), copies)]
+        size = max(1, self.batch_size // max(copies, self.sampling.num_beams))
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i][0].prompt_ids))
+        for start in range(0, len(order), size):
+            group = sorted(order[start : start + size])
+            yield [sequence for i in group for sequence in prompts[i]]

@@ -12,8 +12,11 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from svd_engine.generation.decode_loop import decode
+from svd_engine.generation.decode_loop import Batch
+from svd_engine.generation.outputs import Event
+from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.generation.sequence import Sequence
 from svd_engine.integrations import generate_kwargs as arguments
 from svd_engine.integrations.logits_processor import SteeringLogitsProcessor
 from svd_engine.integrations.pair_cache import borrow
@@ -50,63 +53,89 @@ def steered_generate(
     prompts = arguments.prompts(input_ids, mask, positions)
     new_tokens, ends, criteria = arguments.stops(stopping_criteria, input_ids.shape[1])
     processors, draw = arguments.drawing(logits_processor, generation_config)
-    sampling = SamplingParams(new_tokens, seed=int(torch.randint(2**62, ())), **draw)
+    seed = int(torch.randint(2**62, ()))
+    sequences = [
+        Sequence(row, prompt, new_tokens, seed + row, ends) for row, prompt in enumerate(prompts)
+    ]
     streamer = arguments.streamer()
-    rows = Rows(input_ids, processors, generation_config)
-    pad = generation_config._pad_token_tensor
+    output = Output(input_ids, sequences, processors, generation_config)
     with borrow(model) as pair:
-        for step in decode(pair, steering, prompts, sampling, ends, rows.process, rows.ended):
-            tokens = [0 if pad is None else int(pad)] * len(prompts)
-            for row, token, _ in step:
-                tokens[row] = token
-            new = rows.sequences.new_tensor(tokens)
-            rows.sequences = torch.cat([rows.sequences, new[:, None]], 1)
+        process_logits = output.process_logits if output.needs_logits else None
+        sampling = SamplingParams(**draw)
+        batch = Batch(Request(pair, steering, sampling, sequences, process_logits), sequences)
+        while not batch.is_finished:
+            new = output.append(batch.step())
             if streamer is not None:
                 streamer.put(new.cpu())
-            over = {row for row, token, _ in step if token in ends}
             if criteria:
-                met = criteria(rows.sequences, rows.scores)
-                over.update(met.nonzero()[:, 0].tolist())
-            if len(over | rows.ended) == len(prompts):
-                break
-            if pad is not None:  # without one, rows go on until all are over
-                rows.ended |= over
+                output.stop(criteria(output.input_ids, output.scores))
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
-        return rows.sequences
-    recorded: dict[str, Any] = dict(scores=rows.scores, logits=rows.logits)
-    return GenerateDecoderOnlyOutput(sequences=rows.sequences, **recorded)
+        return output.input_ids
+    recorded: dict[str, Any] = dict(scores=output.scores, logits=output.logits)
+    return GenerateDecoderOnlyOutput(sequences=output.input_ids, **recorded)
 
 
-class Rows:
-    """The text of every row, pads and all, and what processors make of the logits after it."""
+class Output:
+    """What `generate` returns of all sequences, with pads, and what it applies to each step."""
 
     def __init__(
-        self, input_ids: Any, processors: LogitsProcessorList, config: GenerationConfig
+        self,
+        input_ids: Any,
+        sequences: list[Sequence],
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
     ) -> None:
-        self.sequences = input_ids
-        self.ended: set[int] = set()
+        self.input_ids = input_ids  # [R, n]; a column is added per step
         record = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if record and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if record and config.output_logits else None
-        self._processors = processors
-        idle = not processors and self.scores is None and self.logits is None
-        self.process = None if idle else self._process
+        self._sequences, self._processors = sequences, processors
+        pad = config._pad_token_tensor
+        self._pad_token_id = None if pad is None else int(pad)
 
-    def _process(self, _: list[list[int]], steered: Tensor) -> Tensor:
-        """The steered logits of the rows that have not ended, processed.
+    @property
+    def needs_logits(self) -> bool:
+        return bool(self._processors) or self.scores is not None or self.logits is not None
+
+    def append(self, step: list[Event]) -> Tensor:
+        """Add a step's tokens, and pads to finished sequences; return them, `[R]`."""
+        tokens = [self._pad_token_id or 0] * len(self._sequences)
+        for event in step:
+            tokens[event.row] = event.token_id
+        new = self.input_ids.new_tensor(tokens)
+        self.input_ids = torch.cat([self.input_ids, new[:, None]], 1)
+        return new
+
+    def stop(self, met: Tensor) -> None:
+        """Finish the sequences whose stopping criteria are met, bool `[R]`.
+
+        Without a pad token they finish only all at once.
+        """
+        ended = [
+            sequence.is_finished or over
+            for sequence, over in zip(self._sequences, met.tolist(), strict=True)
+        ]
+        if self._pad_token_id is None and not all(ended):
+            return
+        for sequence, over in zip(self._sequences, ended, strict=True):
+            if over and not sequence.is_finished:
+                sequence.finish("stop")
+
+    def process_logits(self, _: list[list[int]], steered: Tensor) -> Tensor:
+        """Process the steered logits of the sequences that are not finished.
 
         Processors get all rows, as in transformers: they may know rows by their place.
         """
-        running = [row for row in range(len(self.sequences)) if row not in self.ended]
+        running = [sequence.index for sequence in self._sequences if not sequence.is_finished]
         # What is handed out must not be bound to inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            every: Any = steered.new_zeros(len(self.sequences), steered.shape[1])
+            every: Any = steered.new_zeros(len(self._sequences), steered.shape[1])
             every[running] = steered
             if self.logits is not None:
                 self.logits += (every.clone(),)
-            processed = self._processors(self.sequences, every)
+            processed = self._processors(self.input_ids, every)
             if self.scores is not None:
                 self.scores += (processed,)
             return processed[running]

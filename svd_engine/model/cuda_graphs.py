@@ -55,7 +55,7 @@ class GraphedRunner:
     nobody asked for copy the first. A capture that fails is told once, and steps run without.
     """
 
-    ahead = True
+    overlaps_host = True
 
     def __init__(
         self,
@@ -150,18 +150,3 @@ class GraphedRunner:
 def decoder(pair: ModelPair) -> Decoder:
     """What decodes the pair fastest on its device."""
     return GraphedRunner(pair) if pair.device.type == "cuda" else pair
-
-
-def read(*tensors: Tensor) -> Callable[[], list[list]]:
-    """What fetches their values without waiting for anything launched after this call."""
-    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-    if not tensors[0].is_cuda:
-        return lambda: [copy.tolist() for copy in copies]
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensors[0].device))
-
-    def fetch() -> list[list]:
-        copied.synchronize()
-        return [copy.tolist() for copy in copies]
-
-    return fetch

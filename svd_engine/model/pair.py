@@ -23,8 +23,8 @@ class Decoder(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
-    def ahead(self) -> bool:
-        """Whether a step may be under way on the device while the host reads tokens."""
+    def overlaps_host(self) -> bool:
+        """Whether a step may run on the device while the host reads tokens."""
 
     def prefill(self, prompts: Prompts, extra: int = 0, room: int = 0) -> PerModel: ...
     def step(self, tokens: Tensor) -> PerModel: ...
@@ -35,7 +35,7 @@ class Decoder(Protocol):
 class PairedRunner:
     """One batch [base rows, adapted rows] through the same weights: each is read once a step."""
 
-    ahead = False
+    overlaps_host = False
 
     def __init__(self, model: PeftModel) -> None:
         self.stream = ModelRunner(peft_adapter.paired(model), paired=True, **_virtual(model))
@@ -86,7 +86,7 @@ class SequentialRunner:
     """One pass a model, each with its own cache: right for every method, and the way to run one
     model alone."""
 
-    ahead = False
+    overlaps_host = False
 
     def __init__(self, *streams: ModelRunner) -> None:
         self.streams = streams

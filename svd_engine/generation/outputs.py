@@ -1,0 +1,39 @@
+"""Completion and Event: the results of a request, whole and per token."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# The best (token, log-probability) pairs per distribution: steered, adapted, base.
+TopLogprobs = dict[str, list[tuple[int, float]]]
+
+
+@dataclass
+class Completion:
+    """The completion of one prompt."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # under the distribution decoded
+    finish_reason: str = "length"  # or "stop"
+    stop_reason: int | str | None = None  # the id, kept in token_ids, or the string that ended it
+    text: str = ""  # without special tokens, up to a stop string; empty without a tokenizer
+    score: float | None = None  # of beam search: sum of logprobs / length ** length_penalty
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)  # per token, if requested
+    prompt_tokens: int = 0
+    seconds_to_first_token: float = field(default=0.0, compare=False)  # both since the call
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class Event(NamedTuple):
+    """One token of one row of a stream."""
+
+    row: int
+    token_id: int
+    logprob: float
+    text: str  # to show now; empty while a character or a stop string is incomplete
+    finish_reason: str | None  # set on the row's last token only
+    stop_reason: int | str | None = None
+    top_logprobs: TopLogprobs | None = None
