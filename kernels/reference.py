@@ -1,15 +1,33 @@
-"""The operators in plain PyTorch: the one definition of right.
+"""The operators in plain PyTorch: the definition that every backend is tested against.
 
 Rows are `[N, V]`: N sequences when decoding, N positions when scoring or calibrating. Arithmetic is
 float64 where an input is float64 and float32 otherwise. Numbers in brackets are equations of Hu et
 al., "Distribution-Aligned Decoding for Efficient LLM Task Adaptation", arXiv 2509.15888.
 
-What holds for every operator:
+For every operator:
 
 - A token whose adapted logit is -inf has probability 0 and is never chosen.
-- A token whose base logit alone is -inf is not steered: its delta is 0, it is out of the mean.
-- A row with NaN or +inf anywhere, or without a finite adapted logit, gives NaN (token -1).
+- A token whose base logit alone is -inf is not steered: its delta is 0 and it is not in mean_d.
+- A row with NaN or +inf anywhere, or without a finite adapted logit, gives NaN and token -1.
 - Ties go to the lowest token id.
+
+Names in the kernels, here and in Triton, CUDA C++ and CPU C++:
+
+- z, b; d            adapted and base logits (C++: adapted, base); z - b, 0 where either is -inf
+- peak; base_peak    max z of a row or tile; max b. Of a log-sum-exp: its greatest logit
+- e; p               exp(z - peak); e / sum_exp, the probability under the adapted model
+- sum_exp            sum of e over a row or tile; base_sum_exp: sum of exp(b - base_peak)
+- in base            a token with b > -inf; sum_exp_in_base: the sum of e over those
+- sum_exp_d; mean_d  sum of e * d; E_p[d] = sum_exp_d / sum_exp_in_base
+- delta              the steering vector p (mean_d - d)  (10), 0 for a token not in base
+- support, threshold z >= threshold = peak + log(alpha)  (12); off the support: any other token
+- steering; logit    strength and mask of a row; the steered logit, -inf for a removed token
+- merit              logit, or (logit - peak) / temperature + noise: the greatest is chosen
+- log-sum-exp (lse)  peak + log(sum_exp) of steered logits; tempered: of logits / temperature
+- sum_p, mean, spread, squares   of x = I delta: sum p, E_p[x], sum p (x - mean)^2, sum x^2
+- tile; active       consecutive tokens of a row, summed together; a tile with a token left
+- first, second pass measures every tile; reads again only the tiles that the operator needs
+- down, up; down_x   LoRA's A `[r, in]` and B `[out, r]`; x down^T, of rows from `first_adapted` on
 """
 
 import math
@@ -40,13 +58,13 @@ class Projection(NamedTuple):
 
 
 class Support(NamedTuple):
-    row: Tensor  # [K] int64, rows in order
+    row: Tensor  # [K] int64, ascending
     token: Tensor  # [K] int64
     p: Tensor  # [K] adapted probability
     delta: Tensor  # [K] steering vector
 
 
-class _Rows(NamedTuple):
+class _RowStats(NamedTuple):
     z: Tensor  # [N, V] adapted logits
     p: Tensor  # [N, V] adapted probabilities
     delta: Tensor  # [N, V] steering vector
@@ -64,22 +82,23 @@ def _column(strength: Strength, like: Tensor) -> Tensor:
 
 
 def log_alpha(alpha: float) -> float:
-    """log(alpha) rounded to float32, so that every backend compares with the same number."""
+    """Round log(alpha) to float32, so that every backend compares with the same number."""
     return float(torch.tensor(alpha, dtype=torch.float32).log())
 
 
-def _rows(adapted: Tensor, base: Tensor, alpha: float, projection: bool = True) -> _Rows:
+def _row_stats(adapted: Tensor, base: Tensor, alpha: float, projection: bool = True) -> _RowStats:
     z, b = _wide(adapted, base)
-    top = z.amax(-1, keepdim=True)
-    valid = top.isfinite() & (b < INF).all(-1, keepdim=True)
-    p = (z - top).exp()
+    peak = z.amax(-1, keepdim=True)
+    valid = peak.isfinite() & (b < INF).all(-1, keepdim=True)
+    p = (z - peak).exp()
     p = p / p.sum(-1, keepdim=True)
-    opinion = b > -INF
-    d = torch.where(opinion & (z > -INF), z - b, 0.0)
-    mass = torch.where(opinion, p, 0.0).sum(-1, keepdim=True)
-    mean = torch.where(mass > 0, (p * d).sum(-1, keepdim=True) / mass, 0.0)
-    delta = torch.where(opinion, (p if projection else 1) * (mean - d), 0.0)
-    return _Rows(z, p, torch.where(valid, delta, math.nan), z >= top + log_alpha(alpha), valid)
+    in_base = b > -INF
+    d = torch.where(in_base & (z > -INF), z - b, 0.0)
+    sum_p_in_base = torch.where(in_base, p, 0.0).sum(-1, keepdim=True)
+    mean_d = torch.where(sum_p_in_base > 0, (p * d).sum(-1, keepdim=True) / sum_p_in_base, 0.0)
+    delta = torch.where(in_base, (p if projection else 1) * (mean_d - d), 0.0)
+    delta = torch.where(valid, delta, math.nan)
+    return _RowStats(z, p, delta, z >= peak + log_alpha(alpha), valid)
 
 
 def _steered(
@@ -90,12 +109,12 @@ def _steered(
     penalty: float,
     projection: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(adapted, base, alpha, projection)
-    mu = _column(strength, rows.z)
-    # mu * -inf is never formed: it is NaN at mu = 0 and +inf below.
-    off = -INF if penalty == -INF else rows.z + mu.abs() * penalty
-    steered = torch.where(rows.support, rows.z + mu * rows.delta, off)
-    return torch.where(rows.valid, steered, math.nan), rows.valid[:, 0]
+    stats = _row_stats(adapted, base, alpha, projection)
+    strength = _column(strength, stats.z)
+    # strength * -inf is never formed: it is NaN for strength 0 and +inf for a negative one.
+    off = -INF if penalty == -INF else stats.z + strength.abs() * penalty
+    steered = torch.where(stats.support, stats.z + strength * stats.delta, off)
+    return torch.where(stats.valid, steered, math.nan), stats.valid[:, 0]
 
 
 def steering_vector(adapted: Tensor, base: Tensor) -> Tensor:
@@ -103,7 +122,7 @@ def steering_vector(adapted: Tensor, base: Tensor) -> Tensor:
 
     The base softmax cancels: with d = adapted - base, delta_i = p_i (E_p[d] - d_i).
     """
-    return _rows(adapted, base, 0.0).delta
+    return _row_stats(adapted, base, 0.0).delta
 
 
 def steer(
@@ -116,7 +135,7 @@ def steer(
     projection: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Steered logits  (12)-(14), `[N, V]` in `dtype` or that of `adapted`.
+    """Steered logits  (12)-(14), `[N, V]` in `dtype`, by default that of `adapted`.
 
     for i in range(V):
         if adapted[i] >= max(adapted) + log(alpha):
@@ -124,7 +143,7 @@ def steer(
         else:
             out[i] = -inf if penalty == -inf else adapted[i] + abs(strength) * penalty
 
-    Without the projection delta is g - E_p[g] = E_p[d] - d.
+    Without the projection, delta is g - E_p[g] = E_p[d] - d.
     """
     steered, _ = _steered(adapted, base, strength, alpha, penalty, projection)
     return steered.to(dtype or adapted.dtype)
@@ -144,10 +163,11 @@ def sample(
     seed: int | Tensor = 0,
     position: int | Tensor = 0,
 ) -> Sampled:
-    """One token a row: the greatest of steered / temperature + gumbel_noise, or of steered at 0.
+    """Choose one token per row: the greatest of steered / temperature + gumbel_noise.
 
-    `top_k`, `top_p` and `min_p` cut the tempered distribution first. `logprob` is taken before
-    temperature and cuts: it equals `score` of the token.
+    At temperature 0 it is the greatest steered logit. `top_k`, `top_p` and `min_p` first cut the
+    distribution softmax(steered / temperature). `logprob` is taken before temperature and cuts: it
+    equals `score` of the token.
     """
     steered, valid = _steered(adapted, base, strength, alpha, penalty)
     merit = steered
@@ -202,36 +222,36 @@ def score(
 def project_strength(
     adapted: Tensor, base: Tensor, target: Tensor, *, alpha: float = 0.1
 ) -> Projection:
-    """Terms of the best strength for a token: numerator / gauss_newton is (20), / newton (19).
+    """Terms of the best strength for a token: numerator / gauss_newton is (20), / newton is (19).
 
-    The vector is I * delta, zero off the support.
+    I delta is delta on the support and 0 off it.
     """
-    rows = _rows(adapted, base, alpha)
-    delta = torch.where(rows.support, rows.delta, 0.0)
-    mean = (rows.p * delta).sum(-1)
-    variance = (rows.p * (delta - mean[:, None]).square()).sum(-1)
+    stats = _row_stats(adapted, base, alpha)
+    delta = torch.where(stats.support, stats.delta, 0.0)
+    mean = (stats.p * delta).sum(-1)
+    spread = (stats.p * (delta - mean[:, None]).square()).sum(-1)
     numerator = delta.gather(-1, target[:, None])[:, 0] - mean
-    in_support = rows.support.gather(-1, target[:, None])[:, 0] & rows.valid[:, 0]
-    dead = ~rows.valid[:, 0]
+    in_support = stats.support.gather(-1, target[:, None])[:, 0] & stats.valid[:, 0]
+    invalid = ~stats.valid[:, 0]
     return Projection(
-        numerator.masked_fill(dead, math.nan),
-        delta.square().sum(-1).masked_fill(dead, math.nan),
-        variance.masked_fill(dead, math.nan),
+        numerator.masked_fill(invalid, math.nan),
+        delta.square().sum(-1).masked_fill(invalid, math.nan),
+        spread.masked_fill(invalid, math.nan),
         in_support,
     )
 
 
 def support(adapted: Tensor, base: Tensor, alpha: float = 0.1) -> Support:
-    """The kept tokens  (12) of all rows in one list of K, with p and delta of each."""
-    rows = _rows(adapted, base, alpha)
-    row, token = (rows.support & (rows.z > -INF) & rows.valid).nonzero(as_tuple=True)
-    return Support(row, token, rows.p[row, token], rows.delta[row, token])
+    """List the support  (12) of all rows, K tokens in all, with p and delta of each."""
+    stats = _row_stats(adapted, base, alpha)
+    row, token = (stats.support & (stats.z > -INF) & stats.valid).nonzero(as_tuple=True)
+    return Support(row, token, stats.p[row, token], stats.delta[row, token])
 
 
 def divergence(adapted: Tensor, base: Tensor) -> Tensor:
-    """KL(p || q)  (6), `[N]` in nats; +inf where the base gives 0 to a token that p does not."""
+    """KL(p || q)  (6), `[N]` in nats; +inf where a token is possible in p and not in q."""
     z, b = _wide(adapted, base)
-    valid = _rows(adapted, base, 0.0).valid
+    valid = _row_stats(adapted, base, 0.0).valid
     logp, logq = z.log_softmax(-1), b.log_softmax(-1)
     terms = torch.where(z > -INF, logp.exp() * (logp - logq), 0.0)
     terms = terms.masked_fill((z > -INF) & (b == -INF), INF)
@@ -245,26 +265,27 @@ def linear(
     down: Tensor | None = None,
     up: Tensor | None = None,
     up_bias: Tensor | None = None,
-    first: int = 0,
+    first_adapted: int = 0,
 ) -> Tensor:
-    """x W^T + bias, `[M, out]` like x, and up (down x) + up_bias added in the rows from `first` on.
+    """x W^T + bias, `[M, out]`, plus (x down^T) up^T + up_bias in the rows from `first_adapted` on.
 
-    x `[M, in]`, weight `[out, in]`, down `[r, in]`, up `[out, r]`; rounded to the dtype of x once.
+    x `[M, in]`, weight `[out, in]`, down `[r, in]`, up `[out, r]`; rounded once, to the dtype of x.
     """
+    dtype = x.dtype
     parts = [x if part is None else part for part in (x, weight, bias, down, up, up_bias)]
-    wide, matrix, added, narrow, broad, more = _wide(*parts)
-    out = wide @ matrix.T
+    x, weight, wide_bias, wide_down, wide_up, wide_up_bias = _wide(*parts)
+    out = x @ weight.T
     if bias is not None:
-        out += added
+        out += wide_bias
     if down is not None:
-        out[first:] += wide[first:] @ narrow.T @ broad.T
+        out[first_adapted:] += x[first_adapted:] @ wide_down.T @ wide_up.T
         if up_bias is not None:
-            out[first:] += more
-    return out.to(x.dtype)
+            out[first_adapted:] += wide_up_bias
+    return out.to(dtype)
 
 
 def softcapped(x: Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(x / softcap); x itself without one."""
+    """softcap * tanh(x / softcap), or x itself if softcap is None."""
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
@@ -338,7 +359,7 @@ def gumbel_noise(
         for x in (seed, position)
     )
     bits = philox(seed, token, position)
-    # Each tail is formed from the side where float32 is dense, so none of the 32 bits is lost.
+    # Each tail is computed from the side where float32 is dense, so none of the 32 bits is lost.
     low = (bits.double() + 0.5) * 2.0**-32
     high = ((2**32 - 1 - bits).double() + 0.5) * 2.0**-32
     exponential = torch.where(bits < 2**31, -torch.log1p(-low), -torch.log(high))
@@ -348,15 +369,15 @@ def gumbel_noise(
 def philox(seed: Tensor, token: Tensor, position: Tensor) -> Tensor:
     """First word of Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (token, position, 0).
 
-    int64 tensors of one shape in; 32 random bits in an int64 tensor out. The 64-bit seed and
-    position are split low word first.
+    Takes int64 tensors of one shape and returns 32 random bits per element, as int64. The 64-bit
+    seed and position are split into words, low word first.
     """
     mask = 0xFFFFFFFF
     c0, c1, c2 = token & mask, position & mask, (position >> 32) & mask
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
-        # The int64 product wraps, but its 64 bits are those of the unsigned product.
+        # The int64 product overflows, but its 64 bits are those of the unsigned product.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         high0, high1 = (product0 >> 32) & mask, (product1 >> 32) & mask
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & mask, high0 ^ c3 ^ k1, product0 & mask

@@ -168,7 +168,7 @@ Chosen choose_tiles(const Kernels& kernels, const Row& row, const Noise& noise, 
   return {stats, count};
 }
 
-float log_prob(float logit, const LogSumExp& lse) { return logit - lse.peak - lse.log; }
+float logprob_of(float logit, const LogSumExp& lse) { return logit - lse.peak - lse.log; }
 
 void sample_row(const Kernels& kernels, const Row& row, const Noise& noise, bool fork,
                 int64_t& token, float& logprob) {
@@ -180,8 +180,8 @@ void sample_row(const Kernels& kernels, const Row& row, const Noise& noise, bool
   if (count == 0) return;
   const int64_t best = std::max_element(choices.merit, choices.merit + count) - choices.merit;
   token = choices.token[best];
-  logprob = log_prob(choices.logit[best],
-                     kernels.log_sum_exp(choices.peak, choices.sum_exp, count, 1.0f));
+  logprob = logprob_of(choices.logit[best],
+                       kernels.log_sum_exp(choices.peak, choices.sum_exp, count, 1.0f));
 }
 
 constexpr Noise kNoNoise = {};
@@ -191,8 +191,8 @@ float score_row(const Kernels& kernels, const Row& row, int64_t target, bool for
   const Choices& choices = scratch.choices;
   const auto [stats, count] = choose_tiles(kernels, row, kNoNoise, false, scratch, fork);
   if (count == 0) return NAN;
-  return log_prob(kernels.token_at(row, stats, target).logit,
-                  kernels.log_sum_exp(choices.peak, choices.sum_exp, count, 1.0f));
+  return logprob_of(kernels.token_at(row, stats, target).logit,
+                    kernels.log_sum_exp(choices.peak, choices.sum_exp, count, 1.0f));
 }
 
 bool precedes(const Candidate& a, const Candidate& b) {
@@ -244,7 +244,7 @@ void topk_row(const Kernels& kernels, const Row& row, int64_t k, bool fork,
   }
   std::sort(best, best + count, precedes);
   for (int64_t i = 0; i < count; ++i) {
-    logprob[i] = log_prob(best[i].logit, lse);
+    logprob[i] = logprob_of(best[i].logit, lse);
     token[i] = best[i].token;
   }
   // The remaining slots get the other tokens, all of logit -inf, lowest id first.
@@ -339,7 +339,7 @@ void sample_cut_row(const Kernels& kernels, const Row& row, const Noise& noise, 
   const int64_t winner = kernels.draw(kept, count, chosen.stats.peak, noise);
   if (winner < 0) return;
   token = kept[winner].token;
-  logprob = log_prob(kept[winner].logit, plain);
+  logprob = logprob_of(kept[winner].logit, plain);
 }
 
 struct Projection {
