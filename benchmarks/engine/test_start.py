@@ -1,6 +1,6 @@
-"""How long does a fresh process take to its first steered token?
+"""Measure how long a fresh process takes to its first steered token.
 
-    pytest benchmarks/test_start.py --benchmark-json=runs/start.json
+    pytest benchmarks/engine/test_start.py --benchmark-json=runs/start.json
 
 The files are in the page cache. SmolLM2-135M comes from the GGUF of its package, or from
 safetensors as most models do; with a LoRA on all linear layers.
@@ -9,15 +9,17 @@ safetensors as most models do; with a LoRA on all linear layers.
 import json
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
-from test_engine import ADAPTERS, TEXT, machine, pytestmark, random_adapter
+from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.engine.contenders import TEXT, random_adapter, random_lora
+from benchmarks.records import machine
 from svd_engine import models
 
-__all__ = ["pytestmark"]
 PARTS = ("import", "load", "first token", "again")
 ROUNDS = 5
 PROCESS = """
@@ -38,25 +40,27 @@ print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """dtype -> a folder with the model in safetensors; and "adapter"."""
-    made = {}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Map each dtype to a folder with the model in safetensors; and "adapter" to its own."""
+    made: dict[str, Path] = {}
     for dtype in ("float32", "bfloat16"):
         base, tokenizer = models.load_base(models.SMOLLM2, dtype=getattr(torch, dtype))
         made[dtype] = tmp_path_factory.mktemp(dtype)
         base.save_pretrained(made[dtype])
         tokenizer.save_pretrained(made[dtype])
     made["adapter"] = tmp_path_factory.mktemp("adapter")
-    random_adapter(base, ADAPTERS["LoRA"]).save_pretrained(made["adapter"])
+    random_adapter(base, random_lora()).save_pretrained(str(made["adapter"]))
     return made
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("base", ["GGUF", "safetensors"])
-def test_start(benchmark, folders, base, dtype):
-    seconds = []
+def test_start(
+    benchmark: BenchmarkFixture, folders: dict[str, Path], base: str, dtype: str
+) -> None:
+    seconds: list[list[float]] = []
 
-    def start():
+    def start() -> None:
         where = models.SMOLLM2 if base == "GGUF" else folders[dtype]
         command = [sys.executable, "-c", PROCESS, where, folders["adapter"], dtype, TEXT]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)

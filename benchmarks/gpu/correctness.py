@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu import Run, words
-from gpu_cases import BF16, INF, OPERATORS, Case, Options, absent, cases, logits, options
 from torch import Tensor
 
+from benchmarks.gpu.cases import BF16, INF, OPERATORS, Case, Options, absent, cases, logits, options
+from benchmarks.gpu.worker import Run, words
 from svd_engine import ops
 
 ULP = 2.0**-20  # the exponential of a GPU is good to a few float32 roundings

@@ -1,4 +1,4 @@
-"""A Triton kernel that does nothing: what a launch costs."""
+"""A Triton kernel that does nothing, to time a launch."""
 
 import triton
 

@@ -1,4 +1,4 @@
-"""CUDA graphs, streams, and what compute-sanitizer says."""
+"""CUDA graphs, streams and compute-sanitizer."""
 
 import os
 import shutil
@@ -10,18 +10,19 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from gpu import HERE, ROOT, Run, words
-from gpu_cases import BF16, INF, OPERATORS, Options, absent, logits, options
-from gpu_measure import capture
 from torch import Tensor
 
+from benchmarks.gpu.cases import BF16, INF, OPERATORS, Options, absent, logits, options
+from benchmarks.gpu.measure import capture
+from benchmarks.gpu.worker import Run, words
+from benchmarks.records import ROOT
 from svd_engine import dispatch
 
 VOCAB = 50257
 
 
 def section(run: Run) -> dict[str, Any]:
-    """backend -> what was tried -> "ok" or what went wrong."""
+    """Map each backend and each attempt to "ok" or what went wrong."""
     if run.device != "cuda":
         return {"skipped": "needs a CUDA device"}
     result: dict[str, Any] = {}
@@ -50,7 +51,7 @@ def _tried(run: Run, call: Callable[..., str], *arguments: str) -> str:
         return said
     except Exception as error:
         text = words(error)
-        torch.cuda.synchronize()  # raises where the device is lost: the section ends
+        torch.cuda.synchronize()  # raises if the device is lost, which ends the section
         return text
 
 
@@ -62,10 +63,11 @@ def _equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
 
 
 def replay(name: str, backend: str) -> str:
-    """A captured call follows its inputs: new logits, strengths, seeds and targets in place."""
+    """Check that a captured call follows its inputs: logits, strengths, seeds, targets."""
     z, b = logits(4, VOCAB, "cuda", BF16)
     o = options(z, mu=torch.full((4,), 2.0, device="cuda"))
-    operate, kept = OPERATORS[name].run, []
+    operate = OPERATORS[name].run
+    kept: list[Tensor] = []
 
     def call() -> None:
         kept[:] = operate(z, b, o, backend, None)
@@ -91,11 +93,12 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def positions(backend: str) -> str:
-    """A graph that counts its own position draws what eager calls draw at these positions."""
+    """Check that a graph which counts its position draws what eager calls draw at each."""
     z, b = logits(4, VOCAB, "cuda", spread=0.5)
     position = torch.zeros(4, dtype=torch.int64, device="cuda")
     o = options(z, alpha=0.0, temperature=1.0, position=position)
-    sample, drawn = OPERATORS["sample noisy"].run, []
+    sample = OPERATORS["sample noisy"].run
+    drawn: list[Tensor] = []
 
     def call() -> None:
         drawn[:] = sample(z, b, o, backend, None)
@@ -117,7 +120,7 @@ def positions(backend: str) -> str:
 
 
 def no_allocation(backend: str) -> str:
-    """steer and sample with their workspace given ask PyTorch's allocator for nothing."""
+    """Check that steer and sample, given their workspace, allocate nothing through PyTorch."""
     kernels = import_module(dispatch.MODULES[backend])
     z, b = logits(4, VOCAB, "cuda", BF16)
     out, o = torch.empty_like(z), options(z)
@@ -144,7 +147,7 @@ def no_allocation(backend: str) -> str:
 
 
 def two_streams(backend: str) -> str:
-    """200 eager calls and 200 replays on each of two streams at once, on rows of their own."""
+    """Check 200 eager calls and 200 replays on each of two streams at once, on their own rows."""
     steer, sample = OPERATORS["steer"].run, OPERATORS["sample noisy"].run
     sides = []
     for n in (3, 4):
@@ -173,20 +176,20 @@ def two_streams(backend: str) -> str:
 
 
 def sanitizer(run: Run) -> dict[str, Any]:
-    """tool -> its summary line, over every operator on tiny rows."""
+    """Map each tool to its summary line, over every operator on tiny rows."""
     if run.device != "cuda":
         return {"skipped": "needs a CUDA device"}
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"skipped": "compute-sanitizer is not on PATH"}
-    # Each tensor gets an allocation of its own, so an access past its end is seen.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    # Each tensor gets its own allocation, so an access past its end is seen.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result: dict[str, Any] = {}
     for name in ("memcheck", "racecheck"):
         if run.left() < 10:
             result[name] = "skipped: time"
             continue
-        command = [tool, "--tool", name, sys.executable, str(HERE / "gpu_correctness.py")]
+        command = [tool, "--tool", name, sys.executable, "-m", "benchmarks.gpu.correctness"]
         limit = min(60.0, run.left())
         result[name] = _summary(command, environment, limit)
         run.keep(result, every=0)
@@ -195,13 +198,19 @@ def sanitizer(run: Run) -> dict[str, Any]:
 
 def _summary(command: list[str], environment: dict[str, str], limit: float) -> dict[str, Any]:
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         output = process.communicate(timeout=limit)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the group that was started above
+        os.killpg(process.pid, signal.SIGKILL)  # its own group, from start_new_session
         output = process.communicate()[0]
         return {"summary": f"no answer in {limit:.0f} s", "output": output[-1000:]}
     lines = output.splitlines()

@@ -1,42 +1,49 @@
-"""The skinny linear beside PyTorch's, on the matrices of three models: weights cold, in a graph."""
+"""The linear for few rows beside PyTorch's, on the matrices of three models.
+
+Weights are cold, calls in a CUDA graph.
+"""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from gpu import Run, words
-from gpu_cases import BF16
-from gpu_measure import Call, per_call, sets
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.gpu.cases import BF16
+from benchmarks.gpu.measure import Call, per_call, sets, synchronize
+from benchmarks.gpu.worker import Run, words
 from svd_engine import skinny
 from svd_engine.kernels import reference
 
-# model -> matrices -> outputs, inputs
+Shapes = dict[str, tuple[int, int]]  # matrix -> outputs, inputs
+
+
+def shapes(hidden: int, keys: int, inner: int, vocab: int) -> Shapes:
+    """Return the shapes of a model's matrices."""
+    return {
+        "q, o": (hidden, hidden),
+        "k, v": (keys, hidden),
+        "gate, up": (inner, hidden),
+        "down": (hidden, inner),
+        "head": (vocab, hidden),
+    }
+
+
 MODELS = {
-    "Qwen2.5-1.5B": {
-        "q, o": (1536, 1536), "k, v": (256, 1536), "gate, up": (8960, 1536),
-        "down": (1536, 8960), "head": (151936, 1536),
-    },
-    "Qwen2.5-7B": {
-        "q, o": (3584, 3584), "k, v": (512, 3584), "gate, up": (18944, 3584),
-        "down": (3584, 18944), "head": (152064, 3584),
-    },
-    "SmolLM2-135M": {
-        "q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576),
-        "down": (576, 1536), "head": (49152, 576),
-    },
-}  # fmt: skip
-TINY = {"tiny": {"q, o": (48, 64), "head": (211, 64)}}
+    "Qwen2.5-1.5B": shapes(1536, 256, 8960, 151936),
+    "Qwen2.5-7B": shapes(3584, 512, 18944, 152064),
+    "SmolLM2-135M": shapes(576, 192, 1536, 49152),
+}
+TINY: dict[str, Shapes] = {"tiny": {"q, o": (48, 64), "head": (211, 64)}}
 ROWS, RANK = (1, 2, 4, 8, 16), 8
 ULP = 2.0**-20  # of the sum of the terms' absolute values: float32 sums, in any order
-CHUNK = 8192  # outputs that are checked at once
+CHUNK = 8192  # outputs checked at once
 
 
 def _ours(device: str) -> Callable[..., None]:
-    """`launch_linear.linear`; on a CPU the reference stands in for it."""
+    """Return `launch_linear.linear`; on a CPU the reference stands in for it."""
     if device == "cuda":
         from svd_engine.kernels import launch_linear
 
@@ -49,7 +56,7 @@ def _ours(device: str) -> Callable[..., None]:
 
 
 class Matrix:
-    """A weight in copies enough to find the L2 cold in a round trip, each with an adapter."""
+    """Copies of a weight, enough that a round trip finds the L2 cold, each with an adapter."""
 
     def __init__(self, run: Run, fan_out: int, fan_in: int) -> None:
         self.device, self.size = run.device, fan_out * fan_in * BF16.itemsize
@@ -70,7 +77,10 @@ class Matrix:
             )
 
     def check(self) -> float:
-        """The greatest error over its tolerance; and no row's bits depend on the number of rows."""
+        """Return the greatest error over its tolerance.
+
+        Raises if an error is too large or a row's bits depend on the number of rows.
+        """
         half = max(ROWS) // 2
         weight, worst = self.weights[0], 0.0
         for low_rank in ((None,) * 3, self.low_ranks[0], _float32(self.low_ranks[0])):
@@ -90,25 +100,22 @@ class Matrix:
 
     def _error(self, got: Tensor, low_rank: skinny.LowRank | tuple[None, ...], first: int) -> float:
         down, up, _ = low_rank
+        x, low = self.x.double(), None if down is None else down.double()
         worst = 0.0
         for start in range(0, got.shape[1], CHUNK):
             part = slice(start, start + CHUNK)
-            wide = [
-                None if tensor is None else tensor.double()
-                for tensor in (
-                    self.x, self.weights[0][part], None, down, None if up is None else up[part]
-                )
-            ]  # fmt: skip
-            size = [None if tensor is None else tensor.abs() for tensor in wide]
-            truth = reference.linear(*wide, None, first)
+            weight = self.weights[0][part].double()
+            high = None if up is None else up[part].double()
+            truth = reference.linear(x, weight, None, low, high, None, first)
+            sizes = x.abs(), weight.abs(), None, _absolute(low), _absolute(high), None, first
             allowed = truth.abs() * torch.finfo(BF16).eps / 2
-            allowed += ULP * reference.linear(*size, None, first) + torch.finfo(BF16).tiny
+            allowed += ULP * reference.linear(*sizes) + torch.finfo(BF16).tiny
             error = (got[:, part].double() - truth).abs() / allowed
             worst = max(worst, float(error.nan_to_num(torch.inf).max()))
         return worst
 
     def calls(self, name: str, rows: int) -> list[Call]:
-        """One call a copy of the weight; the second half of the rows is adapted."""
+        """Return one call per copy of the weight; the second half of the rows is adapted."""
         x, out, first = self.x[:rows], self.out[:rows], rows // 2
         pairs = zip(self.weights, self.low_ranks, strict=True)
         if name == "ours":
@@ -120,9 +127,13 @@ class Matrix:
         return [partial(_torch_lora, x, w, low, first) for w, low in pairs]
 
     def times(self, name: str, rows: int) -> dict[str, Any]:
-        """Microseconds, and the weight's bytes in that time."""
+        """Measure microseconds, and the rate at which the weight is read."""
         seconds = per_call(self.device, self.calls(name, rows), limit=0.03)
         return {"us": seconds * 1e6, "GB/s": self.size / seconds / 1e9}
+
+
+def _absolute(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.abs()
 
 
 def _float32(low_rank: skinny.LowRank) -> tuple[Tensor, Tensor, None]:
@@ -134,21 +145,24 @@ def _torch_lora(x: Tensor, weight: Tensor, low_rank: skinny.LowRank, first: int)
 
 
 def section(run: Run) -> dict[str, Any]:
-    """Every matrix is checked against float64 first; one that is wrong is not timed."""
+    """Check every matrix against float64, then time it; a wrong one is not timed."""
     copy = run.before("bandwidth").get("GB/s")
     checked: list[dict[str, Any]] = []
     cases: list[dict[str, Any]] = []
     result: dict[str, Any] = {
-        "copy GB/s": copy, "ours": "triton" if run.device == "cuda" else "reference",
-        "checked": checked, "cases": cases, "skipped": [],
-    }  # fmt: skip
+        "copy GB/s": copy,
+        "ours": "triton" if run.device == "cuda" else "reference",
+        "checked": checked,
+        "cases": cases,
+        "skipped": [],
+    }
     for model, matrices in (TINY if run.quick else MODELS).items():
         for name, shape in matrices.items():
             about = {"model": model, "matrix": name, "shape": "x".join(map(str, shape))}
             if run.left() < 1:
                 result["skipped"].append({**about, "why": "time"})
                 continue
-            matrix = None  # frees the one before
+            matrix = None  # frees the previous one
             try:
                 matrix = Matrix(run, *shape)
                 checked.append({**about, "of tolerance": matrix.check()})
@@ -164,7 +178,6 @@ def section(run: Run) -> dict[str, Any]:
                         cases.append(case)
             except Exception as error:
                 checked.append({**about, "error": words(error)})
-                if run.device == "cuda":
-                    torch.cuda.synchronize()  # raises where the device is lost: the section ends
+                synchronize(run.device)
             run.keep(result)
     return result

@@ -1,25 +1,34 @@
-"""How things are measured, and the machine they are measured on."""
+"""Clocks for a GPU and for a CPU, and the machine they run on."""
 
 import math
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-from gpu import Run
+
+from benchmarks.gpu.worker import Run
+from benchmarks.records import versions
+from svd_engine import ops
 
 Call = Callable[[], object]
 
 
-def capture(calls: Sequence[Call]) -> "torch.cuda.CUDAGraph":
-    """One CUDA graph of all calls in order, after two warm-up calls on a side stream.
+def synchronize(device: str) -> None:
+    """Wait for a GPU. Raises if the device is lost, which ends the section."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
-    What they return is freed within the graph; give them outputs to keep.
+
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """Capture all calls in order as one CUDA graph, after two warm-up calls on a side stream.
+
+    The graph frees what the calls return; give them outputs to keep results.
     """
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
@@ -34,12 +43,12 @@ def capture(calls: Sequence[Call]) -> "torch.cuda.CUDAGraph":
             for call in calls:
                 call()
     finally:
-        torch.cuda.set_stream(stream)  # a capture that breaks leaves its own as the current one
+        torch.cuda.set_stream(stream)  # a failed capture leaves its own stream as the current one
     return graph
 
 
-def replays(graph: "torch.cuda.CUDAGraph", rounds: int) -> list[float]:
-    """Seconds that each replay took, by events; the host runs ahead of the device."""
+def replays(graph: torch.cuda.CUDAGraph, rounds: int) -> list[float]:
+    """Return the seconds of each replay, by CUDA events; the host runs ahead of the device."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
     graph.replay()
     torch.cuda.synchronize()
@@ -53,7 +62,7 @@ def replays(graph: "torch.cuda.CUDAGraph", rounds: int) -> list[float]:
 
 
 def per_call(device: str, calls: Sequence[Call], limit: float = 0.2) -> float:
-    """Median seconds of one call: in replays of a CUDA graph of all, or on a CPU in turn."""
+    """Return the median seconds per call, in replays of one CUDA graph or by a CPU's clock."""
     if device == "cuda":
         graph = capture(calls)
         once = replays(graph, 2)
@@ -69,11 +78,10 @@ def per_call(device: str, calls: Sequence[Call], limit: float = 0.2) -> float:
 
 
 def host_cost(device: str, call: Call, count: int = 200, rounds: int = 7) -> float:
-    """Seconds of host time a call takes: many calls, nobody waits for the device within a round."""
+    """Return the host's seconds per call; within a round nothing waits for the device."""
     seconds = []
     for _ in range(rounds):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         start = perf_counter()
         for _ in range(count):
             call()
@@ -88,7 +96,7 @@ def l2_bytes(device: str) -> int:
 
 
 def sets(device: str, size: int, quick: bool) -> int:
-    """How many buffer sets of `size` bytes make a round trip through them find the L2 cold."""
+    """Return how many buffer sets of `size` bytes it takes to find the L2 cold on each."""
     if quick:
         return 2
     cache = l2_bytes(device)
@@ -98,14 +106,9 @@ def sets(device: str, size: int, quick: bool) -> int:
 
 
 def machine(run: Run) -> dict[str, Any]:
+    """Describe the software and the device."""
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.machine()}
-    for name in ("torch", "triton", "transformers", "peft", "flashinfer-python"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    from svd_engine import ops
-
+    found |= versions("torch", "triton", "transformers", "peft", "flashinfer-python")
     found["backends"] = {name: reason or "ok" for name, reason in ops.backends().items()}
     if run.device != "cuda":
         return found | {"device": "cpu", "threads": torch.get_num_threads()}
@@ -140,8 +143,8 @@ def _nvidia_smi() -> dict[str, str]:
 
 
 def bandwidth(run: Run) -> dict[str, Any]:
-    """Device copies, bytes read and written counted; "GB/s" is the best size's median."""
-    cases = []
+    """Time device copies; bytes read and bytes written count, "GB/s" is the best size's median."""
+    cases: list[dict[str, Any]] = []
     for mebibytes in (1, 4) if run.quick else (256, 1024, 4096):
         size = mebibytes << 20
         if run.device == "cuda" and torch.cuda.mem_get_info()[0] < 5 * size:
@@ -150,7 +153,7 @@ def bandwidth(run: Run) -> dict[str, Any]:
         # Random: a copy of zeros can be faster than one of data.
         source = torch.randint(256, (size,), dtype=torch.uint8, device=run.device)
         target = torch.empty_like(source)
-        seconds = per_call(run.device, [lambda s=source, t=target: t.copy_(s)] * 3)
+        seconds = per_call(run.device, [partial(target.copy_, source)] * 3)
         cases.append({"MiB": mebibytes, "us": seconds * 1e6, "GB/s": 2 * size / seconds / 1e9})
         del source, target
     return {"GB/s": max(case.get("GB/s", 0.0) for case in cases), "cases": cases}

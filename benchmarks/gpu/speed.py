@@ -1,4 +1,4 @@
-"""How long the operators take, beside what one would write otherwise."""
+"""The operators' times, beside what one would write otherwise."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -6,15 +6,18 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from baselines import STRENGTH, cancelled, eager
-from gpu import Run, words
-from gpu_cases import BF16, F32, OPERATORS, Options, absent
-from gpu_measure import Call, host_cost, l2_bytes, per_call, sets
 from torch import Tensor
 
+from benchmarks.baselines import STRENGTH, compiled, eager
+from benchmarks.gpu.cases import BF16, F32, OPERATORS, Options, absent
+from benchmarks.gpu.measure import Call, host_cost, l2_bytes, per_call, sets, synchronize
+from benchmarks.gpu.worker import Run, words
+
+Make = Callable[[], list[Call]]
+Measure = Callable[[], dict[str, Any]]
 VOCABS, ROWS = (151936, 128256, 49152), (1, 1024, 32, 132, 4)
 EVERYWHERE = ("steer", "sample greedy", "score")  # the others at the first vocabulary only
-COMPILED = (1, 32, 1024)  # rows for which torch.compile is asked
+COMPILED = (1, 32, 1024)  # rows for which torch.compile is timed
 
 
 def two_softmaxes(adapted: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,14 +25,16 @@ def two_softmaxes(adapted: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rows:
-    """Buffer sets of one shape, enough to find the L2 cold in a round trip."""
+    """Buffer sets of one shape, enough that a round trip finds the L2 cold."""
 
     def __init__(self, run: Run, n: int, vocab: int, dtype: torch.dtype) -> None:
         self.n, self.vocab, self.dtype, self.device = n, vocab, dtype, run.device
         self.size = n * vocab * dtype.itemsize  # of one row set
         count = sets(run.device, 2 * self.size, run.quick)
         generator = torch.Generator(device=run.device).manual_seed(0)
-        self.z, self.b, self.out = [], [], []
+        self.z: list[Tensor] = []
+        self.b: list[Tensor] = []
+        self.out: list[Tensor] = []
         for _ in range(count):
             base = torch.randn(n, vocab, device=run.device, generator=generator, dtype=dtype)
             noise = torch.randn(n, vocab, device=run.device, generator=generator, dtype=dtype)
@@ -45,7 +50,7 @@ class Rows:
         return {"n": self.n, "vocab": self.vocab, "dtype": str(self.dtype)[6:]}
 
     def calls(self, name: str, backend: str) -> list[Call]:
-        """One call a buffer set; `steer` writes into the set, the others allocate in the graph."""
+        """Return one call per buffer set; `steer` writes into the set, the others allocate."""
         operate = OPERATORS[name].run
         return [
             partial(operate, z, b, self.options, backend, out if name == "steer" else None)
@@ -56,13 +61,13 @@ class Rows:
         return [partial(function, z, b) for z, b in zip(self.z, self.b, strict=True)]
 
     def moved(self, name: str) -> int:
-        """Bytes: each element of the inputs once, and what is written of the vocabulary's width."""
+        """Return the bytes of the inputs, read once, and of outputs as wide as the vocabulary."""
         written = {"steering_vector": self.n * self.vocab * 4}
         wide = ("steer", "eager formula", "torch.compile, cancelled form")
         return 2 * self.size + written.get(name, self.size if name in wide else 0)
 
     def times(self, name: str, calls: Sequence[Call]) -> dict[str, Any]:
-        """Microseconds with the L2 cold, and hot where the rows fit in it."""
+        """Measure microseconds with the L2 cold, and with it hot if the rows fit."""
         moved = self.moved(name)
         seconds = per_call(self.device, calls)
         found = {"cold_us": seconds * 1e6, "bytes": moved, "GB/s": moved / seconds / 1e9}
@@ -72,52 +77,49 @@ class Rows:
 
 
 def _compiled(rows: Rows) -> list[Call]:
-    # Shapes are compiled one by one, and there is a limit to how many a function may have.
-    torch.compiler.reset()
-    return rows.pairs(torch.compile(cancelled, dynamic=False, fullgraph=True))
+    return rows.pairs(compiled())
 
 
 def _flashinfer(rows: Rows) -> list[Call]:
-    from flashinfer.sampling import sampling_from_logits  # type: ignore[import-not-found]
+    from flashinfer.sampling import sampling_from_logits
 
     return [partial(sampling_from_logits, z) for z in rows.z]
 
 
-def _contenders(run: Run, rows: Rows, first: bool) -> Iterator[tuple[str, str, list[Call] | None]]:
-    """(name, backend, calls); None for an operator that the backend does not have."""
+def _contenders(run: Run, rows: Rows, first: bool) -> Iterator[tuple[str, str, Make | None]]:
+    """Yield (name, backend, what makes the calls); None if the backend lacks the operator."""
     for name in OPERATORS if first else EVERYWHERE:
         for backend in run.backends:
             missing = absent(name, backend, run.device)
-            yield name, backend, None if missing else rows.calls(name, backend)
+            yield name, backend, None if missing else partial(rows.calls, name, backend)
     if first or rows.n == 1:
-        yield "two softmaxes", "torch", rows.pairs(two_softmaxes)
+        yield "two softmaxes", "torch", partial(rows.pairs, two_softmaxes)
     if first:
-        yield "eager formula", "torch", rows.pairs(eager)
+        yield "eager formula", "torch", partial(rows.pairs, eager)
 
 
 def operators(run: Run) -> dict[str, Any]:
-    """Medians by CUDA events around replays of a graph; on a CPU by the clock."""
+    """Time every operator: by CUDA events around replays of a graph; on a CPU by the clock."""
     copy = run.before("bandwidth").get("GB/s")
     cases: list[dict[str, Any]] = []
     result: dict[str, Any] = {"copy GB/s": copy, "cases": cases, "skipped": []}
 
-    def point(name: str, backend: str, rows: Rows, calls: Callable[[], list[Call] | None]) -> None:
+    def point(name: str, backend: str, rows: Rows, make: Make | None) -> None:
         about = {"name": name, "backend": backend, **rows.about}
         if run.left() < 2:
             result["skipped"].append({**about, "why": "time"})
             return
+        if make is None:
+            result["skipped"].append({**about, "why": "absent"})
+            return
         try:
-            if (made := calls()) is None:
-                result["skipped"].append({**about, "why": "absent"})
-                return
-            found = rows.times(name, made)
+            found = rows.times(name, make())
             if copy:
                 found["of copy"] = found["GB/s"] / copy
             cases.append(about | found)
         except Exception as error:
             cases.append(about | {"error": words(error)})
-            if run.device == "cuda":
-                torch.cuda.synchronize()
+            synchronize(run.device)
         run.keep(result)
 
     vocabs, counts = ((500,), (1, 4)) if run.quick else (VOCABS, ROWS)
@@ -129,10 +131,10 @@ def operators(run: Run) -> dict[str, Any]:
                     result["skipped"].append({"name": "all", **about, "why": "time"})
                     continue
                 rows = Rows(run, n, vocab, dtype)
-                for name, backend, calls in _contenders(run, rows, vocab == vocabs[0]):
-                    point(name, backend, rows, lambda calls=calls: calls)
-                del rows, calls
-    # Compiling takes seconds a shape, so it comes last.
+                for name, backend, make in _contenders(run, rows, vocab == vocabs[0]):
+                    point(name, backend, rows, make)
+                del rows, make
+    # Compiling takes seconds per shape, so it comes last.
     for dtype in (BF16, F32):
         for n in () if run.quick else COMPILED:
             if run.left() < 12:
@@ -141,22 +143,22 @@ def operators(run: Run) -> dict[str, Any]:
                 continue
             rows = Rows(run, n, vocabs[0], dtype)
             name = "torch.compile, cancelled form"
-            point(name, "torch", rows, lambda rows=rows: _compiled(rows))
+            point(name, "torch", rows, partial(_compiled, rows))
             if run.device == "cuda" and dtype == F32 and find_spec("flashinfer"):
-                point("sampling", "flashinfer", rows, lambda rows=rows: _flashinfer(rows))
+                point("sampling", "flashinfer", rows, partial(_flashinfer, rows))
             del rows
     return result
 
 
 def latency(run: Run) -> dict[str, Any]:
-    """One row: inside a graph, each call after the one before; and the host's time of a call."""
+    """Time one row: calls one after the other inside a graph, and the host's time per call."""
     vocab = 500 if run.quick else 151936
     graph: list[dict[str, Any]] = []
     host: list[dict[str, Any]] = []
     result = {"vocab": vocab, "in a graph": graph, "host": host}
     shown = ("steer", "sample greedy", "sample noisy")
 
-    def record(into: list[dict[str, Any]], measure: Callable[[], dict[str, Any]], **about) -> None:
+    def record(into: list[dict[str, Any]], measure: Measure, **about: str) -> None:
         if run.left() < 1:
             into.append(about | {"skipped": "time"})
             return
@@ -164,8 +166,7 @@ def latency(run: Run) -> dict[str, Any]:
             into.append(about | measure())
         except Exception as error:
             into.append(about | {"error": words(error)})
-            if run.device == "cuda":
-                torch.cuda.synchronize()
+            synchronize(run.device)
         run.keep(result)
 
     count = 10 if run.quick else 200
@@ -182,20 +183,23 @@ def latency(run: Run) -> dict[str, Any]:
             about = {"name": name, "backend": backend, "dtype": str(dtype)[6:]}
             record(graph, partial(rows.times, name, calls), **about)
             if dtype == BF16:
-                measure = partial(host_cost, run.device, calls[0], count)
-                record(host, lambda m=measure: {"us": m() * 1e6}, **about)
+                record(host, partial(_host_micros, run.device, calls[0], count), **about)
     for name, call in _empty_calls(run).items():
-        measure = partial(host_cost, run.device, call, count)
-        record(host, lambda m=measure: {"us": m() * 1e6}, name=name, backend="", dtype="")
+        measure = partial(_host_micros, run.device, call, count)
+        record(host, measure, name=name, backend="", dtype="")
     return result
 
 
+def _host_micros(device: str, call: Call, count: int) -> dict[str, float]:
+    return {"us": host_cost(device, call, count) * 1e6}
+
+
 def _empty_calls(run: Run) -> dict[str, Call]:
-    """What any call costs the host."""
+    """Return the cheapest calls: what any call costs the host."""
     x = torch.zeros(1, device=run.device)
     calls: dict[str, Call] = {"torch: add_ on one element": lambda: x.add_(1)}
     if run.device == "cuda":
-        from gpu_empty import nothing
+        from benchmarks.gpu.empty import nothing
 
         nothing[(1,)](x, num_warps=4)
         calls["Triton: an empty kernel"] = lambda: nothing[(1,)](x, num_warps=4)

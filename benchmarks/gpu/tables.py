@@ -1,24 +1,19 @@
-"""The results of gpu.py as tables: Markdown for the docs, and on the terminal."""
+"""The results of `benchmarks.gpu` as tables: Markdown for the docs, and on the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks import records
+from benchmarks.tables import number, table
+
 Cell = str
+Part = Mapping[str, Any]  # a section's result, a case or another part of the JSON
 
 
 class Table(NamedTuple):
     title: str
     head: Sequence[Cell]
     rows: Sequence[Sequence[Cell]]
-
-
-def number(value: Any) -> Cell:
-    """Three digits, or all before the point; words as they are."""
-    if not isinstance(value, int | float):
-        return str(value) if value else "-"
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def percent(value: Any) -> Cell:
@@ -30,7 +25,7 @@ def short(text: Any, most: int = 90) -> Cell:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
-def tables(result: Mapping[str, Any]) -> list[Table]:
+def tables(result: Part) -> list[Table]:
     entries = result.get("sections", {})
     made = [_sections(entries)]
     builders = {
@@ -53,10 +48,10 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             made += build(found) if found else []
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             made.append(Table(begins, ["no table"], [[short(repr(error))]]))
-    return [table for table in made if table.rows]
+    return [each for each in made if each.rows]
 
 
-def _sections(entries: Mapping[str, Any]) -> Table:
+def _sections(entries: Part) -> Table:
     rows = []
     for name, entry in entries.items():
         inner = entry.get("result") or {}
@@ -67,7 +62,7 @@ def _sections(entries: Mapping[str, Any]) -> Table:
     return Table("Sections", ["section", "", "s", ""], rows)
 
 
-def _correctness(found: Mapping[str, Any]) -> list[Table]:
+def _correctness(found: Part) -> list[Table]:
     made, rows, wrong = [], [], []
     for part in found.values():
         backend, failures = part["backend"], part["failures"]
@@ -92,14 +87,14 @@ def _correctness(found: Mapping[str, Any]) -> list[Table]:
     return made
 
 
-def _graph(found: Mapping[str, Any]) -> list[Table]:
+def _graph(found: Part) -> list[Table]:
     result = found["graph"]
     tries = dict.fromkeys(name for part in result.values() for name in part)
     rows = [[name, *(short(part.get(name, "-")) for part in result.values())] for name in tries]
     return [Table("CUDA graphs and streams", ["", *result], rows)]
 
 
-def _latency(found: Mapping[str, Any]) -> list[Table]:
+def _latency(found: Part) -> list[Table]:
     result = found["latency"]
     cases = result["in a graph"]
     base = {case["dtype"]: case for case in cases if case["name"] == "two softmaxes"}
@@ -122,7 +117,7 @@ def _latency(found: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _operators(found: Mapping[str, Any]) -> list[Table]:
+def _operators(found: Part) -> list[Table]:
     result = found["operators"]
     made = []
     shapes = dict.fromkeys((case["vocab"], case["dtype"]) for case in result["cases"])
@@ -142,7 +137,7 @@ def _operators(found: Mapping[str, Any]) -> list[Table]:
     return made
 
 
-def _point(case: Mapping[str, Any] | None) -> Cell:
+def _point(case: Part | None) -> Cell:
     if case is None:
         return "-"
     if why := case.get("error") or case.get("skipped"):
@@ -152,7 +147,7 @@ def _point(case: Mapping[str, Any] | None) -> Cell:
     return f"{number(case['cold_us'])}{hot}{share}"
 
 
-def _linear(found: Mapping[str, Any]) -> list[Table]:
+def _linear(found: Part) -> list[Table]:
     result = found["linear"]
     cases, made = result["cases"], []
     counts = sorted({case["rows"] for case in cases})
@@ -177,7 +172,7 @@ def _linear(found: Mapping[str, Any]) -> list[Table]:
     return [*made, Table("Linear layers that were not right", ["model", "", "what"], wrong)]
 
 
-def _beside(case: Mapping[str, Any] | None, rival: Mapping[str, Any] | None) -> Cell:
+def _beside(case: Part | None, rival: Part | None) -> Cell:
     if case is None:
         return "-"
     share = f", {percent(case['of copy'])}" if "of copy" in case else ""
@@ -185,7 +180,7 @@ def _beside(case: Mapping[str, Any] | None, rival: Mapping[str, Any] | None) -> 
     return f"{number(case['us'])}{share}{faster}"
 
 
-def _engine(found: Mapping[str, Any]) -> list[Table]:
+def _engine(found: Part) -> list[Table]:
     result = found["engine"]
     rows = []
     for case in result["cases"]:
@@ -197,7 +192,7 @@ def _engine(found: Mapping[str, Any]) -> list[Table]:
             short(why, 80) if why else number(case.get("ms")), number(case.get("ratio")),
             percent(case.get("of weight bandwidth")),
         ])  # fmt: skip
-    head = ["model", "batch", "context", "", "ms a token", "over steered", "of weight bandwidth"]
+    head = ["model", "batch", "context", "", "ms per token", "over steered", "of weight bandwidth"]
     equal = [[what, short(said, 200)] for what, said in result.get("tokens equal", {}).items()]
     return [
         Table("The engine, bfloat16", head, rows),
@@ -205,7 +200,7 @@ def _engine(found: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _tiles(found: Mapping[str, Any]) -> list[Table]:
+def _tiles(found: Part) -> list[Table]:
     result = found["tiles"]
     cases, chosen = result["cases"], result["chosen"]
     splits = dict.fromkeys((case["tile"], case["warps"]) for case in cases)
@@ -225,7 +220,7 @@ def _tiles(found: Mapping[str, Any]) -> list[Table]:
     return [Table(title, head, rows)]
 
 
-def _sanitizer(found: Mapping[str, Any]) -> list[Table]:
+def _sanitizer(found: Part) -> list[Table]:
     rows = [
         [tool, short(said["summary"] if isinstance(said, dict) else said)]
         for tool, said in found["sanitizer"].items()
@@ -233,28 +228,22 @@ def _sanitizer(found: Mapping[str, Any]) -> list[Table]:
     return [Table("compute-sanitizer", ["tool", "summary"], rows)]
 
 
-def source(result: Mapping[str, Any]) -> str:
-    """Which machine, which versions, which command."""
-    machine = (result.get("sections", {}).get("machine", {}) or {}).get("result") or {}
-    versions = [f"{x} {machine[x]}" for x in ("torch", "triton", "transformers") if machine.get(x)]
+def source(result: Part) -> str:
+    """Say in one line which device, versions and command the results are from."""
+    machine = result.get("sections", {}).get("machine", {}).get("result") or {}
+    versions = records.named(machine, "torch", "triton", "transformers")
     driver = [f"driver {machine['driver_version']}"] if "driver_version" in machine else []
-    return (
-        f"{', '.join([result['device'], *driver, *versions, result['date']])}; "
-        f"`{result['command']}`."
-    )
+    return f"{records.source(result, result['device'], *driver, *versions)}."
 
 
-def markdown(result: Mapping[str, Any]) -> str:
-    parts = [source(result)]
-    for table in tables(result):
-        lines = [table.head, ["---"] * len(table.head), *table.rows]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts.append(f"### {table.title}\n\n{text}")
-    return "\n\n".join(parts) + "\n"
+def markdown(result: Part) -> str:
+    """Format every table with its title, under one line on the source."""
+    parts = [f"### {made.title}\n\n{table(made.head, made.rows)}" for made in tables(result)]
+    return "\n\n".join([source(result), *parts]) + "\n"
 
 
-def show(result: Mapping[str, Any]) -> None:
-    """On the terminal; as Markdown where rich is not installed."""
+def show(result: Part) -> None:
+    """Print the tables; as Markdown if rich is not installed."""
     try:
         from rich.console import Console
         from rich.table import Table as Grid
@@ -265,11 +254,11 @@ def show(result: Mapping[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 170
-    for table in tables(result):
-        grid = Grid(title=Text(table.title), title_justify="left", header_style="bold")
-        for i, name in enumerate(table.head):
+    for made in tables(result):
+        grid = Grid(title=Text(made.title), title_justify="left", header_style="bold")
+        for i, name in enumerate(made.head):
             grid.add_column(Text(name), justify="right" if i > 2 else "left")
-        for row in table.rows:
+        for row in made.rows:
             grid.add_row(*(Text(cell) for cell in row))
         console.print(grid)
     console.print(Text(source(result)))

@@ -1,13 +1,12 @@
-"""The split that `kernels/launch.py` writes down, beside others: which tile, how many warps."""
+"""The split that `kernels/launch.py` fixes (tile and warps), beside other splits."""
 
 from itertools import product
 from typing import Any
 
-import torch
-from gpu import Run, words
-from gpu_cases import BF16
-from gpu_speed import Rows
-
+from benchmarks.gpu.cases import BF16
+from benchmarks.gpu.measure import synchronize
+from benchmarks.gpu.speed import Rows
+from benchmarks.gpu.worker import Run, words
 from svd_engine.kernels import launch
 
 TILES, WARPS = (1024, 2048, 4096), (4, 8)
@@ -15,7 +14,7 @@ VOCABS, ROWS, NAMES = (151936, 49152), (1, 132), ("steer", "sample greedy")
 
 
 def section(run: Run) -> dict[str, Any]:
-    """Microseconds of bfloat16 rows, L2 cold and hot; on a CPU, where no tile matters, for show."""
+    """Time bfloat16 rows, L2 cold and hot; on a CPU, where no tile matters, to try the plumbing."""
     cases: list[dict[str, Any]] = []
     chosen = {"tile": launch.TILE, "warps": launch.STREAM_WARPS}
     result: dict[str, Any] = {"chosen": chosen, "cases": cases}
@@ -32,8 +31,7 @@ def section(run: Run) -> dict[str, Any]:
                     case |= rows.times(name, rows.calls(name, run.backends[0]))
                 except Exception as error:
                     case["error"] = words(error)
-                    if run.device == "cuda":
-                        torch.cuda.synchronize()
+                    synchronize(run.device)
                 cases.append(case)
                 run.keep(result)
             del rows

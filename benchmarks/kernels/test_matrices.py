@@ -1,21 +1,23 @@
-"""What do a decode step's linear layers cost, beside PyTorch's and beside reading their weights?
+"""Measure a decode step's linear layers beside PyTorch's and beside reading their weights.
 
-    pytest benchmarks/test_matrices.py --benchmark-json=benchmarks/results/cpu_matrices.json
+    pytest benchmarks/kernels/test_matrices.py --benchmark-json=runs/matrices.json
 
-A round is the 211 weights of SmolLM2-135M, each used once, so every one comes from memory. "paired"
-adds a LoRA of rank 8 to the second half of the rows (to all, of one row) of the seven linears of
-each layer. Compare within one run. `extra_info` holds the bytes of the weights, the rate at which
-the fastest round read them, and how many times as long the fastest round of PyTorch's took.
+A round uses each of the 211 weights of SmolLM2-135M once, so every weight comes from memory.
+"paired" adds a LoRA of rank 8 to the second half of the rows (to the row itself if there is one) in
+the seven linears of each layer. Compare within one run. `extra_info` holds the bytes of the
+weights, the rate at which the fastest round read them, and the speed relative to PyTorch's fastest
+round.
 """
 
 import time
 from functools import cache
 
-import cpuinfo
 import pytest
 import torch
-from torch import nn
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
 
+from benchmarks.records import machine
 from svd_engine import native, skinny
 
 HIDDEN, INNER, KEYS, VOCAB, LAYERS, RANK = 576, 1536, 192, 49152, 30, 8
@@ -23,19 +25,14 @@ LAYER = [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN), (HIDDEN, HIDDEN)]
 LAYER += [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS = 10
+Layers = list[tuple[Tensor, skinny.LowRank | None]]  # a weight and its adapter
+Inputs = dict[int, Tensor]  # by number of features
 
 
 @cache
-def machine():
-    name, threads = cpuinfo.get_cpu_info().get("brand_raw", "CPU"), torch.get_num_threads()
-    return f"{name}, {threads} threads, {native.capability()}, torch {torch.__version__}"
-
-
-@cache
-def model(dtype):
-    """Of every linear: its weight, and down and up of its adapter or None."""
+def model(dtype: str) -> Layers:
     torch.manual_seed(0)
-    layers = []
+    layers: Layers = []
     for out, fan_in in LAYER * LAYERS + [(VOCAB, HIDDEN)]:
         weight = torch.randn(out, fan_in).to(DTYPES[dtype])
         low_rank = (torch.randn(RANK, fan_in), torch.randn(out, RANK), None)
@@ -43,8 +40,8 @@ def model(dtype):
     return layers
 
 
-def step(name, layers, x, first):
-    """Every linear of a decode step, and the result of the last."""
+def step(name: str, layers: Layers, x: Inputs, first: int) -> Tensor:
+    """Run every linear of a decode step and return the result of the last."""
     adapter = name.endswith("paired")
     linear = skinny._composed if name.startswith("pytorch") else skinny.linear
     for weight, low_rank in layers:
@@ -58,8 +55,8 @@ def step(name, layers, x, first):
 
 
 @cache
-def pytorch_seconds(name, rows, dtype):
-    """The fastest round of PyTorch's, right before what is compared with it."""
+def pytorch_seconds(name: str, rows: int, dtype: str) -> float:
+    """Return the seconds of PyTorch's fastest round."""
     layers, x = model(dtype), inputs(rows, dtype)
     best = float("inf")
     for _ in range(ROUNDS):
@@ -69,7 +66,7 @@ def pytorch_seconds(name, rows, dtype):
     return best
 
 
-def inputs(rows, dtype):
+def inputs(rows: int, dtype: str) -> Inputs:
     return {size: torch.randn(rows, size).to(DTYPES[dtype]) for size in (HIDDEN, INNER)}
 
 
@@ -77,7 +74,7 @@ def inputs(rows, dtype):
 @pytest.mark.parametrize("name", ["read", "pytorch", "skinny", "pytorch paired", "skinny paired"])
 @pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear(benchmark, name, rows, dtype):
+def test_linear(benchmark: BenchmarkFixture, name: str, rows: int, dtype: str) -> None:
     layers, x = model(dtype), inputs(rows, dtype)
     with torch.inference_mode():
         if name.startswith("skinny"):

@@ -1,14 +1,14 @@
-"""Steering with one of its parts taken out, each variant at the strength that it calibrates to."""
+"""Steering with one part taken out, each variant at its own calibrated strength."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.quality_measure import OBJECTIVE, PER_TOKEN, Table, at, calibrated, summary
-from benchmarks.quality_objectives import grid
-from benchmarks.quality_tasks import Part, Task
-from benchmarks.quality_work import RAW, WHOLE, Pass
+from benchmarks.quality.measure import OBJECTIVE, PER_TOKEN, Table, at, calibrated, summary
+from benchmarks.quality.objectives import grid
+from benchmarks.quality.tasks import Part, Task
+from benchmarks.quality.work import RAW, WHOLE, Pass
 from svd_engine.supports import Supports
 
 PENALTY = -1000.0  # the paper's lambda in its code
@@ -16,8 +16,8 @@ ALPHA = 0.1  # the paper's
 ALPHAS = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def ablations(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
-    """Variants of the steering and what each gains on the test part."""
+def variants(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
+    """Measure what each variant of the steering gains on the test part."""
     report = calibrated(task, calibration, (ALPHA,))
     mu, paper = report.strength, report.estimates["mean gauss-newton"]
     entries = test.entries.at(ALPHA)
@@ -39,8 +39,8 @@ def ablations(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]
     ]
 
 
-def sweep(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
-    """Every alpha at its own strength: its gain on the test part, and the size of its supports."""
+def alphas(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
+    """Measure each alpha at its own strength: the gain on the test part, the supports' sizes."""
     adapted = at(task.test, test.entries, 0.0)
     found = []
     for alpha in ALPHAS:
@@ -62,7 +62,7 @@ def sweep(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
 
 
 def penalised(part: Part, entries: Supports, mu: float) -> Table:
-    """log P of every passage where tokens off the support get |mu| PENALTY (14)."""
+    """Return log P of every passage if tokens off the support get |mu| PENALTY (14)."""
     count = len(entries.adapted)
 
     def over(values: Tensor) -> Tensor:

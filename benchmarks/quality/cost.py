@@ -1,4 +1,4 @@
-"""CPU seconds and peak memory of the commands that calibrate and evaluate, a process each; and
+"""CPU seconds and peak memory of the commands that calibrate and evaluate, one process each; and
 what calibration adds to the forward passes that it needs."""
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_tasks import Rows, tokenizer, truthfulqa_split
+from benchmarks.quality.tasks import Rows, tokenizer, truthfulqa_split
 from svd_engine import models, teacher
 from svd_engine.calibrate import calibrate
 from svd_engine.engine import SteeredEngine
@@ -23,12 +23,12 @@ from svd_engine.files import write_text
 from svd_engine.objectives import Answers
 
 QUESTIONS = 100
-TOKENS, ROUNDS = 1000, 5  # answer tokens of `overhead`, and how often it is timed
+TOKENS, ROUNDS = 1000, 5  # of `overhead`: answer tokens and timed rounds
 LOAD = "import svd_engine as s, sys; s.SteeredEngine.from_pretrained('smollm2', sys.argv[1])"
 
 
-def cost(data: Path, adapter: Path) -> list[dict[str, Any]]:
-    """Loading alone, `svd-engine calibrate` and `svd-engine evaluate truthfulqa`."""
+def commands(data: Path, adapter: Path) -> list[dict[str, Any]]:
+    """Measure loading alone, `svd-engine calibrate` and `svd-engine evaluate truthfulqa`."""
     task = truthfulqa_split(data, 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -38,21 +38,20 @@ def cost(data: Path, adapter: Path) -> list[dict[str, Any]]:
         rows = task.calibration.rows[:QUESTIONS]
         write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         command = [sys.executable, "-m", "svd_engine.cli"]
+        calibrating = [*command, "calibrate", name, f"{name}/rows.jsonl"]
+        evaluating = [*command, "evaluate", "truthfulqa", "--adapter", name]
+        evaluating += ["--limit", str(QUESTIONS), "--output", f"{name}/runs"]
+        evaluating += ["--data", str(data / "truthfulqa" / "mc_task.json")]
         runs = {
             "load both models": [sys.executable, "-c", LOAD, name],
-            f"calibrate, {QUESTIONS} questions": [
-                *command, "calibrate", name, f"{name}/rows.jsonl",
-            ],
-            f"evaluate truthfulqa, {QUESTIONS} questions": [
-                *command, "evaluate", "truthfulqa", "--adapter", name, "--limit", str(QUESTIONS),
-                "--data", str(data / "truthfulqa" / "mc_task.json"), "--output", f"{name}/runs",
-            ],
-        }  # fmt: skip
+            f"calibrate, {QUESTIONS} questions": calibrating,
+            f"evaluate truthfulqa, {QUESTIONS} questions": evaluating,
+        }
         return [{"what": what} | measured(arguments) for what, arguments in runs.items()]
 
 
 def overhead(adapter: Path, rows: Rows) -> dict[str, float]:
-    """Seconds of the forward passes over `TOKENS` answer tokens, and of calibration with them."""
+    """Time the forward passes over `TOKENS` answer tokens, and calibration including them."""
     engine = SteeredEngine.from_pretrained(models.SMOLLM2, adapter, dtype="bfloat16")
     examples = encode(rows, tokenizer())
     tokens = np.cumsum([sum(map(len, (e.completion, *e.accepted, *e.rejected))) for e in examples])
@@ -79,10 +78,11 @@ def overhead(adapter: Path, rows: Rows) -> dict[str, float]:
 
 
 def measured(arguments: list[str]) -> dict[str, float]:
+    """Run a command and return its CPU seconds and its peak memory."""
     process = subprocess.Popen(arguments)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, arguments)
-    # Linux gives kilobytes.
+    # ru_maxrss is in kilobytes on Linux.
     return {"seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024}

@@ -6,29 +6,30 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from benchmarks.quality_measure import summary
-from benchmarks.quality_tasks import Task
+from benchmarks.quality.measure import summary
+from benchmarks.quality.tasks import Task
 from svd_engine import models
 from svd_engine.calibration_report import CalibrationReport
 from svd_engine.engine import SteeredEngine
-from svd_engine.evaluate.commonsense import GENERATION_METRICS
+from svd_engine.evaluate.commonsense import GENERATION_METRICS, Problem
 from svd_engine.evaluate.journal import Journal
 from svd_engine.steering import SteeringConfig
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "beam search, 4 beams": dict(num_beams=4),
-    "top-p, 0.95": dict(temperature=1.0, top_p=0.95),
-    "top-k, 10": dict(temperature=1.0, top_k=10),
+    "beam search, 4 beams": {"num_beams": 4},
+    "top-p, 0.95": {"temperature": 1.0, "top_p": 0.95},
+    "top-k, 10": {"temperature": 1.0, "top_k": 10},
 }
 PROBLEMS, TOKENS, BATCH = 100, 8, 20  # "the correct answer is answer1" is 7 tokens
 
 
-def decoding(task: Task, folder: Path, report: CalibrationReport) -> list[dict[str, Any]]:
-    """Accuracy by generation on the first problems of the test, a case a strategy."""
+def strategies(task: Task, folder: Path, report: CalibrationReport) -> list[dict[str, Any]]:
+    """Measure accuracy by generation on the first test problems, one case per strategy."""
     engine = SteeredEngine.from_pretrained(models.SMOLLM2, folder, dtype="bfloat16")
     engine.steering = SteeringConfig(report.strength, alpha=report.alpha)
-    items, passages = task.test.items[:PROBLEMS], task.test.answers
+    items = [item for item in task.test.items[:PROBLEMS] if isinstance(item, Problem)]
+    passages = task.test.answers
     prompts = [passages.passages[right[0]].prompt for right in passages.right[:PROBLEMS]]
     settings = dict(strength=report.strength, alpha=report.alpha, problems=PROBLEMS, tokens=TOKENS)
     journal = Journal(folder / "decoding.jsonl", settings)

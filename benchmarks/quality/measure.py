@@ -1,4 +1,4 @@
-"""What steering is worth on a warm start: calibrated on one part of a task, measured on another."""
+"""The worth of steering on a warm start: calibrated on one part of a task, measured on another."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,27 +6,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.quality_tasks import Part, Task
-from benchmarks.quality_work import Pass
+from benchmarks.quality.tasks import Part, Task
+from benchmarks.quality.work import Pass
 from svd_engine import intervals
 from svd_engine.calibrate import fit
 from svd_engine.calibration_report import CalibrationReport
 from svd_engine.estimators import BRACKET, GRID
 from svd_engine.supports import Supports
 
-ALPHAS = (0.01, 0.1, 0.3)  # what a calibration chooses from
-OBJECTIVE, PER_TOKEN = "ranking", True  # what the results are calibrated on
+ALPHAS = (0.01, 0.1, 0.3)  # the candidates of a calibration
+OBJECTIVE, PER_TOKEN = "ranking", True  # of the calibrations
 CURVE = [float(mu) for mu in GRID[::4]]
+REPORTED = (
+    "strength",
+    "alpha",
+    "interval",
+    "loss_before",
+    "loss_after",
+    "gain_interval",
+    "nll_before",
+    "nll_after",
+    "verdict",
+    "single_share",
+)
 Table = NDArray[np.float64]
 
 
 def at(part: Part, entries: Supports, strength: float) -> Table:
-    """The figures of every question at a strength, `[questions, columns]`."""
+    """Return the figures of every question at a strength, `[questions, columns]`."""
     return part.figures(part.answers.scores(entries, strength))
 
 
 def summary(columns: tuple[str, ...], values: Table) -> dict[str, dict[str, float]]:
-    """Mean and 95 % bootstrap interval over questions of every column."""
+    """Return each column's mean and 95 % bootstrap interval over questions."""
     spans = intervals.of_means(values)
     return {
         name: {"mean": float(mean), "low": float(low), "high": float(high)}
@@ -37,13 +49,13 @@ def summary(columns: tuple[str, ...], values: Table) -> dict[str, dict[str, floa
 def calibrated(
     task: Task, calibration: Pass, alphas: Sequence[float] = ALPHAS
 ) -> CalibrationReport:
-    """The strength and the alpha that the calibration part asks for."""
+    """Calibrate strength and alpha on the calibration part."""
     answers = task.calibration.answers
     return fit(answers, calibration.entries, alphas, OBJECTIVE, length_normalised=PER_TOKEN)
 
 
 def worth(task: Task, calibration: Pass, test: Pass) -> tuple[dict[str, Any], Mapping[str, Table]]:
-    """A case of results, and the figures of every test question by model."""
+    """Return a case of results, and the figures of every test question by model."""
     report = calibrated(task, calibration)
     entries = test.entries.at(report.alpha)
     totals = entries.totals(entries.base, len(task.test.answers.passages))
@@ -73,16 +85,13 @@ def worth(task: Task, calibration: Pass, test: Pass) -> tuple[dict[str, Any], Ma
 
 
 def found(report: CalibrationReport) -> dict[str, Any]:
-    names = (
-        "strength", "alpha", "interval", "loss_before", "loss_after", "gain_interval",
-        "nll_before", "nll_after", "verdict", "single_share",
-    )  # fmt: skip
-    values = {name: getattr(report, name) for name in names}
+    """Return the part of a report that the results hold."""
+    values = {name: getattr(report, name) for name in REPORTED}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def likelihood(task: Task, calibration: Pass, test: Pass) -> dict[str, Any]:
-    """The strength of the likelihood alone, and what it does to the NLL of the test's answers."""
+    """Calibrate on the likelihood, and measure the change in the NLL of the test's answers."""
     report = fit(task.calibration.answers, calibration.entries, ALPHAS, "nll")
     answers, entries = task.test.answers, test.entries.at(report.alpha)
     right = np.concatenate(answers.right)

@@ -1,4 +1,4 @@
-"""What a calibration can make small, judged by calibration questions held out and by the test."""
+"""The objectives of a calibration, judged by held-out calibration questions and by the test."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,43 +7,47 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.quality_measure import ALPHAS, Table, at, summary
-from benchmarks.quality_tasks import Part, Task
-from benchmarks.quality_work import Pass
+from benchmarks.quality.measure import ALPHAS, Table, at, summary
+from benchmarks.quality.tasks import Part, Task
+from benchmarks.quality.work import Pass
 from svd_engine.candidates import Candidate, held_out
 from svd_engine.supports import Supports
 
 # (objective, length-normalised, steered by the projection)
 OBJECTIVES = (
-    ("ranking", False, True), ("ranking", True, True), ("preference", False, True),
-    ("preference", True, True), ("ranking", False, False), ("ranking", True, False),
-)  # fmt: skip
+    ("ranking", False, True),
+    ("ranking", True, True),
+    ("preference", False, True),
+    ("preference", True, True),
+    ("ranking", False, False),
+    ("ranking", True, False),
+)
 FOLDS = 5
 Questions = NDArray[np.bool_]
 
 
-def objectives(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
-    """Every objective's strength: its gain on calibration questions held out, and on the test.
+def compared(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
+    """Measure each objective's gain on held-out calibration questions and on the test.
 
-    "changes" are those of every test question.
+    "changes" holds the change of every test question.
     """
     part, fold = task.calibration, folds(task.calibration)
     cases = []
     for objective, per_token, projection in OBJECTIVES:
+        settings = (objective, per_token, "exact", "gauss-newton")
         candidates = [
-            Candidate(
-                alpha, part.answers, kept(calibration, alpha, projection), objective, per_token,
-                "exact", "gauss-newton",
-            )
+            Candidate(alpha, part.answers, kept(calibration, alpha, projection), *settings)
             for alpha in ALPHAS
-        ]  # fmt: skip
+        ]
 
-        def choose(inside: Questions, candidates=candidates) -> tuple[float, float]:
+        def choose(
+            inside: Questions, candidates: list[Candidate] = candidates
+        ) -> tuple[float, float]:
             chosen = candidates[int(np.argmin(held_out(candidates, fold, inside)))]
             return chosen.estimate(inside), chosen.alpha
 
         def steered(
-            part: Part, made: Pass, chosen: tuple[float, float], projection=projection
+            part: Part, made: Pass, chosen: tuple[float, float], projection: bool = projection
         ) -> Table:
             mu, alpha = chosen
             return at(part, kept(made, alpha, projection), mu)
@@ -65,7 +69,7 @@ def judge(
     choose: Callable[[Questions], tuple[float, float]],
     steered: Callable[[Part, Pass, tuple[float, float]], Table],
 ) -> dict[str, Any]:
-    """choose: questions -> (mu, alpha); steered: the figures there."""
+    """Measure a choice. choose: questions -> (mu, alpha); steered: the figures at that choice."""
     off = (0.0, 1.0)
     part, fold = task.calibration, folds(task.calibration)
     unsteered = steered(part, calibration, off)[:, -1]
@@ -95,7 +99,7 @@ def words(objective: str, per_token: bool, projection: bool) -> str:
 
 
 def grid(part: Part, scores: Tensor, objective: str, per_token: bool) -> Table:
-    """The loss of every question at every column of log P `[answers, columns]`."""
+    """Return the loss of every question at every column of log P `[answers, columns]`."""
     columns = scores.numpy()
     loss = part.answers.losses_of(lambda i: columns[:, int(i)], objective, per_token)
     return np.stack([loss(i) for i in range(columns.shape[1])], axis=1)

@@ -1,32 +1,32 @@
 """The figures of docs/method.md, drawn from the JSON as SVG."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_report import METHODS
+from benchmarks import records
+from benchmarks.quality.tables import METHODS
 
 
 def draw(results: Path) -> list[Path]:
-    """Every figure whose results are there."""
+    """Draw every figure whose results exist, and return the files."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "svd-engine"  # the same figures give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "svd-engine"  # equal figures give equal files
     drawn = []
     for plot, origin in ((curves, "truthfulqa"), (gains, "truthfulqa"), (by_steps, "steps")):
         path = results / f"quality_{origin}.json"
         if path.is_file():
-            figure = plot(json.loads(path.read_text(encoding="utf-8"))["cases"])
+            figure = plot(records.read(path)["cases"])
             drawn.append(results / f"quality_{plot.__name__}.svg")
             figure.savefig(drawn[-1], metadata={"Date": None})
     return drawn
 
 
 def curves(cases: list[dict[str, Any]]) -> Any:
-    """The average of MC1, MC2 and MC3 against mu, the chosen strength marked."""
+    """Plot the average of MC1, MC2 and MC3 against mu, the chosen strength marked."""
     figure, axes = _axes()
     for i, case in enumerate(case for case in cases if case["seed"] == cases[0]["seed"]):
         axes.plot(*zip(*case["curve"], strict=True), color=f"C{i}", label=METHODS[case["method"]])
@@ -43,7 +43,7 @@ def curves(cases: list[dict[str, Any]]) -> Any:
 
 
 def gains(cases: list[dict[str, Any]]) -> Any:
-    """What steering gains by method and split, with 95 % intervals."""
+    """Plot the gain of steering by method and split, with 95 % intervals."""
     figure, axes = _axes()
     methods = list(dict.fromkeys(case["method"] for case in cases))
     seeds = list(dict.fromkeys(case["seed"] for case in cases))
@@ -62,7 +62,7 @@ def gains(cases: list[dict[str, Any]]) -> Any:
 
 
 def by_steps(cases: list[dict[str, Any]]) -> Any:
-    """Adapted and steered against the steps of the warm start."""
+    """Plot adapted and steered against the steps of the warm start."""
     figure, axes = _axes()
     steps = [case["steps"] for case in cases]
     for name in ("adapted", "steered"):

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks import records
+from benchmarks.tables import table
 
 Result = dict[str, Any]
 METHODS = {
@@ -11,6 +12,8 @@ METHODS = {
     "prompt": "prompt tuning",
     "prefix": "prefix tuning",
 }
+MODELS = ("base", "adapted", "steered")
+COLUMNS = ("average", "MC1", "MC2", "MC3")
 
 
 def span(figures: dict[str, float]) -> str:
@@ -21,35 +24,33 @@ def mean(figures: dict[str, float]) -> str:
     return f"{figures['mean']:.1f}"
 
 
+def calibrated(case: Result) -> tuple[str, str, str]:
+    """Format strength, alpha and verdict of a case's calibration."""
+    found = case["calibration"]
+    return f"{found['strength']:+.2f}", f"{found['alpha']:g}", found["verdict"].partition(":")[0]
+
+
 def command(origin: str) -> str:
-    """What makes the results of that name."""
+    """Return the command that makes the results of this name."""
     return f"`python -m benchmarks.quality {origin.removeprefix('quality_')}`"
 
 
 def source(result: Result) -> str:
-    versions = ", ".join(
-        f"{name} {result['versions'][name]}" for name in ("transformers", "peft", "svd-engine")
-    )
-    where = f"{result['machine']}, {versions}, {result['date']}"
-    return f"{result['model']}. {where}; `{result['command']}`"
+    versions = records.named(result["versions"], "transformers", "peft", "svd-engine")
+    return f"{result['model']}. {records.source(result, result['machine'], *versions)}"
 
 
 def truthfulqa(result: Result) -> str:
-    """Table 1 of the paper, at this size."""
+    """Format Table 1 of the paper, at this size."""
     rows = []
     for case in result["cases"]:
-        calibration, models = case["calibration"], case["models"]
-        rows.append([
-            f"{METHODS[case['method']]}, split {case['seed']}",
-            *(mean(models[name]["average"]) for name in ("base", "adapted", "steered")),
-            *(span(case["gain"][column]) for column in ("average", "MC1", "MC2", "MC3")),
-            f"{calibration['strength']:+.2f}", f"{calibration['alpha']:g}",
-            calibration["verdict"].partition(":")[0],
-        ])  # fmt: skip
-    rows.append(["mean of all", "", "", "", *(
-        span(result["mean_gain"][column]) for column in ("average", "MC1", "MC2", "MC3")
-    ), "", "", ""])  # fmt: skip
-    head = ["", "base", "adapted", "steered", "gain", "MC1", "MC2", "MC3", "mu", "alpha", "verdict"]
+        what = f"{METHODS[case['method']]}, split {case['seed']}"
+        means = [mean(case["models"][name]["average"]) for name in MODELS]
+        gains = [span(case["gain"][column]) for column in COLUMNS]
+        rows.append([what, *means, *gains, *calibrated(case)])
+    gains = [span(result["mean_gain"][column]) for column in COLUMNS]
+    rows.append(["mean of all", "", "", "", *gains, "", "", ""])
+    head = ["", *MODELS, "gain", "MC1", "MC2", "MC3", "mu", "alpha", "verdict"]
     questions = result["cases"][0]["questions"]
     return (
         f"{source(result)}.\n\n{table(head, rows)}\n\nAverage of MC1, MC2 and MC3 in per cent on "
@@ -59,7 +60,7 @@ def truthfulqa(result: Result) -> str:
 
 
 def objectives(result: Result) -> str:
-    """What calibration makes small, and what that is worth."""
+    """Format the objectives of a calibration, and what they are worth."""
     methods = list(dict.fromkeys(case["method"] for case in result["cases"]))
     names = [each["objective"] for each in result["cases"][0]["objectives"]]
     rows = []
@@ -87,50 +88,41 @@ def averaged(found: list[Result], part: str) -> str:
 
 
 def estimators(result: Result) -> str:
-    """Every estimator's strength and what the test makes of it."""
+    """Format every estimator's strength and its figure on the test."""
     cases = [case for case in result["cases"] if case["seed"] == result["cases"][0]["seed"]]
-    rows = [
-        [name, *(
-            f"{case['estimators'][name]['mu']:+.3g}: {case['estimators'][name]['figure']:.1f}"
-            for case in cases
-        )]
-        for name in cases[0]["estimators"]
-    ]  # fmt: skip
+    rows = []
+    for name in cases[0]["estimators"]:
+        found = [case["estimators"][name] for case in cases]
+        rows.append([name, *(f"{each['mu']:+.3g}: {each['figure']:.1f}" for each in found)])
     rows.append(["un-steered", *(mean(case["models"]["adapted"]["average"]) for case in cases)])
     head = ["mu: average on the test", *(METHODS[case["method"]] for case in cases)]
     return f"{table(head, rows)}\n\nBeyond |mu| = 64 a strength is cut to 64 for the average."
 
 
 def likelihood(result: Result) -> str:
-    """Calibration on the likelihood: never worse than un-steered."""
+    """Format calibration on the likelihood."""
     rows = []
     for case in result["cases"]:
         found = case["nll"]
         low, high = found["interval"]
-        rows.append([
-            f"{METHODS[case['method']]}, split {case['seed']}",
-            f"{found['strength']:+.2f} [{low:+.2f}, {high:+.2f}]",
-            f"{found['nll_before']:.3f}", f"{found['held_out_change']:+.4f}",
-            f"{found['test_before']:.3f}", f"{found['test_change']:+.4f}",
-        ])  # fmt: skip
+        what = f"{METHODS[case['method']]}, split {case['seed']}"
+        strength = f"{found['strength']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        held_out = [f"{found['nll_before']:.3f}", f"{found['held_out_change']:+.4f}"]
+        test = [f"{found['test_before']:.3f}", f"{found['test_change']:+.4f}"]
+        rows.append([what, strength, *held_out, *test])
     head = ["", "mu", "held out, mu = 0", "calibrated", "test, mu = 0", "calibrated"]
     note = "NLL of the right answers in nats a token, and what steering adds to it."
     return f"{table(head, rows)}\n\n{note}"
 
 
 def commonsense(result: Result) -> str:
-    """Table 2 of the paper."""
-    rows = [
-        [
-            f"{case['task']}, {METHODS[case['method']]}",
-            *(mean(case["models"][name]["accuracy"]) for name in ("base", "adapted", "steered")),
-            span(case["gain"]["accuracy"]),
-            f"{case['calibration']['strength']:+.2f}", f"{case['calibration']['alpha']:g}",
-            case["calibration"]["verdict"].partition(":")[0],
-        ]
-        for case in result["cases"]
-    ]  # fmt: skip
-    head = ["", "base", "adapted", "steered", "gain", "mu", "alpha", "verdict"]
+    """Format Table 2 of the paper."""
+    rows = []
+    for case in result["cases"]:
+        what = f"{case['task']}, {METHODS[case['method']]}"
+        means = [mean(case["models"][name]["accuracy"]) for name in MODELS]
+        rows.append([what, *means, span(case["gain"]["accuracy"]), *calibrated(case)])
+    head = ["", *MODELS, "gain", "mu", "alpha", "verdict"]
     case = result["cases"][0]
     return (
         f"{source(result)}.\n\n{table(head, rows)}\n\nAccuracy by likelihood in per cent on "
@@ -140,12 +132,12 @@ def commonsense(result: Result) -> str:
 
 
 def ablations(result: Result) -> str:
-    """The steering with one part taken out."""
+    """Format the steering with one part taken out."""
     return over_methods(result, "variant", "Gain of the average of MC1, MC2 and MC3 in points.")
 
 
 def alphas(result: Result) -> str:
-    """Every alpha at its own strength."""
+    """Format every alpha at its own strength."""
     return over_methods(
         result, "alpha", "Gain of the average of MC1, MC2 and MC3 in points, each at its own mu."
     )
@@ -166,36 +158,31 @@ def over_methods(result: Result, key: str, note: str) -> str:
 
 
 def steps(result: Result) -> str:
-    """LoRA after warm starts of several lengths."""
-    rows = [
-        [
-            str(case["steps"]),
-            *(mean(case["models"][name]["average"]) for name in ("base", "adapted", "steered")),
-            span(case["gain"]["average"]), f"{case['calibration']['strength']:+.2f}",
-        ]
-        for case in result["cases"]
-    ]  # fmt: skip
-    head = ["steps of 16 answers", "base", "adapted", "steered", "gain", "mu"]
+    """Format LoRA after warm starts of several lengths."""
+    rows = []
+    for case in result["cases"]:
+        means = [mean(case["models"][name]["average"]) for name in MODELS]
+        strength, *_ = calibrated(case)
+        rows.append([str(case["steps"]), *means, span(case["gain"]["average"]), strength])
+    head = ["steps of 16 answers", *MODELS, "gain", "mu"]
     return f"{source(result)}.\n\n{table(head, rows)}"
 
 
 def decoding(result: Result) -> str:
-    """Table 5 of the paper: decoding strategies."""
-    rows = [
-        [
-            case["strategy"],
-            *(mean(case["models"][name]["accuracy"]) for name in ("adapted", "steered")),
-            span(case["gain"]["accuracy"]),
-            *(mean(case["models"][name]["answered"]) for name in ("adapted", "steered")),
-        ]
-        for case in result["cases"]
-    ]  # fmt: skip
+    """Format Table 5 of the paper: decoding strategies."""
+    rows = []
+    for case in result["cases"]:
+        models = [case["models"][name] for name in ("adapted", "steered")]
+        accuracy, answered = (
+            [mean(model[metric]) for model in models] for metric in ("accuracy", "answered")
+        )
+        rows.append([case["strategy"], *accuracy, span(case["gain"]["accuracy"]), *answered])
     head = ["", "adapted", "steered", "gain", "adapted answers", "steered answers"]
     return f"{source(result)}.\n\n{table(head, rows)}"
 
 
 def cost(result: Result) -> str:
-    """CPU seconds and memory of the commands."""
+    """Format CPU seconds and memory of the commands."""
     rows = [
         [case["what"], f"{case['seconds']:.0f}", f"{case['peak_bytes'] / 1e9:.2f}"]
         for case in result["cases"]

@@ -1,4 +1,4 @@
-"""The tasks of the quality experiments: what trains, what calibrates, what is tested."""
+"""The tasks of the quality experiments, each split into training, calibration and test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,13 @@ from svd_engine.calibrate import Answers
 from svd_engine.evaluate import commonsense, truthfulqa, truthfulqa_files
 from svd_engine.examples import encode
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRUTHFULQA_CALIBRATION = 250  # questions; a warm start of 30 steps uses a third of the rest
 COMMONSENSE_CALIBRATION, COMMONSENSE_TEST = 100, 200  # problems
 Rows = list[dict[str, Any]]
 
 
 class Item(Protocol):
-    """A question with its answers, the right ones first, and their metrics in [0, 1]."""
+    """A question with its answers, the right ones first, and its metrics in [0, 1]."""
 
     @property
     def answers(self) -> list[str]: ...
@@ -42,9 +41,9 @@ class Part:
         self.answers = Answers(encode(rows, tokenizer()))
 
     def figures(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The metrics of every question in per cent, their average last, `[questions, columns]`.
+        """Return the metrics of every question in per cent, their average last.
 
-        scores: log P of every passage.
+        scores: log P of every passage. The result is `[questions, columns]`.
         """
         found, start = [], 0
         for item in self.items:
@@ -58,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Task:
-    """One split of one benchmark; `columns` name the figures, and the last is what counts."""
+    """One split of one benchmark; `columns` names the figures, and the last one counts."""
 
     name: str
     columns: tuple[str, ...]
@@ -69,29 +68,26 @@ class Task:
 
 
 def truthfulqa_split(data: Path, seed: int) -> Task:
-    """TruthfulQA: 403 questions to train on, 250 to calibrate, 164 to test, shuffled by seed."""
+    """Split TruthfulQA by seed: 403 questions to train on, 250 to calibrate, 164 to test."""
     questions = truthfulqa_files.read(data / "truthfulqa" / "mc_task.json")
     parts = truthfulqa.split(questions, seed, TRUTHFULQA_CALIBRATION)
     rows = {k: [truthfulqa.example(q, truthfulqa.PLAIN) for q in v] for k, v in parts.items()}
-    return Task(
-        f"truthfulqa-{seed}", (*truthfulqa.METRICS, "average"), rows["training"],
-        *(Part(parts[k], rows[k]) for k in ("calibration", "test")),
-    )  # fmt: skip
+    calibration, test = (Part(parts[k], rows[k]) for k in ("calibration", "test"))
+    columns = (*truthfulqa.METRICS, "average")
+    return Task(f"truthfulqa-{seed}", columns, rows["training"], calibration, test)
 
 
 def commonsense_split(data: Path, name: str) -> Task:
-    """A task of LLM-Adapters: problems of its training file, and the first ones of its test.
+    """Split a task of LLM-Adapters: problems of its training file, and the first of its test.
 
-    Answers differ by one token, which logits in bfloat16 often make equal: scored in float32.
+    Answers differ by one token, whose logits are often equal in bfloat16: scored in float32.
     """
-    train, test = (
+    training, testing = (
         commonsense.read(commonsense.find(data / "commonsense", name, part))
         for part in ("train", "test")
     )
-    parts = commonsense.split(train, test, calibration=COMMONSENSE_CALIBRATION)
+    parts = commonsense.split(training, testing, calibration=COMMONSENSE_CALIBRATION)
     parts["test"] = parts["test"][:COMMONSENSE_TEST]
     rows = {k: [commonsense.example(p) for p in v] for k, v in parts.items()}
-    return Task(
-        name, commonsense.METRICS, rows["training"],
-        *(Part(parts[k], rows[k]) for k in ("calibration", "test")), "float32",
-    )  # fmt: skip
+    calibration, test = (Part(parts[k], rows[k]) for k in ("calibration", "test"))
+    return Task(name, commonsense.METRICS, rows["training"], calibration, test, "float32")

@@ -1,4 +1,4 @@
-"""Warm starts and passes of the quality experiments, each made once and kept in runs/quality."""
+"""Warm starts and passes of the quality experiments, made once and kept in runs/quality."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_tasks import Part, Task
+from benchmarks.quality.tasks import Part, Task
+from benchmarks.records import ROOT
 from svd_engine import models, supports, teacher
 from svd_engine.engine import SteeredEngine
 from svd_engine.warm_start import warm_start
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "quality"
-ALPHA = 0.001  # of the supports that are kept: they hold those of every larger alpha
-# Strengths of what needs the whole vocabulary.
+ALPHA = 0.001  # of the supports kept, which contain those of every larger alpha
+# The strengths of `raw` and `whole`, which need the whole vocabulary.
 RAW = (-8.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 WHOLE = (-64.0, -48.0, -32.0, -24.0, -16.0, -12.0, -8.0, -4.0, -2.0, 0.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass of both models over all answers of some questions leaves."""
+    """The results of one pass of both models over all answers of some questions."""
 
     entries: supports.Supports  # at ALPHA
     raw: Tensor  # log P of each answer under z + mu g, the gradient itself, [answers, RAW]
@@ -32,19 +32,17 @@ class Pass:
 
 
 def adapter(task: Task, method: str, steps: int, **training: Any) -> Path:
-    """The folder of a warm start of smollm2 in bfloat16, trained unless it is there."""
+    """Return the folder of a warm start of smollm2 in bfloat16; train it if it is missing."""
     folder = RUNS / task.name / f"{method}-{steps}"
     if not folder.is_dir():
         base, tokenizer = models.load_base(models.SMOLLM2, dtype="bfloat16")
-        warm_start(
-            base, tokenizer, task.training, folder, method=method, steps=steps,
-            learning_rate="auto", **training,
-        )  # fmt: skip
+        training |= {"method": method, "steps": steps, "learning_rate": "auto"}
+        warm_start(base, tokenizer, task.training, folder, **training)
     return folder
 
 
 def passes(task: Task, folder: Path) -> tuple[Pass, Pass]:
-    """Those over the calibration and over the test part; the models are loaded if one is new."""
+    """Return the passes over the calibration and over the test part, made if missing."""
     parts = {"calibration": task.calibration, "test": task.test}
     missing = [name for name in parts if not (folder / f"{name}.pt").is_file()]
     if missing:
@@ -68,7 +66,7 @@ def _make(engine: SteeredEngine, part: Part, path: Path, words: str) -> None:
     entries = supports.gather(seen(), ALPHA)
     kept = {field.name: _narrow(getattr(entries, field.name)) for field in fields(entries)}
     partial = path.with_suffix(".partial")
-    torch.save(dict(entries=kept, raw=raw, whole=whole), partial)
+    torch.save({"entries": kept, "raw": raw, "whole": whole}, partial)
     os.replace(partial, path)
 
 
@@ -82,7 +80,7 @@ def _read(path: Path) -> Pass:
 def _add(
     raw: Tensor, whole: Tensor, logits: Sequence[Tensor], target: Tensor, passage: Tensor
 ) -> None:
-    """Add log P of these tokens to their passages', under every strength of RAW and WHOLE.
+    """Add log P of these tokens to their passages, for every strength of RAW and WHOLE.
 
     The gradient is g = -(log p - log q + 1), so z + mu g is (1 - mu) z + mu b up to a constant.
     """
@@ -99,7 +97,7 @@ def _add(
 
 
 def _narrow(values: Tensor) -> Tensor:
-    """For the file: these floats were float32, and no index passes 2**31."""
+    """Narrow for the file: these floats were float32, and no index exceeds 2**31."""
     kinds = {torch.float64: torch.float32, torch.int64: torch.int32}
     return values.to(kinds.get(values.dtype, values.dtype))
 

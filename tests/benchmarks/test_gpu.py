@@ -1,18 +1,16 @@
-"""`python benchmarks/gpu.py` end to end on a CPU, and what becomes of sections that go wrong."""
+"""`python -m benchmarks.gpu` end to end on a CPU, and what becomes of sections that go wrong."""
 
 import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import gpu
-import gpu_cases
-import gpu_correctness
-import gpu_linear
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import cases, correctness, linear, supervisor, tables, worker
+from benchmarks.records import ROOT, read
+
 SECTIONS = [
     "machine", "bandwidth", "correctness_cpu", "correctness_reference", "graph", "latency",
     "operators", "linear", "engine", "tiles", "sanitizer",
@@ -23,7 +21,7 @@ SECTIONS = [
 def measured(tmp_path_factory):
     """The command's output and its JSON."""
     path = tmp_path_factory.mktemp("gpu") / "cpu.json"
-    command = ["benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", str(path)]
+    command = ["-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--out", str(path)]
     ran = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -73,7 +71,7 @@ def test_times_and_tokens(measured):
 
 def test_the_tables(measured):
     output, result = measured
-    text = gpu.table(result)
+    text = tables.markdown(result)
     titles = [line[4:] for line in text.splitlines() if line.startswith("### ")]
     for begins in (
         "Sections",
@@ -88,7 +86,7 @@ def test_the_tables(measured):
         assert any(title.startswith(begins) for title in titles)
         assert begins in output
     assert not {"Not right", "Linear layers that were not right"} & set(titles)
-    assert "`python benchmarks/gpu.py --device cpu --quick`" in text.splitlines()[0]
+    assert "`python -m benchmarks.gpu --device cpu --quick`" in text.splitlines()[0]
 
 
 def test_the_json_says_nothing_of_where_it_ran(measured):
@@ -98,8 +96,8 @@ def test_the_json_says_nothing_of_where_it_ran(measured):
 FATE = """
 import os, sys, time
 from pathlib import Path
-sys.path.insert(0, {benchmarks!r})
-import gpu
+sys.path.insert(0, {root!r})
+from benchmarks.gpu.worker import work
 
 def raises(run):
     run.keep({{"half": 1}}, every=0)
@@ -117,21 +115,21 @@ sections = {{
     "last": (lambda run: run.before("raises"), 30),
 }}
 path, end, *names = sys.argv[1:]
-sys.exit(gpu.work(Path(path), names, sections, "cpu", True, float(end)))
+sys.exit(work(Path(path), names, sections, "cpu", True, float(end)))
 """
 
 
 def fate(tmp_path, end, names=("good", "raises", "dies", "hangs", "last")):
     script, path = tmp_path / "worker.py", tmp_path / "out.json"
-    text = FATE.format(benchmarks=str(ROOT / "benchmarks"), hang=4)
+    text = FATE.format(root=str(ROOT), hang=4)
     script.write_text(text, encoding="utf-8")
-    gpu.save(path, {"sections": {}})
-    gpu.drive(path, names, [sys.executable, str(script), str(path), str(end)], end)
-    return {name: entry for name, entry in gpu.load(path)["sections"].items()}
+    worker.save(path, {"sections": {}})
+    supervisor.drive(path, names, [sys.executable, str(script), str(path), str(end)], end)
+    return read(path)["sections"]
 
 
 def test_a_section_that_fails_crashes_or_hangs_costs_only_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    monkeypatch.setattr(supervisor, "GRACE", 1.0)
     entries = fate(tmp_path, time.time() + 100)
     assert entries["good"]["result"] == {"answer": "nan"}
     assert "RuntimeError: the kernel said no" in entries["raises"]["error"]
@@ -148,7 +146,7 @@ def test_no_section_starts_when_the_time_is_over(tmp_path):
 
 def test_a_wrong_kernel_is_found(monkeypatch):
     """Each of these mistakes is one that the section must see."""
-    steer, sample = (gpu_cases.OPERATORS[name] for name in ("steer", "sample greedy"))
+    steer, sample = (cases.OPERATORS[name] for name in ("steer", "sample greedy"))
 
     def spoil(operator, change):
         def run(z, b, o, backend, out):
@@ -171,38 +169,38 @@ def test_a_wrong_kernel_is_found(monkeypatch):
         ("steer", steer, without_infinity),
         ("sample greedy", sample, next_token),
     ):
-        case = next(c for c in gpu_cases.cases("cpu", True) if c.name == "float32, V = 100")
+        case = next(c for c in cases.cases("cpu", True) if c.name == "float32, V = 100")
         with monkeypatch.context() as patch:
-            patch.setitem(gpu_cases.OPERATORS, name, spoil(operator, change))
+            patch.setitem(cases.OPERATORS, name, spoil(operator, change))
             try:
-                assert gpu_correctness.check(name, "cpu", case).ratio > 1
-            except gpu_correctness.WrongError:
+                assert correctness.check(name, "cpu", case).ratio > 1
+            except correctness.WrongError:
                 pass
 
 
 def test_a_wrong_linear_is_found(tmp_path, monkeypatch):
-    right = gpu_linear._ours("cpu")
+    right = linear._ours("cpu")
 
     def spoilt(*arguments):
         right(*arguments)
         arguments[-1][-1, -1] *= 1 + 2.0**-6
 
-    monkeypatch.setattr(gpu_linear, "_ours", lambda device: spoilt)
-    gpu.save(tmp_path / "out.json", {"sections": {}})
-    run = gpu.Run(tmp_path / "out.json", "linear", "cpu", True, 30.0, time.time() + 30)
-    result = gpu_linear.section(run)
+    monkeypatch.setattr(linear, "_ours", lambda device: spoilt)
+    worker.save(tmp_path / "out.json", {"sections": {}})
+    run = worker.Run(tmp_path / "out.json", "linear", "cpu", True, 30.0, time.time() + 30)
+    result = linear.section(run)
     assert result["cases"] == []
     assert all("of what is allowed" in case["error"] for case in result["checked"])
 
 
 def test_without_a_cuda_device_the_command_says_so(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "RuntimeError: no NVIDIA driver\n")
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit, match=r"no NVIDIA driver\n--device cpu --quick"):
-        gpu.main([])
+        command.main([])
 
 
 def test_only_names_sections(capsys):
     with pytest.raises(SystemExit):
-        gpu.main(["--device", "cpu", "--only", "nonsense"])
+        command.main(["--device", "cpu", "--only", "nonsense"])
     assert "--only must begin one of machine" in capsys.readouterr().err

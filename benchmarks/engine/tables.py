@@ -1,0 +1,111 @@
+"""The tables of the engine on the CPU: a token, whole requests, the first token."""
+
+from typing import Any
+
+from benchmarks import records
+from benchmarks.tables import number, table
+
+DTYPES = ("float32", "bfloat16")
+CONTENDERS = {
+    "steered": "**steered**, one paired batch",
+    "adapted": "the same engine, adapted model alone",
+    "sequential": 'steered, two passes (`pairing="sequential"`)',
+    "generate, merged": "Hugging Face `generate`, merged, un-steered",
+    "generate, PEFT": "Hugging Face `generate`, PEFT, un-steered",
+    "naive": "naive: PEFT on, PEFT off, eager steering",
+}
+
+
+def source(result: dict[str, Any], *packages: str) -> str:
+    versions = records.named(result["versions"], *packages)
+    return records.source(result, result["machine"], *versions, result["system"])
+
+
+def engine(result: dict[str, Any]) -> str:
+    """Format milliseconds per token of every contender."""
+    measured = {
+        (case["adapter"], case["batch"], case["dtype"]): case["contenders"]
+        for case in result["cases"]
+        if "request" not in case["name"]
+    }
+    first = result["cases"][0]
+    rows = []
+    for name, words in CONTENDERS.items():
+        times = [measured["LoRA", 1, dtype][name] for dtype in DTYPES]
+        cells = [(number(time["median"] * 1e3), f"{time['ratio']:.2f}") for time in times]
+        rows.append([words, *cells[0], *cells[1]])
+    head = ["", *(cell for dtype in DTYPES for cell in (f"{dtype}, ms/token", "ratio"))]
+    batches = [
+        f"{number(case['8 prompts']['tokens/s'])} tokens/s in {dtype}, against "
+        f"{number(case['steered']['tokens/s'])} for one prompt"
+        for dtype in DTYPES
+        for case in [measured["LoRA", 8, dtype]]
+    ]
+    prefix = [
+        f"{number(case['steered']['median'] * 1e3)} ms in {dtype}, "
+        f"{1 / case['adapted']['ratio']:.2f} times the adapted model alone and "
+        f"1/{case['naive']['ratio']:.1f} of the naive loop"
+        for dtype in DTYPES
+        for case in [measured["prefix", 1, dtype]]
+    ]
+    return (
+        f"SmolLM2-135M-Instruct with a LoRA (r = 8, all linear layers), batch 1, "
+        f"{first['prompt_tokens']} prompt tokens, {first['new_tokens']} new ones, prefill left "
+        f"out. {source(result, 'transformers', 'peft', 'svd-engine')}.\n\n{table(head, rows)}\n\n"
+        f"Medians of {first['contenders']['steered']['rounds']} rounds in which the contenders "
+        "take turns; a ratio is the median of the time over the steered time of the same round. "
+        f"Steered, a batch of 8 prompts of different lengths: {'; '.join(batches)}. With prefix "
+        f"tuning of 20 virtual tokens a steered token takes {'; '.join(prefix)}."
+    )
+
+
+def requests(result: dict[str, Any]) -> str:
+    """Format seconds of whole requests by shape."""
+    cases = [case for case in result["cases"] if "request" in case["name"]]
+    rows = [
+        [f"{case['prompt_tokens']} + {case['new_tokens']}, {case['dtype']}"]
+        + [number(case["contenders"][name]["median"]) for name in CONTENDERS]
+        for case in cases
+    ]
+    head = ["prompt + new tokens", *(words.replace("*", "") for words in CONTENDERS.values())]
+    memory = [
+        f"{case['weight_bytes'] / 1e6:.0f} MB of weights, each once, and "
+        f"{case['cache_bytes'] / 1e6:.1f} MB of KV cache for both models in {case['dtype']}"
+        for case in result["cases"]
+        if "weight_bytes" in case and case["adapter"] == "LoRA"
+    ]
+    return (
+        f"Seconds a request, prefill and all. {source(result, 'transformers', 'peft')}.\n\n"
+        f"{table(head, rows)}\n\nThe engine holds {'; '.join(memory)} "
+        f"({result['cases'][0]['prompt_tokens'] + result['cases'][0]['new_tokens']} positions)."
+    )
+
+
+def start(result: dict[str, Any]) -> str:
+    """Format seconds of a fresh process, part by part."""
+    rows = []
+    for case in result["cases"]:
+        seconds = case["seconds"]
+        until = sum(seconds[part] for part in ("import", "load", "first token"))
+        cells = [number(x) for x in (*seconds.values(), until)]
+        rows.append([f"{case['base']}, {case['dtype']}", *cells])
+    head = [
+        "SmolLM2-135M from",
+        "import",
+        "load",
+        "first token",
+        "the same again",
+        "all to the first",
+    ]
+    return (
+        f"Seconds; medians of {result['cases'][0]['rounds']} processes, files in the page cache. "
+        f"{source(result, 'transformers', 'peft')}.\n\n{table(head, rows)}"
+    )
+
+
+# (document, figures, where they come from, their table)
+TABLES = (
+    ("README.md", "engine", "cpu_engine", engine),
+    ("docs/performance.md", "requests", "cpu_engine", requests),
+    ("docs/performance.md", "start", "cpu_start", start),
+)
