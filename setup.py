@@ -14,18 +14,20 @@ import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
+BuildExtension: Any = build_ext
+no_torch: ImportError | None = None
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils import cpp_extension
 except ImportError as error:
-    from setuptools.command.build_ext import build_ext as BuildExtension  # noqa: N812
-
     no_torch = error
 else:
-    no_torch = None
+    BuildExtension = cpp_extension.BuildExtension
 
 # GCC's notes on vectors as arguments, and a false alarm in its own AVX-512 header.
 QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
@@ -43,15 +45,16 @@ def skip(kernels: str, error: Exception, remedy: str) -> None:
 
 
 class Build(BuildExtension):
-    def build_extensions(self):
+    def build_extensions(self) -> None:
         try:
             super().build_extensions()
         except Exception as error:
             skip("CPU", error, "See what the compiler said with pip install -v.")
 
-    def build_extension(self, extension):
+    def build_extension(self, extension: Extension) -> None:
         if extension.name != "svd_engine._cuda":
-            return super().build_extension(extension)
+            super().build_extension(extension)
+            return
         try:
             library = compile_cuda(extension.depends)
             target = Path(self.get_ext_fullpath(extension.name))
@@ -69,6 +72,7 @@ def compile_cuda(sources: list[str]) -> Path:
     library.parent.mkdir(exist_ok=True)
     partial = library.with_suffix(".partial")
     codes = [(arch, f"sm_{arch}") for arch in ARCHS] + [(ARCHS[-1], f"compute_{ARCHS[-1]}")]
+    assert NVCC is not None
     command = [
         NVCC, "-O3", "-std=c++17", "-shared", "-cudart", "static", "--threads", "0",
         "-prec-div=false",  # 2 ulp will do, and Triton divides alike
@@ -85,7 +89,7 @@ def cpu_extension() -> Extension | None:
     if no_torch is not None:
         skip("CPU", no_torch, "Install with --no-build-isolation beside torch to have them.")
         return None
-    return CppExtension(
+    return cpp_extension.CppExtension(
         "svd_engine._cpu",
         sources=sorted(glob("csrc/cpu/*.cpp")),
         depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),

@@ -1,6 +1,7 @@
-"""What the operators are measured against: steering as one would write it in PyTorch."""
+"""The contenders that the operators are measured against: steering written in plain PyTorch."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ STRENGTH, ALPHA = 3.0, 0.1
 
 
 def eager(adapted: Tensor, base: Tensor) -> Tensor:
-    """(6)-(14) as the paper writes them."""
+    """Compute (6)-(14) as the paper writes them."""
     p, q = adapted.float().softmax(-1), base.float().softmax(-1)
     gradient = -(torch.log(p / q) + 1)
     delta = p * (gradient - (p * gradient).sum(-1, keepdim=True))
@@ -18,9 +19,18 @@ def eager(adapted: Tensor, base: Tensor) -> Tensor:
 
 
 def cancelled(adapted: Tensor, base: Tensor) -> Tensor:
-    """delta_i = p_i (E_p[d] - d_i) with d = adapted - base, and the mask on logits."""
+    """Compute delta_i = p_i (E_p[d] - d_i) with d = adapted - base, and the mask on logits."""
     z = adapted.float()
     p, d = z.softmax(-1), z - base.float()
     delta = p * ((p * d).sum(-1, keepdim=True) - d)
     support = z >= z.amax(-1, keepdim=True) + math.log(ALPHA)
     return torch.where(support, z + STRENGTH * delta, -math.inf).to(adapted.dtype)
+
+
+def compiled() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `torch.compile` of `cancelled`, to be compiled for the first shape it is called with.
+
+    Dynamo limits how often a function is compiled anew, so its caches are reset first.
+    """
+    torch.compiler.reset()
+    return torch.compile(cancelled, dynamic=False, fullgraph=True)

@@ -5,23 +5,24 @@ import json
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import svd_engine
-from svd_engine.utils.files import write_text
+from benchmarks import records
+from benchmarks.records import RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SUITES = {
-    "cpu_operators": "test_operators.py",
-    "cpu_start": "test_start.py",
-    "cpu_engine": "test_engine.py",
+    "cpu_operators": "kernels/test_operators.py",
+    "cpu_start": "engine/test_start.py",
+    "cpu_engine": "engine/test_engine.py",
 }
 QUICK = "test_token or test_start or test_batch or host_overhead or 151936-1- or 151936-32-"
+STATISTICS = ("median", "min", "iqr", "rounds")
 
 
-def measure(suite: str, cases: str) -> dict | None:
-    """What pytest-benchmark measured; None where the suite was skipped."""
+def measure(suite: str, cases: str) -> dict[str, Any] | None:
+    """Return what pytest-benchmark measured, None if the suite was skipped."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.json"
         command = [sys.executable, "-m", "pytest", f"benchmarks/{suite}", "-k", cases, "-rs"]
@@ -30,8 +31,10 @@ def measure(suite: str, cases: str) -> dict | None:
         return json.loads(text) if text else None
 
 
-def trim(measured: dict, command: str, versions: dict[str, str]) -> dict:
-    """What a figure needs to be believed, and nothing that names this computer."""
+def trim(
+    measured: Mapping[str, Any], command: str, versions: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Keep what a figure needs to be believed, and nothing that names this computer."""
     machines = {case["extra_info"].pop("machine") for case in measured["benchmarks"]}
     return {
         "command": command,
@@ -43,7 +46,7 @@ def trim(measured: dict, command: str, versions: dict[str, str]) -> dict:
             {
                 "name": case["name"],
                 "params": case["params"] or {},
-                **{key: case["stats"][key] for key in ("median", "min", "iqr", "rounds")},
+                **{key: case["stats"][key] for key in STATISTICS},
                 **case["extra_info"],
             }
             for case in measured["benchmarks"]
@@ -51,39 +54,20 @@ def trim(measured: dict, command: str, versions: dict[str, str]) -> dict:
     }
 
 
-def digits(value):
-    """Floats to four significant digits."""
-    if isinstance(value, dict):
-        return {key: digits(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [digits(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def to_json(result: dict) -> str:
-    """A line a case, so that a new measurement is a readable diff."""
-    head = json.dumps(result | {"cases": None}, indent=2)
-    cases = ",\n".join("    " + json.dumps(digits(case)) for case in result["cases"])
-    return head.replace('"cases": null', f'"cases": [\n{cases}\n  ]') + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="V = 151936, N = 1 and 32 only")
     quick = parser.parse_args().quick
     command = "python -m benchmarks.run --quick" if quick else "make bench"
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    versions["svd-engine"] = svd_engine.__version__
     for name, suite in SUITES.items():
+        path = RESULTS / f"{name}.json"
+        shown = path.relative_to(ROOT)
         measured = measure(suite, QUICK if quick else "")
         if measured is None:
-            print(f"{name}: nothing was measured; benchmarks/results/{name}.json is left as it is")
+            print(f"{name}: nothing was measured; {shown} is left as it is")
             continue
-        write_text(
-            ROOT / "benchmarks" / "results" / f"{name}.json",
-            to_json(trim(measured, command, versions)),
-        )
-        print(f"{name}: benchmarks/results/{name}.json is written")
+        records.write(path, trim(measured, command, records.installed()))
+        print(f"{name}: {shown} is written")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,0 @@
-"""A Triton kernel that does nothing: what a launch costs."""
-
-import triton
-
-
-@triton.jit
-def nothing(x):
-    pass

@@ -1,0 +1,143 @@
+"""Measure the operators on the CPU beside what one would write otherwise.
+
+    pytest benchmarks/kernels/test_operators.py --benchmark-json=runs/operators.json
+
+Every case is checked against the reference before it is timed. Compare within one run: the
+baselines are the paper's formula in eager PyTorch, `torch.compile` of the form in which the base
+softmax cancels, reading both rows (their sums) and copying one. `extra_info` holds the bytes that
+have to be read and written, and the rate at which the fastest round moved them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks.baselines import ALPHA, STRENGTH, compiled, eager
+from benchmarks.records import machine
+from svd_engine import ops
+from svd_engine.kernels import reference
+from svd_engine.ops import cpu, dispatch
+
+INF = math.inf
+VOCABS = [49152, 128256, 151936]
+ROWS = [1, 4, 32, 256]
+NAMES = [*dispatch.OPERATORS, "eager", "compiled", "read", "clone"]
+WRITING = ("steer", "steering_vector", "eager", "compiled")  # a row of the vocabulary's width
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@cache
+def rows(n: int, vocab: int, dtype: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(n, vocab, generator=generator) * 3
+    adapted = base + torch.randn(n, vocab, generator=generator) * 0.5
+    return adapted.to(DTYPES[dtype]), base.to(DTYPES[dtype])
+
+
+def operator(name: str, z: Tensor, b: Tensor) -> tuple[Callable[[], Any], Tensor | None]:
+    """Return a call and the output that it fills, None where the call returns its result."""
+    n, k = len(z), 5
+    token, logprob = torch.empty(n, dtype=torch.int64), torch.empty(n)
+    mask, target = (ALPHA, -INF), torch.arange(n)
+    match name:
+        case "steer":
+            out = torch.empty_like(z)
+            return partial(cpu.steer, z, b, STRENGTH, *mask, out), out
+        case "sample":
+            return partial(cpu.sample, z, b, STRENGTH, *mask, 0.0, 0, 0, token, logprob), token
+        case "sample_cut":
+            start = partial(cpu.sample_cut, z, b, STRENGTH, *mask)
+            return partial(start, 0.8, 50, 0.9, 0.05, 0, 0, token, logprob), token
+        case "topk":
+            best, tokens = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
+            return partial(cpu.topk, z, b, STRENGTH, k, *mask, best, tokens), best
+        case "score":
+            return partial(cpu.score, z, b, target, STRENGTH, *mask, logprob), logprob
+        case "project_strength":
+            terms = torch.empty(n), torch.empty(n), torch.empty(n)
+            inside = torch.empty(n, dtype=torch.bool)
+            return partial(cpu.project_strength, z, b, target, ALPHA, *terms, inside), terms[0]
+        case "divergence":
+            return partial(cpu.divergence, z, b, logprob), logprob
+        case "steering_vector":
+            delta = torch.empty(z.shape)
+            return partial(cpu.steering_vector, z, b, delta), delta
+        case "eager":
+            return partial(eager, z, b), None
+        case "compiled":
+            return partial(compiled(), z, b), None
+        case "read":
+            return lambda: (z.sum(-1), b.sum(-1)), None
+        case "clone":
+            return z.clone, None
+    raise ValueError(name)
+
+
+@pytest.fixture(autouse=True)
+def small_memory() -> Iterator[None]:
+    yield
+    rows.cache_clear()
+
+
+def check(name: str, result: Tensor, adapted: Tensor, base: Tensor) -> None:
+    """Compare the first rows of a result with the reference."""
+    if name in ("read", "clone"):
+        return
+    few = slice(0, 4)
+    z, b = adapted[few].double(), base[few].double()
+    target, rtol = torch.arange(len(z)), 2**-7 if adapted.dtype == torch.bfloat16 else 1e-5
+    mask: dict[str, Any] = {"strength": STRENGTH, "alpha": ALPHA}
+    if name in ("sample", "sample_cut"):
+        cuts: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05}
+        want = reference.sample(z.float(), b.float(), **mask, **cuts if "cut" in name else {})
+        assert torch.equal(result[few], want.token)
+        return
+    truths: dict[str, Callable[[], Tensor]] = {
+        "topk": lambda: reference.topk(z, b, k=5, **mask).logprob,
+        "score": lambda: reference.score(z, b, target, **mask),
+        "project_strength": lambda: reference.project_strength(z, b, target, alpha=ALPHA)[0],
+        "divergence": lambda: reference.divergence(z, b),
+        "steering_vector": lambda: reference.steering_vector(z, b),
+    }
+    truth = truths.get(name, lambda: reference.steer(z, b, **mask))()
+    torch.testing.assert_close(result[few].double(), truth, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operator(benchmark: BenchmarkFixture, name: str, n: int, vocab: int, dtype: str) -> None:
+    adapted, base = rows(n, vocab, dtype)
+    call, filled = operator(name, adapted, base)
+    returned = call()
+    check(name, returned if filled is None else filled, adapted, base)
+    call()
+    benchmark.group = f"{dtype} N={n} V={vocab}"
+    large = n * vocab > 4_000_000
+    benchmark.pedantic(call, rounds=50 if large else 100, iterations=1, warmup_rounds=3)
+    moved = (3 if name in WRITING else 2) * adapted.nbytes
+    benchmark.extra_info |= {"bytes": moved, "machine": machine()}
+    if benchmark.stats:
+        benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.min / 1e9, 1)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.parametrize("name", ["steer", "sample", "ops.steer", "ops.sample"])
+def test_host_overhead(benchmark: BenchmarkFixture, name: str) -> None:
+    """Measure a call on one row of 8 tokens: only the way into C++ is left, or a checked call."""
+    benchmark.group = "host overhead"
+    z, b = torch.randn(1, 8), torch.randn(1, 8)
+    checked = {
+        "ops.steer": lambda: ops.steer(z, b, STRENGTH),
+        "ops.sample": lambda: ops.sample(z, b, STRENGTH),
+    }
+    benchmark(checked[name] if name in checked else operator(name, z, b)[0])
+    benchmark.extra_info["machine"] = machine()

@@ -1,0 +1,228 @@
+"""The tables of docs/method.md from benchmarks/results/quality_*.json."""
+
+from typing import Any
+
+from benchmarks import records
+from benchmarks.tables import table
+
+Result = dict[str, Any]
+METHODS = {
+    "lora": "LoRA",
+    "ia3": "IA3",
+    "prompt": "prompt tuning",
+    "prefix": "prefix tuning",
+}
+MODELS = ("base", "adapted", "steered")
+COLUMNS = ("average", "MC1", "MC2", "MC3")
+
+
+def span(figures: dict[str, float]) -> str:
+    return f"{figures['mean']:+.1f} [{figures['low']:+.1f}, {figures['high']:+.1f}]"
+
+
+def mean(figures: dict[str, float]) -> str:
+    return f"{figures['mean']:.1f}"
+
+
+def calibrated(case: Result) -> tuple[str, str, str]:
+    """Format strength, alpha and verdict of a case's calibration."""
+    found = case["calibration"]
+    return f"{found['strength']:+.2f}", f"{found['alpha']:g}", found["verdict"].partition(":")[0]
+
+
+def command(origin: str) -> str:
+    """Return the command that makes the results of this name."""
+    return f"`python -m benchmarks.quality {origin.removeprefix('quality_')}`"
+
+
+def source(result: Result) -> str:
+    versions = records.named(result["versions"], "transformers", "peft", "svd-engine")
+    return f"{result['model']}. {records.source(result, result['machine'], *versions)}"
+
+
+def truthfulqa(result: Result) -> str:
+    """Format Table 1 of the paper, at this size."""
+    rows = []
+    for case in result["cases"]:
+        what = f"{METHODS[case['method']]}, split {case['seed']}"
+        means = [mean(case["models"][name]["average"]) for name in MODELS]
+        gains = [span(case["gain"][column]) for column in COLUMNS]
+        rows.append([what, *means, *gains, *calibrated(case)])
+    gains = [span(result["mean_gain"][column]) for column in COLUMNS]
+    rows.append(["mean of all", "", "", "", *gains, "", "", ""])
+    head = ["", *MODELS, "gain", "MC1", "MC2", "MC3", "mu", "alpha", "verdict"]
+    questions = result["cases"][0]["questions"]
+    return (
+        f"{source(result)}.\n\n{table(head, rows)}\n\nAverage of MC1, MC2 and MC3 in per cent on "
+        f"{questions[1]} test questions a split; gains of steered over adapted with 95 % bootstrap "
+        f"intervals over questions. mu and alpha come from {questions[0]} calibration questions."
+    )
+
+
+def gain(result: Result) -> str:
+    """Format what steering gains in the paper's direction and without the projection."""
+    rows = [
+        [words, span(result["objective_gain"][f"ranking a token{variant}"])]
+        for words, variant in (
+            ("the paper's direction", ""),
+            ("without the projection (`projection=False`)", ", without the projection"),
+        )
+    ]
+    methods, splits = (len({case[key] for case in result["cases"]}) for key in ("method", "seed"))
+    return (
+        f"{table(['steered over adapted', 'points, 95 % interval'], rows)}\n\nTruthfulQA: average "
+        f"of MC1, MC2 and MC3 on test questions, mean of {methods} PEFT methods and {splits} "
+        f"splits. {result['model']}, {result['date']}; `{result['command']}`."
+    )
+
+
+def objectives(result: Result) -> str:
+    """Format the objectives of a calibration, and what they are worth."""
+    methods = list(dict.fromkeys(case["method"] for case in result["cases"]))
+    names = [each["objective"] for each in result["cases"][0]["objectives"]]
+    rows = []
+    for i, name in enumerate(names):
+        cells, every = [], []
+        for method in methods:
+            found = [c["objectives"][i] for c in result["cases"] if c["method"] == method]
+            every += found
+            mus = sorted({f"{each['mu']:+.1f}" for each in found}, key=float)
+            cells.append(
+                f"{' '.join(mus)}: {averaged(found, 'held out')}, {averaged(found, 'test')}"
+            )
+        gain = span(result["objective_gain"][name])
+        rows.append([name, *cells, f"{averaged(every, 'held out')}, {gain}"])
+    head = ["objective", *(METHODS[method] for method in methods), "mean"]
+    return (
+        f"{table(head, rows)}\n\nEach cell is the mu of every split: gain of the average of MC1, "
+        "MC2 and MC3 on calibration questions held out (5-fold), gain on the test, in points, "
+        "averaged over splits."
+    )
+
+
+def averaged(found: list[Result], part: str) -> str:
+    return f"{sum(each[part]['mean'] for each in found) / len(found):+.1f}"
+
+
+def estimators(result: Result) -> str:
+    """Format every estimator's strength and its figure on the test."""
+    cases = [case for case in result["cases"] if case["seed"] == result["cases"][0]["seed"]]
+    rows = []
+    for name in cases[0]["estimators"]:
+        found = [case["estimators"][name] for case in cases]
+        rows.append([name, *(f"{each['mu']:+.3g}: {each['figure']:.1f}" for each in found)])
+    rows.append(["un-steered", *(mean(case["models"]["adapted"]["average"]) for case in cases)])
+    head = ["mu: average on the test", *(METHODS[case["method"]] for case in cases)]
+    return f"{table(head, rows)}\n\nBeyond |mu| = 64 a strength is cut to 64 for the average."
+
+
+def likelihood(result: Result) -> str:
+    """Format calibration on the likelihood."""
+    rows = []
+    for case in result["cases"]:
+        found = case["nll"]
+        low, high = found["interval"]
+        what = f"{METHODS[case['method']]}, split {case['seed']}"
+        strength = f"{found['strength']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        held_out = [f"{found['nll_before']:.3f}", f"{found['held_out_change']:+.4f}"]
+        test = [f"{found['test_before']:.3f}", f"{found['test_change']:+.4f}"]
+        rows.append([what, strength, *held_out, *test])
+    head = ["", "mu", "held out, mu = 0", "calibrated", "test, mu = 0", "calibrated"]
+    note = "NLL of the right answers in nats per token, and what steering adds to it."
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def commonsense(result: Result) -> str:
+    """Format Table 2 of the paper."""
+    rows = []
+    for case in result["cases"]:
+        what = f"{case['task']}, {METHODS[case['method']]}"
+        means = [mean(case["models"][name]["accuracy"]) for name in MODELS]
+        rows.append([what, *means, span(case["gain"]["accuracy"]), *calibrated(case)])
+    head = ["", *MODELS, "gain", "mu", "alpha", "verdict"]
+    case = result["cases"][0]
+    return (
+        f"{source(result)}.\n\n{table(head, rows)}\n\nAccuracy by likelihood in per cent on "
+        f"{case['questions'][1]} test problems; {case['questions'][0]} for calibration; warm "
+        f"starts of {case['steps']} steps of {case['batch_size']} answers."
+    )
+
+
+def ablations(result: Result) -> str:
+    """Format the steering with one part taken out."""
+    return over_methods(result, "variant", "Gain of the average of MC1, MC2 and MC3 in points.")
+
+
+def alphas(result: Result) -> str:
+    """Format every alpha at its own strength."""
+    return over_methods(
+        result, "alpha", "Gain of the average of MC1, MC2 and MC3 in points, each at its own mu."
+    )
+
+
+def over_methods(result: Result, key: str, note: str) -> str:
+    methods = list(dict.fromkeys(case["method"] for case in result["cases"]))
+    values = list(dict.fromkeys(case[key] for case in result["cases"]))
+    found = {(case[key], case["method"]): case for case in result["cases"]}
+    rows = []
+    for value in values:
+        cases = [found[value, method] for method in methods]
+        gains = [case["gain"]["average"] for case in cases]
+        cells = [f"{c['mu']:+.3g}: {span(g)}" for c, g in zip(cases, gains, strict=True)]
+        rows.append([str(value), *cells, f"{sum(g['mean'] for g in gains) / len(gains):+.1f}"])
+    head = [f"{key}; mu: gain", *(METHODS[method] for method in methods), "mean"]
+    return f"{source(result)}.\n\n{table(head, rows)}\n\n{note}"
+
+
+def steps(result: Result) -> str:
+    """Format LoRA after warm starts of several lengths."""
+    rows = []
+    for case in result["cases"]:
+        means = [mean(case["models"][name]["average"]) for name in MODELS]
+        strength, *_ = calibrated(case)
+        rows.append([str(case["steps"]), *means, span(case["gain"]["average"]), strength])
+    head = ["steps of 16 answers", *MODELS, "gain", "mu"]
+    return f"{source(result)}.\n\n{table(head, rows)}"
+
+
+def decoding(result: Result) -> str:
+    """Format Table 5 of the paper: decoding strategies."""
+    rows = []
+    for case in result["cases"]:
+        models = [case["models"][name] for name in ("adapted", "steered")]
+        accuracy, answered = (
+            [mean(model[metric]) for model in models] for metric in ("accuracy", "answered")
+        )
+        rows.append([case["strategy"], *accuracy, span(case["gain"]["accuracy"]), *answered])
+    head = ["", "adapted", "steered", "gain", "adapted answers", "steered answers"]
+    return f"{source(result)}.\n\n{table(head, rows)}"
+
+
+def cost(result: Result) -> str:
+    """Format CPU seconds and memory of the commands."""
+    rows = [
+        [case["what"], f"{case['seconds']:.0f}", f"{case['peak_bytes'] / 1e9:.2f}"]
+        for case in result["cases"]
+    ]
+    over = result["overhead"]
+    return (
+        f"{source(result)}.\n\n{table(['', 'CPU seconds', 'peak memory, GB'], rows)}\n\n"
+        f"Calibration on {over['tokens']:,} answer tokens takes {over['calibrate']:.1f} s, "
+        f"{100 * (over['ratio'] - 1):+.1f} % over the forward passes alone."
+    )
+
+
+# (document, figures, where they come from, their table)
+TABLES = (
+    ("README.md", "gain", "quality_truthfulqa", gain),
+    ("docs/method.md", "truthfulqa", "quality_truthfulqa", truthfulqa),
+    ("docs/method.md", "objectives", "quality_truthfulqa", objectives),
+    ("docs/method.md", "estimators", "quality_truthfulqa", estimators),
+    ("docs/method.md", "likelihood", "quality_truthfulqa", likelihood),
+    ("docs/method.md", "ablations", "quality_ablations", ablations),
+    ("docs/method.md", "alpha", "quality_alpha", alphas),
+    ("docs/method.md", "steps", "quality_steps", steps),
+    ("docs/method.md", "commonsense", "quality_commonsense", commonsense),
+    ("docs/method.md", "decoding", "quality_decoding", decoding),
+    ("docs/method.md", "cost", "quality_cost", cost),
+)

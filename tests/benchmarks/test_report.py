@@ -1,0 +1,206 @@
+"""The published tables say what the JSON says, and the JSON does not say whose computer it was."""
+
+import json
+
+import pytest
+
+from benchmarks import records, report, run
+from benchmarks.engine import tables as engine_tables
+from benchmarks.kernels import tables as operator_tables
+from benchmarks.quality import tables as quality_tables
+
+ABOUT = {
+    "machine": "Some CPU, 2 threads",
+    "system": "Linux x86_64",
+    "date": "2026-01-31",
+    "command": "make bench",
+    "versions": {"transformers": "5.1", "peft": "0.2", "svd-engine": "0.3"},
+}
+README = """# Title
+<!-- figures:summary -->
+old
+<!-- /figures -->
+between
+<!-- figures:gain -->
+<!-- /figures -->
+end
+"""
+PERFORMANCE = """<!-- figures:operators -->
+<!-- /figures -->
+<!-- figures:engine -->
+<!-- /figures -->
+<!-- figures:requests -->
+<!-- /figures -->
+<!-- figures:start -->
+<!-- /figures -->
+"""
+
+
+def operators():
+    micros = {"steer": 40, "sample": 30, "eager": 1000, "compiled": 140, "read": 25, "clone": 20}
+    return ABOUT | {
+        "cases": [
+            {
+                "params": {"dtype": dtype, "vocab": 151936, "n": n, "name": name},
+                "median": n * time * 1e-6,
+                "bytes": n * 2_000_000,
+            }
+            for dtype in ("float32", "bfloat16")
+            for n in (1, 32)
+            for name, time in micros.items()
+        ]
+    }
+
+
+def engine():
+    def contender(milliseconds):
+        return {
+            "median": milliseconds / 1e3, "ratio": milliseconds / 40, "rounds": 5, "tokens/s": 99.6
+        }  # fmt: skip
+
+    times = dict(zip(engine_tables.CONTENDERS, (40, 38, 75, 51, 58, 133), strict=True))
+    times["8 prompts"] = 80
+    contenders = {name: contender(time) for name, time in times.items()}
+    shared = {"prompt_tokens": 32, "new_tokens": 64, "contenders": contenders}
+    cases = [
+        {"name": name, "adapter": adapter, "batch": batch, "dtype": dtype, **shared, **more}
+        for name, adapter, batch, more in (
+            ("test_token", "LoRA", 1, {"weight_bytes": 538e6, "cache_bytes": 9.5e6}),
+            ("test_batch", "LoRA", 8, {}),
+            ("test_token", "prefix", 1, {}),
+            ("test_request", "LoRA", 1, {"prompt_tokens": 8, "new_tokens": 512}),
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+    return ABOUT | {"cases": cases}
+
+
+def start():
+    seconds = {"import": 3.5, "load": 7.0, "first token": 0.25, "again": 0.05}
+    return ABOUT | {
+        "cases": [{"base": "GGUF", "dtype": "bfloat16", "rounds": 5, "seconds": seconds}]
+    }
+
+
+@pytest.fixture
+def root(tmp_path):
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "cpu_operators.json").write_text(records.to_json(operators()))
+    (results / "cpu_engine.json").write_text(records.to_json(engine()))
+    (results / "cpu_start.json").write_text(records.to_json(start()))
+    (tmp_path / "README.md").write_text(README)
+    markers = []
+    for document, name, origin, _ in report.TABLES:
+        if document == "docs/method.md":
+            published = records.RESULTS / f"{origin}.json"
+            if published.exists():
+                (results / published.name).write_text(published.read_text())
+            markers.append(f"<!-- figures:{name} -->\n<!-- /figures -->\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "method.md").write_text("".join(markers))
+    (tmp_path / "docs" / "performance.md").write_text(PERFORMANCE)
+    return tmp_path
+
+
+def test_the_operators_table():
+    lines = operator_tables.operators(operators()).splitlines()
+    assert "| N = 1, float32 | 40.0 | 30.0 | 25.0x | 3.50x | 25.0 | 20.0 | 50.0 |" in lines
+    assert "| N = 32, bfloat16 | 1,280 | 960 | 25.0x | 3.50x | 800 | 640 | 50.0 |" in lines
+    for part in ("Some CPU, 2 threads", "svd-engine 0.3", "2026-01-31", "`make bench`"):
+        assert part in lines[0]
+
+
+def test_the_engine_table():
+    lines = engine_tables.engine(engine()).splitlines()
+    assert f"| {engine_tables.CONTENDERS['naive']} | 133 | 3.33 | 133 | 3.33 |" in lines
+    assert f"| {engine_tables.CONTENDERS['steered']} | 40.0 | 1.00 | 40.0 | 1.00 |" in lines
+    assert "32 prompt tokens, 64 new ones" in lines[0]
+    prefix = "40.0 ms in float32, 1.05 times the adapted model alone and 1/3.3 of the naive loop"
+    assert prefix in lines[-1]
+
+
+def test_the_summary_is_rows_of_the_engine_table():
+    lines = engine_tables.summary(engine()).splitlines()
+    assert f"| {engine_tables.SUMMARY['steered']} | 40.0 | 40.0 |" in lines
+    assert f"| {engine_tables.SUMMARY['naive']} | 133 | 133 |" in lines
+    assert set(engine_tables.SUMMARY) < set(engine_tables.CONTENDERS)
+
+
+def test_the_gain_says_what_is_published():
+    published = records.read(records.ROOT / "benchmarks/results/quality_truthfulqa.json")
+    text = quality_tables.gain(published)
+    for name in ("ranking a token", "ranking a token, without the projection"):
+        assert f"| {published['objective_gain'][name]['mean']:+.1f} [" in text
+    assert "mean of 4 PEFT methods and 4 splits" in text
+
+
+def test_the_requests_table():
+    lines = engine_tables.requests(engine()).splitlines()
+    cells = " | ".join(f"{s / 1e3:.2f}" for s in (40, 38, 75, 51, 58, 133))
+    assert f"| 8 + 512, float32 | {cells} |" in lines
+    assert "538 MB of weights, each once, and 9.5 MB of KV cache" in lines[-1]
+
+
+def test_the_start_table():
+    lines = engine_tables.start(start()).splitlines()
+    assert lines[-1] == "| GGUF, bfloat16 | 3.50 | 7.00 | 0.25 | 0.05 | 10.8 |"
+    assert "medians of 5 processes" in lines[0]
+
+
+def test_the_readme_is_filled_once_and_then_passes_the_check(root):
+    assert "make docs" in report.main(["--check"], root)
+    assert (root / "README.md").read_text() == README
+    assert report.main([], root) is None
+    text = (root / "README.md").read_text()
+    assert "old" not in text and "\nbetween\n" in text and text.endswith("\nend\n")
+    assert report.main(["--check"], root) is None
+
+
+def test_what_is_missing_is_named_in_one_line(root):
+    (root / "README.md").write_text("# Title\n")
+    assert report.main([], root) == (
+        "README.md needs one <!-- figures:summary --> ... <!-- /figures -->; it has 0."
+    )
+    (root / "benchmarks" / "results" / "cpu_operators.json").unlink()
+    assert "cpu_operators.json does not exist." in report.main([], root)
+    (root / "README.md").unlink()
+    assert report.main([], root) == "README.md does not exist."
+
+
+def test_the_results_keep_the_statistics_and_drop_the_computer():
+    stats = {"median": 0.123456, "min": 0.1, "iqr": 0.01, "rounds": 5, "data": [0.1] * 5}
+    measured = {
+        "datetime": "2026-01-31T12:00:00+00:00",
+        "machine_info": {"system": "Linux", "machine": "x86_64", "node": "my-host"},
+        "commit_info": {"project": "my-folder"},
+        "benchmarks": [
+            {"name": "test_x[1]", "fullname": "/home/me/test_x[1]", "params": {"n": 1},
+             "stats": stats, "extra_info": {"machine": "Some CPU", "bytes": 8}}
+        ],
+    }  # fmt: skip
+    text = records.to_json(run.trim(measured, "make bench", {"torch": "2.13"}))
+    for private in ("my-host", "my-folder", "/home/me"):
+        assert private not in text
+    result = json.loads(text)
+    assert result["machine"] == "Some CPU" and result["date"] == "2026-01-31"
+    assert result["cases"] == [
+        {"name": "test_x[1]", "params": {"n": 1}, "median": 0.1235, "min": 0.1, "iqr": 0.01,
+         "rounds": 5, "bytes": 8}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(records.RESULTS.glob("[cq]*.json"))])
+def test_the_writer_lays_out_the_published_files_again(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "plain", lambda value: value)
+    published = records.RESULTS / name
+    records.write(tmp_path / name, records.read(published))
+    assert (tmp_path / name).read_bytes() == published.read_bytes()
+
+
+def test_a_record_is_plain():
+    value = {"x": (1 / 3, float("nan")), 2: f"in {records.ROOT}/kernels", "y": None}
+    assert records.plain(value) == {"x": [0.3333, "nan"], "2": "in ./kernels", "y": None}
+    assert json.loads(records.to_json({"head": 1 / 3, "cases": [1 / 3], "none": []})) == {
+        "head": 1 / 3, "cases": [0.3333], "none": [],
+    }  # fmt: skip
