@@ -72,11 +72,9 @@ def _correctness(found: Part) -> list[Table]:
             failed = [f for f in failures if f["operator"] == name]
             wrong += [[backend, name, f["case"], short(f["what"], 200)] for f in failed]
             worst = part["worst"].get(name, {})
-            rows.append([
-                backend, name, f"{len(said) - len(failed)} of {len(said)}",
-                f"{worst.get('error', 0):.2g}", f"{worst.get('tolerance', 0):.2g}",
-                short(worst.get("case", "-"), 60),
-            ])  # fmt: skip
+            right = f"{len(said) - len(failed)} of {len(said)}"
+            errors = [f"{worst.get(key, 0):.2g}" for key in ("error", "tolerance")]
+            rows.append([backend, name, right, *errors, short(worst.get("case", "-"), 60)])
         rows += [[backend, name, "absent", "-", "-", "-"] for name in part["absent"]]
         late = part.get("skipped: time", [])
         if late:
@@ -185,13 +183,11 @@ def _engine(found: Part) -> list[Table]:
     rows = []
     for case in result["cases"]:
         why = case.get("error") or case.get("skipped")
-        weights = f" ({case['weights']} weights)" if "weights" in case else ""
-        rows.append([
-            case["model"] + weights, str(case.get("batch", "-")), str(case.get("context", "-")),
-            case.get("contender", "-"),
-            short(why, 80) if why else number(case.get("ms")), number(case.get("ratio")),
-            percent(case.get("of weight bandwidth")),
-        ])  # fmt: skip
+        model = case["model"] + (f" ({case['weights']} weights)" if "weights" in case else "")
+        about = [str(case.get(key, "-")) for key in ("batch", "context", "contender")]
+        time = short(why, 80) if why else number(case.get("ms"))
+        share = percent(case.get("of weight bandwidth"))
+        rows.append([model, *about, time, number(case.get("ratio")), share])
     head = ["model", "batch", "context", "", "ms per token", "over steered", "of weight bandwidth"]
     equal = [[what, short(said, 200)] for what, said in result.get("tokens equal", {}).items()]
     return [

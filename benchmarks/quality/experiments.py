@@ -28,7 +28,7 @@ def made(task: Task, method: str, steps: int = STEPS, **training: Any) -> tuple[
 
 
 def truthfulqa(data: Path) -> dict[str, Any]:
-    """Table 1: four methods, calibrated on ranking, beside every objective and estimator."""
+    """Measure Table 1: four methods calibrated on ranking, every objective, every estimator."""
     cases: list[dict[str, Any]] = []
     gains: list[Table] = []
     for seed in SEEDS:
@@ -59,7 +59,7 @@ def pooled(gains: Sequence[Table]) -> Table:
 
 
 def commonsense(data: Path) -> dict[str, Any]:
-    """Table 2: four methods, accuracy by likelihood."""
+    """Measure Table 2: four methods, accuracy by likelihood."""
     cases = []
     for name in COMMONSENSE:
         task = commonsense_split(data, name)
@@ -70,12 +70,12 @@ def commonsense(data: Path) -> dict[str, Any]:
 
 
 def ablations(data: Path) -> dict[str, Any]:
-    """Figure 2 and Table 3: without the projection, without the mask."""
+    """Measure Figure 2 and Table 3: without the projection, without the mask."""
     return over_methods(data, variants)
 
 
 def alpha(data: Path) -> dict[str, Any]:
-    """Figure 4: every alpha at its own strength."""
+    """Measure Figure 4: every alpha at its own strength."""
     return over_methods(data, alphas)
 
 
@@ -93,7 +93,7 @@ def over_methods(
 
 
 def steps(data: Path) -> dict[str, Any]:
-    """Figure 3: LoRA after warm starts of several lengths."""
+    """Measure Figure 3: LoRA after warm starts of several lengths."""
     task = truthfulqa_split(data, SEEDS[0])
     cases = []
     for count in STEPS_TRIED:
@@ -103,7 +103,7 @@ def steps(data: Path) -> dict[str, Any]:
 
 
 def decoding(data: Path) -> dict[str, Any]:
-    """Table 5: greedy, beams, top-p and top-k; accuracy by generation."""
+    """Measure Table 5: greedy, beams, top-p and top-k; accuracy by generation."""
     task = commonsense_split(data, COMMONSENSE[0])
     folder = adapter(task, "lora", **COMMONSENSE_TRAINING)
     report = measure.calibrated(task, passes(task, folder)[0])
@@ -111,7 +111,7 @@ def decoding(data: Path) -> dict[str, Any]:
 
 
 def cost(data: Path) -> dict[str, Any]:
-    """CPU seconds and peak memory of calibration and evaluation."""
+    """Measure CPU seconds and peak memory of calibration and evaluation."""
     task = truthfulqa_split(data, SEEDS[0])
     folder = adapter(task, "lora", STEPS)
     return {
