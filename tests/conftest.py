@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, as peft does
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tiny import VOCAB, tiny_base, tiny_peft
+from tests.tiny import VOCAB, tiny_base, tiny_peft
 
 
 @pytest.fixture(scope="session")
