@@ -33,7 +33,7 @@ test-oldest: .venv/oldest/ready
 test-oldest-triton: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/oldest-triton \
 		--no-deps $(OLDEST_TRITON)
-	PYTHONPATH=.venv/oldest-triton $(BIN)/pytest tests/kernels/test_cubin.py
+	PYTHONPATH=.venv/oldest-triton $(BIN)/pytest tests/ops/test_cubin.py
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.run

@@ -410,7 +410,8 @@ def _layouts() -> Iterator[Recipe]:
     first = lambda x: x[:1].expand(3, -1)  # noqa: E731
     yield from _each("base expanded, stride 0", lambda s: (plain(s)[0], first(plain(s)[1])))
     yield from _each("both expanded, stride 0", lambda s: tuple(map(first, plain(s))))
-    yield from _each("transposed storage", lambda s: (plain(s)[0].t().contiguous().t(), plain(s)[1]))
+    turned = lambda x: x.t().contiguous().t()  # noqa: E731
+    yield from _each("transposed storage", lambda s: (turned(plain(s)[0]), plain(s)[1]))
     yield from _each("no rows", lambda s: tuple(x[:0] for x in plain(s)))
     yield from _each("many rows", lambda s: s.logits(s.of(9600) // 32, s.of(1000)))
     padded = lambda s: (lambda z, b: (torch.cat([z, z[:, :128] * NAN], 1)[:, :151936], b))(  # noqa: E731
