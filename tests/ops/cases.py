@@ -152,11 +152,14 @@ class Recipe(NamedTuple):
         return Case(self.name, z, b, options(z, **given), self.lead)
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    """Small vocabularies only if quick. What matters most comes first."""
-    for recipe in RECIPES:
-        if not (quick and recipe.large):
-            yield recipe.build(device)
+def cases(device: str, quick: bool) -> Iterator[tuple[Case, frozenset[str]]]:
+    """Each case with the operators that it asks something new. What matters most comes first.
+
+    If quick: small vocabularies, and none of the cases that are like those before them.
+    """
+    for recipe in sorted(RECIPES, key=lambda recipe: recipe.alike):
+        if not (quick and (recipe.large or recipe.alike)):
+            yield recipe.build(device), recipe.operators
 
 
 def _label(given: Mapping[str, Any]) -> str:

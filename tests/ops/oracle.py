@@ -195,10 +195,10 @@ def _steered_between(backend: str, case: Case) -> Outputs:
     n, vocab = z.shape
     buffer = torch.full((n, lead + vocab + 8), POISON, device=z.device)
     out = buffer[:, lead : lead + vocab]
-    OPERATORS["steer"].run(z, b, o, backend, out)
+    got = OPERATORS["steer"].run(z, b, o, backend, out)
     if not (buffer[:, :lead] == POISON).all() or not (buffer[:, lead + vocab :] == POISON).all():
         raise WrongError("columns beside `out` are written")
-    return (out,)
+    return got
 
 
 def check_narrow(narrow: Tensor, wide: Tensor, dtype: torch.dtype, slack: Slack) -> None:
