@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from gpu import HERE, ROOT, Run, words
-from gpu_cases import BF16, INF, OPERATORS, Options, absent, logits, options
 from gpu_measure import capture
 from torch import Tensor
 
 from svd_engine import dispatch
+from tests.ops.cases import BF16, INF, OPERATORS, Options, absent, logits, options
 
 VOCAB = 50257
 

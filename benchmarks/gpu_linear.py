@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from gpu import Run, words
-from gpu_cases import BF16
 from gpu_measure import Call, per_call, sets
 from torch import Tensor
 from torch.nn.functional import linear
 
 from svd_engine import skinny
 from svd_engine.kernels import reference
+from tests.ops.cases import BF16
 
 # model -> matrices -> outputs, inputs
 MODELS = {

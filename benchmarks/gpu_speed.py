@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from baselines import STRENGTH, cancelled, eager
 from gpu import Run, words
-from gpu_cases import BF16, F32, OPERATORS, Options, absent
 from gpu_measure import Call, host_cost, l2_bytes, per_call, sets
 from torch import Tensor
+
+from tests.ops.cases import BF16, F32, OPERATORS, Options, absent
 
 VOCABS, ROWS = (151936, 128256, 49152), (1, 1024, 32, 132, 4)
 EVERYWHERE = ("steer", "sample greedy", "score")  # the others at the first vocabulary only

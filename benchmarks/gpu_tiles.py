@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from gpu import Run, words
-from gpu_cases import BF16
 from gpu_speed import Rows
 
 from svd_engine.kernels import launch
+from tests.ops.cases import BF16
 
 TILES, WARPS = (1024, 2048, 4096), (4, 8)
 VOCABS, ROWS, NAMES = (151936, 49152), (1, 132), ("steer", "sample greedy")

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import gpu
-import gpu_cases
 import gpu_correctness
 import gpu_linear
 import pytest
+
+from tests.ops import cases
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = [
@@ -148,7 +149,7 @@ def test_no_section_starts_when_the_time_is_over(tmp_path):
 
 def test_a_wrong_kernel_is_found(monkeypatch):
     """Each of these mistakes is one that the section must see."""
-    steer, sample = (gpu_cases.OPERATORS[name] for name in ("steer", "sample greedy"))
+    steer, sample = (cases.OPERATORS[name] for name in ("steer", "sample greedy"))
 
     def spoil(operator, change):
         def run(z, b, o, backend, out):
@@ -171,9 +172,9 @@ def test_a_wrong_kernel_is_found(monkeypatch):
         ("steer", steer, without_infinity),
         ("sample greedy", sample, next_token),
     ):
-        case = next(c for c in gpu_cases.cases("cpu", True) if c.name == "float32, V = 100")
+        case = next(c for c, _ in cases.cases("cpu", True) if c.name == "float32, V = 100")
         with monkeypatch.context() as patch:
-            patch.setitem(gpu_cases.OPERATORS, name, spoil(operator, change))
+            patch.setitem(cases.OPERATORS, name, spoil(operator, change))
             try:
                 assert gpu_correctness.check(name, "cpu", case).ratio > 1
             except gpu_correctness.WrongError:
