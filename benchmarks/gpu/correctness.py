@@ -1,135 +1,17 @@
 """Every operator on a backend against float64 on the same device.
 
-The tolerance is earned: |kernel - float64| <= |float32 PyTorch - float64| + 2^-20 of the row.
-Run as a script it calls each operator on tiny rows, for compute-sanitizer.
+Cases, answers and tolerance are those of tests/ops. Run as a script it calls each operator on tiny
+rows, for compute-sanitizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu.cases import BF16, INF, OPERATORS, Case, Options, absent, cases, logits, options
 from benchmarks.gpu.worker import Run, words
-from svd_engine import ops
-
-ULP = 2.0**-20  # the exponential of a GPU is good to a few float32 roundings
-SAMPLERS = ("sample greedy", "sample noisy", "sample cut")
-
-
-class WrongError(Exception):
-    """What is not as the reference has it."""
-
-
-class Worst:
-    """The greatest error over its tolerance of what was compared."""
-
-    def __init__(self) -> None:
-        self.ratio = self.error = self.tolerance = 0.0
-
-    def compare(self, what: str, got: Tensor, plain: Tensor, truth: Tensor, scale: Tensor) -> None:
-        """got: the kernel's; plain: float32 PyTorch's; truth: float64's. scale: `[N, 1]`."""
-        if got.shape != truth.shape:
-            raise WrongError(f"{what} has shape {list(got.shape)}, not {list(truth.shape)}")
-        got, plain, truth = (x.double().reshape(len(scale), -1) for x in (got, plain, truth))
-        if not torch.equal(got.isnan(), truth.isnan()):
-            raise WrongError(f"{what}: NaN in rows {_rows(got.isnan() != truth.isnan())}")
-        wrong = got.isinf() != plain.isinf()
-        wrong |= got.isinf() & (got != plain)
-        if wrong.any():
-            raise WrongError(f"{what}: infinities differ in rows {_rows(wrong)}")
-        finite = got.isfinite() & plain.isfinite() & truth.isfinite()
-        if not finite.any():
-            return
-        error = torch.where(finite, (got - truth).abs(), 0.0)
-        tolerance = torch.where(finite, (plain - truth).abs() + ULP * scale, 1.0)
-        ratio = error / tolerance
-        at = ratio.argmax()
-        if float(ratio.flatten()[at]) > self.ratio:
-            self.ratio = float(ratio.flatten()[at])
-            self.error, self.tolerance = float(error.flatten()[at]), float(tolerance.flatten()[at])
-
-
-def _rows(wrong: Tensor) -> list[int]:
-    return wrong.any(-1).nonzero().flatten().tolist()[:8]
-
-
-def _scale(z: Tensor, b: Tensor, o: Options) -> Tensor:
-    """`[N, 1]`: how large the numbers are that a row's result is made of."""
-    wide = z.double()
-    mu = torch.as_tensor(o.mu, device=z.device).abs().double()
-    difference = (wide - b.double()).nan_to_num(0, 0, 0).abs().amax(-1)
-    scale = wide.nan_to_num(0, 0, 0).abs().amax(-1) + torch.clamp(mu, min=1.0) * difference + 1
-    return (scale - mu * o.penalty if o.penalty > -INF else scale)[:, None]
-
-
-def check(name: str, backend: str, case: Case) -> Worst:
-    """One operator on one case. Raises WrongError."""
-    _, z, b, o = case
-    run, worst = OPERATORS[name].run, Worst()
-    out = torch.full(z.shape, 12345.0, device=z.device) if name == "steer" else None
-    got = run(z, b, o, backend, out)
-    plain = run(z.float(), b.float(), o, "reference", None)
-    if len(z) == 0:
-        shapes = [[list(x.shape) for x in y] for y in (got, plain)]
-        if shapes[0] != shapes[1]:
-            raise WrongError(f"shapes {shapes[0]}, not {shapes[1]}")
-        return worst
-    wide, scale = (z.double(), b.double()), _scale(z, b, o)
-    if name in SAMPLERS:
-        _tokens_equal("token", got[0], plain[0])
-        truth = ops.score(
-            *wide, got[0].clamp(min=0), o.mu, alpha=o.alpha, penalty=o.penalty, backend="reference"
-        )
-        worst.compare("logprob", got[1], plain[1], truth, scale)
-        return worst
-    truth = run(*wide, o, "reference", None)
-    if name == "topk":
-        _tokens_equal("token", got[1], plain[1])
-        worst.compare("logprob", got[0], plain[0], truth[0], scale)
-    elif name == "project_strength":
-        for what, order, column in zip(
-            ("numerator", "gauss_newton", "newton"), (1, 2, 2), range(3), strict=True
-        ):
-            worst.compare(what, got[column], plain[column], truth[column], scale**order)
-        _tokens_equal("in_support", got[3], plain[3])
-    else:
-        worst.compare(name, got[0], plain[0], truth[0], scale)
-    if name == "steer":
-        narrow = run(z, b, o, backend, None)[0]
-        rounded = got[0].to(z.dtype)
-        if narrow.dtype != z.dtype or not _same(narrow, rounded):
-            raise WrongError(f"in {z.dtype} it is not the float32 result, rounded")
-    return worst
-
-
-def _tokens_equal(what: str, got: Tensor, want: Tensor) -> None:
-    if got.shape != want.shape or got.dtype != want.dtype:
-        raise WrongError(
-            f"{what} is {got.dtype} {list(got.shape)}, not {want.dtype} {list(want.shape)}"
-        )
-    if not torch.equal(got, want):
-        rows = _rows((got != want).reshape(len(got), -1))
-        raise WrongError(
-            f"{what} in rows {rows}: {got[rows[0]].tolist()}, not {want[rows[0]].tolist()}"
-        )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """To the bit, but for what a NaN carries."""
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-
-
-def alone(name: str, backend: str, z: Tensor, b: Tensor, o: Options) -> None:
-    """A row gives the same bits in a batch and alone. Raises WrongError."""
-    run = OPERATORS[name].run
-    together = run(z, b, o, backend, None)
-    for i in sorted({0, 1, len(z) - 1}):
-        single = run(z[i : i + 1], b[i : i + 1], o.row(i), backend, None)
-        for got, want in zip(single, together, strict=True):
-            if not _same(got[0].double(), want[i].double()):
-                raise WrongError(f"row {i} alone differs from the same row in a batch of {len(z)}")
+from tests.ops.cases import BF16, INF, OPERATORS, Options, absent, cases, logits, options
+from tests.ops.oracle import Worst, WrongError, alone, check, same
 
 
 def _alone(vocab: int, dtype: torch.dtype, device: str) -> Callable[[str, str], None]:
@@ -154,7 +36,7 @@ def _far(device: str) -> Callable[[str, str], None]:
         near = operate(z, b, o, backend, None)
         out = far if name == "steer" else None  # and the output is far as well
         for got, want in zip(operate(far, b, o, backend, out), near, strict=True):
-            if not _same(got, want):
+            if not same(got, want):
                 raise WrongError("rows 2^30 elements apart differ from the same rows side by side")
 
     return run
@@ -195,7 +77,7 @@ def section(run: Run) -> dict[str, Any]:
         "cases": rows,
     }
 
-    def each(case: str, call: Callable[[str], Worst | None]) -> None:
+    def each(case: str, call: Callable[[str], Worst | None], names: Sequence[str] = names) -> None:
         if run.left() < 1:
             result.setdefault("skipped: time", []).append(case)
             return
@@ -220,8 +102,9 @@ def section(run: Run) -> dict[str, Any]:
                 if run.device == "cuda":
                     torch.cuda.synchronize()  # raises where the device is lost: the section ends
 
-    for case in cases(run.device, run.quick):
-        each(case.name, lambda name, case=case: check(name, backend, case))
+    for case, asked in cases(run.device, run.quick):
+        here = [name for name in names if name in asked]
+        each(case.name, lambda name, case=case: check(name, backend, case), here)
     sizes = [(6000, torch.float32), (6001, torch.float32), (6000, BF16)]
     for vocab, dtype in sizes if run.quick else [*sizes, (151936, BF16)]:
         call = _alone(vocab, dtype, run.device)

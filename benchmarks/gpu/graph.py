@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import BF16, INF, OPERATORS, Options, absent, logits, options
 from benchmarks.gpu.measure import capture
 from benchmarks.gpu.worker import Run, words
 from benchmarks.records import ROOT
 from svd_engine.ops import dispatch
+from tests.ops.cases import BF16, INF, OPERATORS, Options, absent, logits, options
 
 VOCAB = 50257
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.cases import BF16
 from benchmarks.gpu.measure import Call, per_call, sets, synchronize
 from benchmarks.gpu.worker import Run, words
 from svd_engine.kernels import reference
 from svd_engine.model.layers import linear
+from tests.ops.cases import BF16
 
 Shapes = dict[str, tuple[int, int]]  # matrix -> outputs, inputs
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import STRENGTH, compiled, eager
-from benchmarks.gpu.cases import BF16, F32, OPERATORS, Options, absent
 from benchmarks.gpu.measure import Call, host_cost, l2_bytes, per_call, sets, synchronize
 from benchmarks.gpu.worker import Run, words
+from tests.ops.cases import BF16, F32, OPERATORS, Options, absent
 
 Make = Callable[[], list[Call]]
 Measure = Callable[[], dict[str, Any]]

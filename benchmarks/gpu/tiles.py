@@ -3,11 +3,11 @@
 from itertools import product
 from typing import Any
 
-from benchmarks.gpu.cases import BF16
 from benchmarks.gpu.measure import synchronize
 from benchmarks.gpu.speed import Rows
 from benchmarks.gpu.worker import Run, words
 from svd_engine.kernels import launch
+from tests.ops.cases import BF16
 
 TILES, WARPS = (1024, 2048, 4096), (4, 8)
 VOCABS, ROWS, NAMES = (151936, 49152), (1, 132), ("steer", "sample greedy")

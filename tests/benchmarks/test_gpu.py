@@ -8,8 +8,9 @@ import time
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import cases, correctness, linear, supervisor, tables, worker
+from benchmarks.gpu import correctness, linear, supervisor, tables, worker
 from benchmarks.records import ROOT, read
+from tests.ops import cases
 
 SECTIONS = [
     "machine", "bandwidth", "correctness_cpu", "correctness_reference", "graph", "latency",
@@ -169,7 +170,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
         ("steer", steer, without_infinity),
         ("sample greedy", sample, next_token),
     ):
-        case = next(c for c in cases.cases("cpu", True) if c.name == "float32, V = 100")
+        case = next(c for c, _ in cases.cases("cpu", True) if c.name == "float32, V = 100")
         with monkeypatch.context() as patch:
             patch.setitem(cases.OPERATORS, name, spoil(operator, change))
             try:

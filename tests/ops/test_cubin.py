@@ -32,6 +32,7 @@ REGISTERS = {
 WIDE_COPY = "cp.async.cg.shared.global"  # of 16 bytes always: how the linear reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target, compilers):
     pytest.importorskip("triton")

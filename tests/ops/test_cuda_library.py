@@ -14,16 +14,13 @@ import torch
 
 from svd_engine.kernels import reference
 from svd_engine.ops import cuda, dispatch
-from tests.cuda_device import (
-    BF16,
-    INF,
-    SOURCES,
-    compiled,
-    logits,
-    needs_gpu,
-    needs_library,
-    needs_nvcc,
-)
+
+from .cases import BF16, INF, logits
+from .runners import NVCC, SOURCES, compiled
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+needs_library = pytest.mark.skipif(isinstance(cuda._load(), str), reason=str(cuda._load()))
+needs_gpu = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
 
 # 65536 registers: 6 blocks of 128 threads and more, and 3 of 256.
 REGISTERS = 80

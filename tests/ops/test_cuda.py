@@ -1,0 +1,85 @@
+"""The CUDA C++ kernels where they are not as other backends: blocks, workspace, in place."""
+
+import pytest
+import torch
+
+from svd_engine.kernels import reference
+from svd_engine.ops import cuda
+
+from .cases import INF, NAN, logits
+from .oracle import POISON
+from .runners import HERE
+
+RUNNERS = [
+    pytest.param(runner, id=str(runner), marks=[pytest.mark.gpu] * (runner.device == "cuda"))
+    for runner in HERE
+    if runner.backend == "cuda"
+]
+
+
+@pytest.fixture(params=RUNNERS)
+def device(request):
+    with request.param.running():
+        yield request.param.device
+
+
+def steer(z, b, strength=2.0, penalty=-INF, **where):
+    out = torch.full_like(z, POISON)
+    cuda.steer(z, b, strength, 0.1, penalty, out, **where)
+    return out
+
+
+@pytest.mark.parametrize("penalty", [-INF, -3.0])
+def test_in_place(penalty, device):
+    z, b = logits(2, 5000, device)
+    want = steer(z, b, penalty=penalty)
+    delta = torch.empty_like(z)
+    cuda.steering_vector(z, b, delta)
+    for at in (0, 1):
+        rows = [z.clone(), b.clone()]
+        cuda.steer(*rows, 2.0, 0.1, penalty, rows[at])
+        assert torch.equal(rows[at], want)
+        rows = [z.clone(), b.clone()]
+        cuda.steering_vector(*rows, rows[at])
+        assert torch.equal(rows[at], delta)
+
+
+def test_the_workspace_is_optional_and_checked(device):
+    z, b = logits(2, 300, device)
+    size = cuda.workspace_size(*z.shape)
+    out = steer(z, b, workspace=torch.full((size,), NAN, device=device))
+    assert torch.equal(out, steer(z, b))
+    with pytest.raises(AssertionError, match=f"{size} needed"):
+        steer(z, b, workspace=torch.empty(size - 4, device=device))
+
+
+def test_a_block_takes_several_tiles_of_many_rows(device):
+    """So many rows that a block of `steer` takes two tiles, and four."""
+    z, b = logits(1, 6000, device)
+    want = steer(z, b)
+    for n in (700,) if device == "cpu" else (700, 2800):
+        many = steer(z.expand(n, 6000).contiguous(), b.expand(n, 6000))
+        assert torch.equal(many, want.expand(n, 6000))
+
+
+def test_a_strength_or_target_that_is_none(device):
+    """On a device they are not looked at before: the row is lost, and nothing else is read."""
+    z, b = logits(3, 4500, device)
+    strength = torch.tensor([NAN, 1.0, 1.0], device=device)
+    target = torch.tensor([0, -1, 4500], device=device)
+    out = [torch.zeros(3, device=device) for _ in range(4)]
+    inside = torch.ones(3, dtype=torch.bool, device=device)
+    cuda.score(z, b, target, strength, 0.1, -INF, out[0])
+    assert out[0].isnan().all()
+    cuda.project_strength(z, b, target, 0.1, *out[1:], inside)
+    assert out[1].isnan().tolist() == [False, True, True] and not inside[1:].any()
+    best, token = torch.zeros(3, 3, device=device), torch.zeros(3, 3, dtype=int, device=device)
+    cuda.topk(z, b, strength, 3, 0.1, -INF, best, token)
+    assert (token[:, 0] == -1).tolist() == [True, False, False]
+
+
+def test_without_temperature_nothing_is_cut(device):
+    z, b = logits(3, 2500, device)
+    token, logprob = torch.zeros(3, dtype=int, device=device), torch.zeros(3, device=device)
+    cuda.sample_cut(z, b, 2.0, 0.1, -INF, 0.0, 1, 0.1, 0.9, 0, 0, token, logprob)
+    assert torch.equal(token, reference.sample(z, b, 2.0).token)
