@@ -110,9 +110,9 @@ class Setup:
 
     def memory(self):
         """Bytes of the engine: the weights of both models, each once, and the KV cache of both."""
-        stream = self.engine.pair.stream
-        weights = {p.data_ptr(): p.nbytes for p in stream.model.parameters()}
-        cache = [t.nbytes for layer in stream.cache._layers.values() for t in layer]
+        runner = self.engine.pair.runner
+        weights = {p.data_ptr(): p.nbytes for p in runner.model.parameters()}
+        cache = [t.nbytes for layer in runner.cache._layers.values() for t in layer]
         return {"weight_bytes": sum(weights.values()), "cache_bytes": sum(cache)}
 
     def check(self, tokens):

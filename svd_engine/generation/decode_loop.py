@@ -62,7 +62,8 @@ def decode(
             observe(running, logits, drawn_from)
         fetch = cuda_graphs.read(token, logprob)
         more = any(len(so_far[i]) + 1 < ending[i] for i in running)
-        if ahead := pair.ahead and more:  # the device goes on while the host looks at the tokens
+        # The device goes on while the host looks at the tokens.
+        if ahead := pair.overlaps_host and more:
             logits = pair.step(token.clamp(min=0))
         step = list(zip(running, *fetch(), strict=True))
         for i, drawn, _ in step:

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from svd_engine.data import examples
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scoring import Passage
-from svd_engine.model import peft_adapter
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]  # role and content
@@ -21,8 +19,9 @@ Message = Mapping[str, str]  # role and content
 class Inputs:
     """Reads prompts and options for one model; every method raises ValueError before any work."""
 
-    model: PeftModel
+    model: PreTrainedModel  # the base model
     tokenizer: PreTrainedTokenizerBase | None
+    virtual_tokens: int = 0  # of the adapter, before every prompt
 
     @property
     def vocab_size(self) -> int:
@@ -88,12 +87,11 @@ class Inputs:
 
     def check_room(self, name: str, length: int, new: int = 0) -> None:
         """Raise ValueError unless `length` tokens and `new` more fit the model's context."""
-        virtual = peft_adapter.virtual_tokens(self.model)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        total = virtual + length + new
+        total = self.virtual_tokens + length + new
         if context is not None and total > context:
             parts = [f"{length} tokens"]
-            parts += [f"{virtual} virtual tokens"] if virtual else []
+            parts += [f"{self.virtual_tokens} virtual tokens"] if self.virtual_tokens else []
             parts += [f"max_new_tokens = {new}"] if new else []
             raise ValueError(
                 f"{name} does not fit: {' and '.join(parts)} make {total}; the model's context is "
@@ -110,7 +108,7 @@ class Inputs:
     def ends(self, eos_token_id: int | Sequence[int] | None) -> set[int]:
         """The ids that end a row; by default the model's own."""
         if eos_token_id is None:
-            generation = getattr(self.model.get_base_model(), "generation_config", None)
+            generation = getattr(self.model, "generation_config", None)
             eos_token_id = getattr(generation, "eos_token_id", None)
         if eos_token_id is None and self.tokenizer is not None:
             eos_token_id = self.tokenizer.eos_token_id

@@ -293,7 +293,6 @@ def test_the_pair_is_kept_while_the_adapter_is_what_it_was(monkeypatch):
         output = steered(model)
         assert len(built) == count
         truth = SteeredEngine(model, steering=STEERING).generate(PROMPTS, max_new_tokens=12)
-        built.pop()
         assert_rows(output, truth)
 
     before = steered(model)
