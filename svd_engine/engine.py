@@ -2,10 +2,9 @@
 
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from peft import PeftModel
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from svd_engine import __version__, loading, ops
@@ -21,7 +20,6 @@ from svd_engine.generation.outputs import Completion, Event
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.model import cuda_graphs
-from svd_engine.model import peft_adapter as forms
 from svd_engine.model.pair import (
     Decoder,
     ModelPair,
@@ -30,7 +28,11 @@ from svd_engine.model.pair import (
     base_runner,
     pair_models,
 )
+from svd_engine.model.peft_adapter import Adapter
 from svd_engine.steering_config import SteeringConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["Completion", "Event", "SteeredEngine"]
 MODELS = ("steered", "adapted", "base")
@@ -47,18 +49,16 @@ class SteeredEngine:
 
     def __init__(
         self,
-        model: PeftModel,
+        model: "PeftModel",
         tokenizer: PreTrainedTokenizerBase | None = None,
         steering: SteeringConfig | None = None,
         pairing: str = "auto",
         cuda_graphs: bool = True,
     ) -> None:
-        if not isinstance(model, PeftModel):
-            raise ValueError(f"model must be a PeftModel; got {type(model).__name__}.")
-        forms.check_recoverable(model)
+        self._adapter = adapter = Adapter.read(model)
         self.model, self.tokenizer = model, tokenizer
-        self.inputs = Inputs(model, tokenizer)
-        self.pair = pair_models(model, pairing)  # the adapted and the base model
+        self.inputs = Inputs(adapter.base_model, tokenizer, adapter.virtual_tokens)
+        self.pair = pair_models(adapter, pairing)  # the adapted and the base model
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
@@ -212,7 +212,7 @@ class SteeredEngine:
     def _decoded(
         self, model: str | None, steering: SteeringConfig | None = None
     ) -> tuple[str, ModelPair, SteeringConfig]:
-        """Which models to run and how to steer; one model alone is steered by nothing."""
+        """Return which model is decoded, its runners and its steering (0 for a single model)."""
         if steering is not None and model not in (None, "steered"):
             raise ValueError(f"model={model!r} is decoded un-steered; leave out steering.")
         steering = steering or self.steering
@@ -225,8 +225,8 @@ class SteeredEngine:
             steering.check_vocabulary(self.inputs.vocab_size)
             return model, self.pair, steering
         if model not in self._single:
-            stream = adapted_runner if model == "adapted" else base_runner
-            self._single[model] = SequentialRunner(stream(self.model))
+            runner = adapted_runner if model == "adapted" else base_runner
+            self._single[model] = SequentialRunner(runner(self._adapter))
         return model, self._single[model], SteeringConfig(0.0, alpha=0.0)
 
     def _decoder(self, pair: ModelPair) -> Decoder:

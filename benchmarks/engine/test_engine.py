@@ -73,9 +73,9 @@ class Setup:
         """Return the engine's bytes: the weights of both models, each once, and both KV caches."""
         pair = self.engine.pair
         assert isinstance(pair, PairedRunner)
-        stream = pair.stream
-        weights = {p.data_ptr(): p.nbytes for p in stream.model.parameters()}
-        cache = [t.nbytes for layer in stream.cache._layers.values() for t in layer]
+        runner = pair.runner
+        weights = {p.data_ptr(): p.nbytes for p in runner.model.parameters()}
+        cache = [t.nbytes for layer in runner.cache._layers.values() for t in layer]
         return {"weight_bytes": sum(weights.values()), "cache_bytes": sum(cache)}
 
     def check(self, tokens: Mapping[str, list[int]]) -> None:

@@ -11,7 +11,6 @@ from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.journal import Journal
 from svd_engine.generation import scoring
 from svd_engine.generation.distribution import steered, unsteered
-from svd_engine.generation.inputs import Inputs
 
 
 class Item(Protocol):
@@ -51,13 +50,12 @@ def by_likelihood(
         ]
         for item in items
     ]
-    inputs = Inputs(engine.model, engine.tokenizer)
     for item, group in zip(items, passages, strict=True):
         for answer, (prompt, completion) in zip(item.answers, group, strict=True):
             name = f"{item.where}: the answer {answer!r}"
             if not completion:
                 raise ValueError(f"{name} has no tokens.")
-            inputs.check_room(name, len(prompt) + len(completion))
+            engine.inputs.check_room(name, len(prompt) + len(completion))
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         found = _scores(engine, [passage for i in numbers for passage in passages[i]])
@@ -88,10 +86,9 @@ def by_generation(
     `more` goes into the journal beside it.
     """
     prompts = [template.format(question=item.question) for item in items]
-    inputs = Inputs(engine.model, engine.tokenizer)
     for item, prompt in zip(items, prompts, strict=True):
         length = len(encode_text(prompt, engine.tokenizer, add_special_tokens=True))
-        inputs.check_room(f"{item.where}: the question", length, max_new_tokens)
+        engine.inputs.check_room(f"{item.where}: the question", length, max_new_tokens)
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         texts = {

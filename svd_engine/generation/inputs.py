@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from svd_engine.data.tokenization import Text, encode_chat, encode_text
 from svd_engine.generation import sequence
 from svd_engine.generation.detokenizer import Detokenizer
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scoring import Passage
-from svd_engine.model import peft_adapter
 
 Prompt = Text
 Message = Mapping[str, str]  # role and content
@@ -23,8 +21,9 @@ Message = Mapping[str, str]  # role and content
 class Inputs:
     """Validates inputs against one model; every method raises ValueError before any work."""
 
-    model: PeftModel
+    model: PreTrainedModel  # the base model
     tokenizer: PreTrainedTokenizerBase | None
+    virtual_tokens: int = 0  # of the adapter, before every prompt
 
     @property
     def vocab_size(self) -> int:
@@ -109,12 +108,11 @@ class Inputs:
 
     def check_room(self, name: str, length: int, new: int = 0) -> None:
         """Raise ValueError unless `length` tokens and `new` more fit the model's context."""
-        virtual = peft_adapter.virtual_tokens(self.model)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        total = virtual + length + new
+        total = self.virtual_tokens + length + new
         if context is not None and total > context:
             parts = [f"{length} tokens"]
-            parts += [f"{virtual} virtual tokens"] if virtual else []
+            parts += [f"{self.virtual_tokens} virtual tokens"] if self.virtual_tokens else []
             parts += [f"max_new_tokens = {new}"] if new else []
             raise ValueError(
                 f"{name} does not fit: {' and '.join(parts)} make {total}; the model's context is "
@@ -131,7 +129,7 @@ class Inputs:
     def _eos_token_ids(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         """The ids that end a sequence; by default the model's own."""
         if eos_token_id is None:
-            generation = getattr(self.model.get_base_model(), "generation_config", None)
+            generation = getattr(self.model, "generation_config", None)
             eos_token_id = getattr(generation, "eos_token_id", None)
         if eos_token_id is None and self.tokenizer is not None:
             eos_token_id = self.tokenizer.eos_token_id

@@ -1,51 +1,54 @@
-"""Steering for decoders that take nothing but a logits processor."""
+"""Steering for decoders that accept only a logits processor."""
+
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from svd_engine import ops
 from svd_engine.generation import distribution
-from svd_engine.model import peft_adapter
 from svd_engine.model.pair import PerModel, SequentialRunner, base_runner
+from svd_engine.model.peft_adapter import Adapter
 from svd_engine.steering_config import SteeringConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class SteeringLogitsProcessor(LogitsProcessor):
     """Steered logits  (12)-(14)  from the scores of the adapted model, which generates.
 
-    The base model's own pass follows with a KV cache: two passes a token, where `steered_generate`
-    has one, but it works with beams and anything else that takes processors. Put it before all
-    others. With beams pass `renormalize_logits=True`, so that steered log-probabilities add up.
+    The processor runs the base model with its own KV cache: two passes per token, where
+    `steered_generate` needs one, but it works with beams and whatever else accepts processors. Put
+    it before all others. With beams, pass `renormalize_logits=True`, so that steered
+    log-probabilities add up.
 
-    Prompts padded on the left need `attention_mask`, of the prompts to come, or `pad_token_id`,
-    which is taken for padding wherever a row begins with it.
+    Left-padded prompts need `attention_mask`, that of the prompts to come, or `pad_token_id`, which
+    counts as padding wherever a row begins with it.
     """
 
     def __init__(
         self,
-        model: PeftModel,
+        model: "PeftModel",
         steering: SteeringConfig,
         *,
         attention_mask: Tensor | None = None,
         pad_token_id: int | None = None,
     ) -> None:
-        if not isinstance(model, PeftModel):
-            raise ValueError(f"model must be a PeftModel; got {type(model).__name__}.")
-        peft_adapter.check_recoverable(model)
+        adapter = Adapter.read(model)
         steering.check_vocabulary(model.config.get_text_config().vocab_size)
         if attention_mask is not None and pad_token_id is not None:
             raise ValueError("give attention_mask or pad_token_id; got both.")
         self.steering, self.pad_token_id = steering, pad_token_id
         self._pads = None if attention_mask is None else left_pads(attention_mask)
-        self._base = SequentialRunner(base_runner(model))
-        self._rows: list[list[int]] = []  # what the cache holds
-        self._room = self._steps = 0  # rows and further tokens that the cache has room for
+        self._base = SequentialRunner(base_runner(adapter))
+        self._rows: list[list[int]] = []  # token ids that the KV cache holds
+        self._max_rows = self._steps = 0  # rows and further steps that fit the KV cache
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """input_ids `[R, n]`, scores `[R, V]` of the adapted model -> steered logits `[R, V]`."""
+        """Return steered logits `[R, V]` from input_ids `[R, n]` and the adapted model's scores."""
         base = self._base_logits(self._unpadded(input_ids)).to(scores.device)
         drawn_from = distribution.steered((scores, base), self.steering)
         return ops.steer(*drawn_from.operands, **drawn_from.mask).to(scores.dtype)
@@ -57,9 +60,9 @@ class SteeringLogitsProcessor(LogitsProcessor):
         return logits[0]
 
     def _step(self, rows: list[list[int]]) -> PerModel | None:
-        """One more token a row, if every row continues what some row of the cache was."""
+        """Decode one more token per row, or return None unless every row continues a cached row."""
         before = [row[:-1] for row in rows]
-        if not self._steps or len(rows) > self._room:
+        if not self._steps or len(rows) > self._max_rows:
             return None
         if before != self._rows:
             place = {tuple(row): i for i, row in enumerate(self._rows)}
@@ -71,8 +74,8 @@ class SteeringLogitsProcessor(LogitsProcessor):
         return self._base.step(torch.tensor([row[-1] for row in rows], device=self._base.device))
 
     def _prefill(self, rows: list[list[int]]) -> PerModel:
-        """Read the rows anew, with room for as many tokens again."""
-        self._room, self._steps = len(rows), max(256, *map(len, rows))
+        """Prefill the rows anew, with slots for as many tokens again."""
+        self._max_rows, self._steps = len(rows), max(256, *map(len, rows))
         return self._base.logits(self._base.prefill(rows, self._steps))
 
     def _unpadded(self, input_ids: Tensor) -> list[list[int]]:
@@ -96,7 +99,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
 
 
 def left_pads(attention_mask: Tensor) -> tuple[int, list[int]]:
-    """Width and number of pads a row of a mask `[B, n]`; ValueError unless padded on the left."""
+    """Return width and pads per row of a mask `[B, n]`. Raise ValueError unless left-padded."""
     mask = attention_mask.bool()
     pads = (~mask).sum(-1) if mask.dim() == 2 else None
     if pads is None or not mask.any(-1).all() or (mask.sort(-1).values != mask).any():

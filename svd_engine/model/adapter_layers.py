@@ -1,4 +1,7 @@
-"""Adapted layers reduced to their arithmetic, on every row or on the second half of the rows."""
+"""Adapted layers reduced to their arithmetic, for every row or for the second half of the rows.
+
+PEFT's lora_A and lora_B are called `down` `[r, in]` and `up` `[out, r]` here.
+"""
 
 from peft.tuners.ia3 import Linear as Ia3Linear
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -10,7 +13,7 @@ from svd_engine.model.layers import linear
 
 
 class AdaptedLayer(nn.Module):
-    """A base layer and what an adapter does to all rows, or to those from rows / 2 on."""
+    """A base layer and the adapter's change to all rows, or to the second half if `paired`."""
 
     base_layer: nn.Module
 
@@ -19,8 +22,7 @@ class AdaptedLayer(nn.Module):
         self.base_layer = layer.get_base_layer()
         self.paired = paired
 
-    def first(self, x: Tensor) -> int:
-        """The first adapted row."""
+    def first_adapted_row(self, x: Tensor) -> int:
         return x.shape[0] // 2 if self.paired else 0
 
 
@@ -38,12 +40,12 @@ class PairedLoraLinear(AdaptedLayer):
         self.low_rank = (down, up.weight.detach() * scale, up_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        base, first = self._modules["base_layer"], self.first(x)
+        base, first_row = self._modules["base_layer"], self.first_adapted_row(x)
         assert base is not None
         if type(base) is linear.Linear and not base._forward_hooks and not base._forward_pre_hooks:
-            rows = first * (x.numel() // (x.shape[0] * x.shape[-1]))
-            return linear.few_rows_linear(x, *base.parts(), self.low_rank, rows)
-        return linear.add_low_rank(base(x), x, self.low_rank, first)
+            flat_row = first_row * (x.numel() // (x.shape[0] * x.shape[-1]))
+            return linear.few_rows_linear(x, *base.parts(), self.low_rank, flat_row)
+        return linear.add_low_rank(base(x), x, self.low_rank, first_row)
 
 
 class PairedLoraEmbedding(AdaptedLayer):
@@ -59,9 +61,9 @@ class PairedLoraEmbedding(AdaptedLayer):
         self.up = layer.lora_embedding_B[adapter].detach() * layer.scaling[adapter] * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base_layer(x)
-        first = self.first(x)
-        out[first:] += nn.functional.linear(nn.functional.embedding(x[first:], self.down), self.up)
+        out, adapted = self.base_layer(x), slice(self.first_adapted_row(x), None)
+        low = nn.functional.embedding(x[adapted], self.down)
+        out[adapted] += nn.functional.linear(low, self.up)
         return out
 
 
@@ -76,18 +78,18 @@ class PairedIa3(AdaptedLayer):
         self.is_feedforward = layer.is_feedforward
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.first(x)
+        adapted = slice(self.first_adapted_row(x), None)
         if self.is_feedforward:
             x = x.clone()  # other layers may read the same x
-            x[first:] *= self.scale
+            x[adapted] *= self.scale
             return self.base_layer(x)
         out = self.base_layer(x)
-        out[first:] *= self.scale
+        out[adapted] *= self.scale
         return out
 
 
 def why_not(layer: BaseTunerLayer) -> str | None:
-    """Why an adapted layer has no paired form; None where it has one."""
+    """Return why an adapted layer has no paired form, or None where it has one."""
     if not isinstance(layer, LoraLinear | LoraEmbedding | Ia3Linear):
         return f"is an adapted {type(layer.get_base_layer()).__name__}"
     if variants := getattr(layer, "lora_variant", None):
@@ -96,7 +98,7 @@ def why_not(layer: BaseTunerLayer) -> str | None:
 
 
 def paired_layer(layer: BaseTunerLayer, adapter: str, paired: bool) -> nn.Module:
-    """The paired form of an adapted layer; its base layer where the adapter does not touch it."""
+    """Build a layer's reduced form, or return its base layer if `adapter` does not change it."""
     if isinstance(layer, LoraLinear) and adapter in layer.lora_A:
         return PairedLoraLinear(layer, adapter, paired)
     if isinstance(layer, LoraEmbedding) and adapter in layer.lora_embedding_A:

@@ -1,4 +1,4 @@
-"""The decode step as CUDA graphs: one a bucket of rows and slots, replayed for every token."""
+"""Decode steps as CUDA graphs, one per bucket of rows and slots, replayed for every token."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Replay = Callable[[], object]
 
 
 class Step(NamedTuple):
-    """A recorded step: fill `tokens`, call `replay`, read `logits`."""
+    """A captured step: fill `tokens`, call `replay`, read `logits`."""
 
     tokens: Tensor
     replay: Replay
@@ -35,7 +35,7 @@ def bucket_slots(slots: int) -> int:
 
 
 def record(run: Run, device: torch.device) -> tuple[Replay, PerModel]:
-    """A CUDA graph of `run`, which has run before, and the tensors that a replay fills."""
+    """Capture `run`, which has run before. Return the replay and the tensors that it fills."""
     with torch.cuda.device(device):
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state, graph = generator.clone_state(), torch.cuda.CUDAGraph()
@@ -49,10 +49,10 @@ def record(run: Run, device: torch.device) -> tuple[Replay, PerModel]:
 
 
 class GraphedRunner:
-    """A pair whose decode steps are replayed from CUDA graphs; to its callers the same pair.
+    """A `Decoder` that replays a pair's decode steps from CUDA graphs.
 
-    Rows and slots are rounded up, so that requests of many shapes share few graphs; rows that
-    nobody asked for copy the first. A capture that fails is told once, and steps run without.
+    Rows and slots are rounded up, so that requests of many shapes share few graphs. Padding rows
+    duplicate row 0. If a capture fails, one warning is logged and decoding goes on without graphs.
     """
 
     overlaps_host = True
@@ -65,8 +65,9 @@ class GraphedRunner:
         self.pair = pair
         self._record: Callable[[Run, torch.device], tuple[Replay, PerModel]] | None = record
         self._steps: dict[tuple[int, int, int], Step] = {}
-        self._memory: object = None  # that the recorded steps work on
-        self._rows = self._slots = self._next = 0  # of the request; the position to be written
+        self._memory_key: object = None  # of the tensors that the captured steps work on
+        self._rows = self._slots = 0  # of the request
+        self._next_position = 0  # the highest that the next step writes
 
     @property
     def device(self) -> torch.device:
@@ -74,79 +75,79 @@ class GraphedRunner:
 
     @property
     def graphs(self) -> int | None:
-        """How many steps are recorded; None if recording failed."""
+        """Number of captured steps; None if a capture failed."""
         return None if self._record is None else len(self._steps)
 
-    def prefill(self, prompts: Prompts, extra: int = 0, room: int = 0) -> PerModel:
-        """As the pair's."""
-        self._rows, self._next = len(prompts), max(map(len, prompts))
-        self._slots = bucket_slots(self._next + extra)
-        room = bucket_rows(max(room, self._rows))
-        hidden = self.pair.prefill(prompts, self._slots - self._next, room)
+    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
+        """Call the pair's, with rows and slots rounded up."""
+        self._rows, self._next_position = len(prompts), max(map(len, prompts))
+        self._slots = bucket_slots(self._next_position + max_new_tokens)
+        max_rows = bucket_rows(max(max_rows, self._rows))
+        hidden = self.pair.prefill(prompts, self._slots - self._next_position, max_rows)
         if bucket_rows(self._rows) > self._rows:
             self.reorder(torch.arange(self._rows, device=self.device))
         return hidden
 
     def logits(self, hidden: Sequence[Tensor]) -> PerModel:
-        """As the pair's."""
+        """Call the pair's."""
         return self.pair.logits(hidden)
 
     def reorder(self, index: Tensor) -> None:
-        """As the pair's."""
+        """Call the pair's, with padding rows."""
         self._rows = len(index)
         copies = index[:1].expand(bucket_rows(self._rows) - self._rows)
         self.pair.reorder(torch.cat([index, copies]))
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> PerModel:
-        """As the pair's; the logits are good until the next step."""
-        live = min(bucket_slots(self._next + 1), self._slots)
-        self._next += 1
-        if self._memory != self.pair.memory:
-            self._memory = self.pair.memory
+        """Do the pair's step; the next step overwrites the logits."""
+        kv_length = min(bucket_slots(self._next_position + 1), self._slots)
+        self._next_position += 1
+        if self._memory_key != self.pair.memory_key:
+            self._memory_key = self.pair.memory_key
             self._steps.clear()
-        key = bucket_rows(self._rows), self._slots, live
+        key = bucket_rows(self._rows), self._slots, kv_length
         step = self._steps.get(key)
         if step is None:
-            logits = self._first(key, tokens)
+            logits = self._run_and_capture(key, tokens)
         else:
             step.tokens[: self._rows] = tokens
             step.replay()
             logits = step.logits
         return tuple(x[: self._rows] for x in logits)
 
-    def _first(self, key: tuple[int, int, int], tokens: Tensor) -> PerModel:
-        """A step without a graph, which is then recorded."""
-        rows, _, live = key
+    def _run_and_capture(self, key: tuple[int, int, int], tokens: Tensor) -> PerModel:
+        """Do a step without a graph, then capture it."""
+        rows, _, kv_length = key
         padded = tokens.new_zeros(rows)
         padded[: self._rows] = tokens
 
         def run() -> PerModel:
-            return self.pair.step(padded, live)
+            return self.pair.step(padded, kv_length)
 
         logits = run()
         if self._record is not None and rows <= ROWS[-1]:
             try:
                 self._steps[key] = Step(padded, *self._record(run, self.device))
-            except Exception as error:  # whatever a model does that a graph cannot hold
+            except Exception as error:  # a graph cannot hold all that a model may do
                 self._record = None
                 logger.warning("Decoding without CUDA graphs, because a capture failed: %s", error)
         return logits
 
     def warmup(self, rows: int, length: int) -> None:
-        """Record every step that `rows` sequences of up to `length` tokens can need."""
+        """Capture every step that `rows` sequences of up to `length` tokens can need."""
         tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
         slots = SLOTS
         while slots <= bucket_slots(length):
             self.prefill([[0]] * rows, slots - 1)
-            live = SLOTS
-            while live <= slots:
-                self._next = live - 1  # as if so many tokens had come before
+            kv_length = SLOTS
+            while kv_length <= slots:
+                self._next_position = kv_length - 1  # as if so many tokens had come before
                 self.step(tokens)
-                live *= 2
+                kv_length *= 2
             slots *= 2
 
 
 def decoder(pair: ModelPair) -> Decoder:
-    """What decodes the pair fastest on its device."""
+    """Return what decodes the pair fastest on its device."""
     return GraphedRunner(pair) if pair.device.type == "cuda" else pair

@@ -1,4 +1,4 @@
-"""A KV cache in which every row keeps its own place."""
+"""A KV cache in which every row has its own position."""
 
 import math
 
@@ -7,13 +7,12 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values `[rows, kv_heads, slots, head_dim]` a layer, written at per-row positions.
+    """Keys and values `[rows, kv_heads, slots, head_dim]` per layer, written at per-row positions.
 
     A Hugging Face model accepts any object with `update` and `get_seq_length`. Before each forward
-    pass `place` says where its tokens go. What lies in slots past a row's own position is hidden
-    from the row and overwritten when it gets there, so ragged prompts are padded on the right and
-    rows need no alignment. Memory outlives a call: a request that needs no more of it, in whatever
-    shape, gets the same.
+    pass `place` says where its tokens go. Slots past a row's position are masked and overwritten
+    later, so ragged prompts are right-padded and rows need no alignment. Memory outlives a call: a
+    request that needs no more of it, in whatever shape, gets the same memory.
     """
 
     is_compileable = False
@@ -22,29 +21,29 @@ class KVCache:
         self.allocations = 0
         self._memory: dict[tuple[int, str], Tensor] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # views of the memory
-        self._rows = self.slots = self._live = 0
+        self._max_rows = self.slots = self._kv_length = 0
         self._start: int | None = 0
         self._positions = torch.empty(0, 0, dtype=torch.int64)
         self._row_index = torch.empty(0, 1, dtype=torch.int64)
 
-    def reserve(self, rows: int, slots: int) -> None:
-        """Make room for `rows` sequences of up to `slots` positions; drops what is stored."""
-        self._rows, self.slots = rows, slots
+    def reserve(self, max_rows: int, slots: int) -> None:
+        """Reserve `max_rows` rows of `slots` positions; drops what is stored."""
+        self._max_rows, self.slots = max_rows, slots
         self._layers.clear()
 
-    def place(self, positions: Tensor, live: int, start: int | None) -> None:
-        """The next tokens go to `positions` `[rows, q]` int64; slots from `live` on are unused.
+    def place(self, positions: Tensor, kv_length: int, start: int | None) -> None:
+        """Set the `positions` `[rows, q]` int64 of the next tokens, all below `kv_length`.
 
-        start: the slot of the first token where all rows write the same slots, else None.
+        start: slot of the first token where all rows write the same slots, else None.
         """
-        self._positions, self._live, self._start = positions, live, start
+        self._positions, self._kv_length, self._start = positions, kv_length, start
         if start is None:
             self._row_index = torch.arange(len(positions), device=positions.device)[:, None]
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Store `[rows, kv_heads, q, head_dim]` and return all live slots of the same rows."""
+        """Store `[rows, kv_heads, q, head_dim]`; return the same rows' first `kv_length` slots."""
         rows, _, length, _ = keys.shape
         stored = self._layer(layer_idx, keys, values)
         for buffer, new in zip(stored, (keys, values), strict=True):
@@ -52,42 +51,43 @@ class KVCache:
                 buffer[:rows, :, self._start : self._start + length] = new
             else:
                 buffer[self._row_index, :, self._positions] = new.transpose(1, 2)
-        return stored[0][:rows, :, : self._live], stored[1][:rows, :, : self._live]
+        return stored[0][:rows, :, : self._kv_length], stored[1][:rows, :, : self._kv_length]
 
-    def fill(self, keys: Tensor, values: Tensor, layer_idx: int, first: int, end: int) -> None:
-        """Store `[kv_heads, q, head_dim]` in slots end - q .. end - 1 of every row from `first`."""
+    def fill(self, keys: Tensor, values: Tensor, layer_idx: int, first_row: int, end: int) -> None:
+        """Store `[kv_heads, q, head_dim]` in slots end - q .. end - 1 of rows `first_row`.. ."""
         stored = self._layer(layer_idx, keys[None], values[None])
         for buffer, new in zip(stored, (keys, values), strict=True):
-            buffer[first:, :, end - new.shape[1] : end] = new
+            buffer[first_row:, :, end - new.shape[1] : end] = new
 
-    def reorder(self, index: Tensor, live: int) -> None:
-        """Row i holds from now on what row index[i] held in its first `live` slots."""
-        if len(index) > self._rows:
+    def reorder(self, index: Tensor, kv_length: int) -> None:
+        """Copy the first `kv_length` slots of former row index[i] to row i. Raise ValueError."""
+        if len(index) > self._max_rows:
             raise ValueError(
-                f"index has {len(index)} rows; there is room for {self._rows}. Prefill with more."
+                f"index has {len(index)} rows; there is room for {self._max_rows}. "
+                "Prefill with more."
             )
         moved = (index != torch.arange(len(index), device=index.device)).nonzero()[:, 0]
         for pair in self._layers.values():
             for buffer in pair:
-                buffer[moved, :, :live] = buffer[index[moved], :, :live]
+                buffer[moved, :, :kv_length] = buffer[index[moved], :, :kv_length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._live
+        return self._kv_length
 
     def _layer(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if layer_idx not in self._layers:
             self._layers[layer_idx] = (
-                self._room((layer_idx, "keys"), keys),
-                self._room((layer_idx, "values"), values),
+                self._zeros((layer_idx, "keys"), keys),
+                self._zeros((layer_idx, "values"), values),
             )
         return self._layers[layer_idx]
 
-    def _room(self, name: tuple[int, str], like: Tensor) -> Tensor:
-        """Zeros `[rows, kv_heads, slots, head_dim]` in the memory of that name.
+    def _zeros(self, name: tuple[int, str], like: Tensor) -> Tensor:
+        """Zeros `[max_rows, kv_heads, slots, head_dim]` in the memory of that name.
 
-        Zeros, because a hidden slot has weight 0 and 0 * NaN, left by another request, is NaN.
+        Zeros, because a masked slot has weight 0 and 0 * NaN, left by another request, is NaN.
         """
-        shape = (self._rows, like.shape[1], self.slots, like.shape[3])
+        shape = (self._max_rows, like.shape[1], self.slots, like.shape[3])
         size = math.prod(shape)
         memory = self._memory.get(name)
         if memory is None or len(memory) < size or memory.dtype != like.dtype:

@@ -1,42 +1,73 @@
-"""A second tree of modules over the same parameters, so that the first stays as it was found.
+"""Second trees of modules over a PEFT model's parameters; the PEFT model itself is not changed.
 
-Plain linear layers become those of `layers.linear`; on the CPU, what is recognised between them
-becomes native (`layers.rms_norm`, `layers.rotary`).
+Plain linear layers become those of `layers.linear`. On the CPU, norms and rotary embeddings that
+are recognised get native kernels (`layers.rms_norm`, `layers.rotary`).
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from svd_engine.model.layers import linear, rms_norm, rotary
+from svd_engine.model.adapter_layers import paired_layer
+from svd_engine.model.layers import attention, linear, rms_norm, rotary
+from svd_engine.model.peft_adapter import Adapter
 
-Replace = Callable[[nn.Module], nn.Module | None]
+Replacements = Mapping[Any, nn.Module]  # by the module to be replaced
 
 
-def clone_sharing_parameters(root: nn.Module, replace: Replace) -> nn.Module:
-    """A tree like `root`, in evaluation mode, with what `replace` returns in place of a module."""
+def paired_tree(adapter: Adapter) -> PreTrainedModel:
+    """Build the tree that runs [base_1..base_B, adapted_1..adapted_B] through each weight once.
+
+    Only for an adapter without a `reason_not_paired`.
+    """
+    return _tree(adapter, {x: paired_layer(x, adapter.name, paired=True) for x in adapter.layers})
+
+
+def adapted_tree(adapter: Adapter) -> PreTrainedModel:
+    """Build the adapted model's tree, without the virtual tokens of the prompt methods."""
+    if adapter.reason_not_paired is not None:
+        return _tree(adapter, {})
+    return _tree(adapter, {x: paired_layer(x, adapter.name, paired=False) for x in adapter.layers})
+
+
+def base_tree(adapter: Adapter) -> PreTrainedModel:
+    """Build the tree of the pre-trained model under the adapter."""
+    layers = {layer: layer.get_base_layer() for layer in adapter.layers}
+    return _tree(adapter, layers | {x: x.original_module for x in adapter.wrappers})
+
+
+def _tree(adapter: Adapter, replacements: Replacements) -> PreTrainedModel:
+    tree = clone_sharing_parameters(adapter.base_model, replacements)
+    assert isinstance(tree, PreTrainedModel)
+    tree.set_attn_implementation(attention.NAME)
+    return tree
+
+
+def clone_sharing_parameters(root: nn.Module, replacements: Replacements) -> nn.Module:
+    """Build a tree like `root`, in evaluation mode, with the replacements in it."""
     configs: dict[int, PretrainedConfig] = {}
-    twins: dict[int, nn.Module] = {}  # by the module found in the tree, which stays alive
+    clones: dict[int, nn.Module] = {}  # by id of the module in `root`, which keeps it alive
 
     def visit(found: nn.Module) -> nn.Module:
-        if id(found) in twins:
-            return twins[id(found)]
-        module = replace(found) or found
-        twin = twins[id(found)] = copy.copy(module)
+        if id(found) in clones:
+            return clones[id(found)]
+        module = replacements.get(found, found)
+        clone = clones[id(found)] = copy.copy(module)
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-            setattr(twin, hooks, OrderedDict(getattr(module, hooks)))
-        if type(twin) is nn.Linear:
-            twin.__class__ = linear.Linear
-        rms_norm.use_native_forward(twin)
-        rotary.use_native_forward(twin)
-        twin._modules = {
+            setattr(clone, hooks, OrderedDict(getattr(module, hooks)))
+        if type(clone) is nn.Linear:
+            clone.__class__ = linear.Linear
+        rms_norm.use_native_forward(clone)
+        rotary.use_native_forward(clone)
+        clone._modules = {
             name: None if child is None else visit(child) for name, child in module._modules.items()
         }
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
-            twin.config = configs.setdefault(id(config), copy.deepcopy(config))  # type: ignore
-        return twin
+            clone.config = configs.setdefault(id(config), copy.deepcopy(config))  # type: ignore
+        return clone
 
     return visit(root).eval()

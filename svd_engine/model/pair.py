@@ -1,80 +1,87 @@
-"""The two models side by side: what a decoding loop and a scorer need of them, and no more."""
+"""The adapted and the base model as one object: what a decoding loop and a scorer call."""
 
 import logging
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
-from svd_engine.model import peft_adapter
+from svd_engine.model.module_tree import adapted_tree, base_tree, paired_tree
+from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
 Prompts = Sequence[Sequence[int]]
-PerModel = tuple[Tensor, ...]  # of the adapted and the base model, or of one alone
+PerModel = tuple[Tensor, ...]  # of the adapted and the base model, or of a single model
 
 
 class Decoder(Protocol):
-    """What a decoding loop needs of the models; `PairedRunner` says what each does."""
+    """What a decoding loop calls; `PairedRunner` documents the methods."""
 
     @property
     def device(self) -> torch.device: ...
     @property
     def overlaps_host(self) -> bool:
-        """Whether a step may run on the device while the host reads tokens."""
+        """Whether the device may run a step while the host reads tokens."""
 
-    def prefill(self, prompts: Prompts, extra: int = 0, room: int = 0) -> PerModel: ...
+    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel: ...
     def step(self, tokens: Tensor) -> PerModel: ...
     def reorder(self, index: Tensor) -> None: ...
     def logits(self, hidden: Sequence[Tensor]) -> PerModel: ...
 
 
 class PairedRunner:
-    """One batch [base rows, adapted rows] through the same weights: each is read once a step."""
+    """Both models as one batch [base rows, adapted rows]: each weight is read once per step."""
 
     overlaps_host = False
 
-    def __init__(self, model: PeftModel) -> None:
-        self.stream = ModelRunner(peft_adapter.paired(model), paired=True, **_virtual(model))
+    def __init__(self, adapter: Adapter) -> None:
+        self.runner = ModelRunner(
+            paired_tree(adapter),
+            paired=True,
+            virtual_tokens=adapter.virtual_tokens,
+            prompt_embeddings=adapter.prompt_embeddings,
+            prefix=adapter.prefix,
+        )
 
     @property
     def device(self) -> torch.device:
-        return self.stream.model.device
+        return self.runner.model.device
 
     @property
-    def memory(self) -> Hashable:
-        """Differs once tensors that outlive a request have moved."""
-        return self.stream.memory
+    def memory_key(self) -> Hashable:
+        """A value that changes when tensors that outlive a request are allocated anew."""
+        return self.runner.memory_key
 
-    def prefill(self, prompts: Prompts, extra: int = 0, room: int = 0) -> PerModel:
-        """Hidden states of (adapted, base) at each prompt's last token, `[B, H]` each.
+    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
+        """Return hidden states of (adapted, base) at each prompt's last token, `[B, H]` each.
 
-        Leaves room for `extra` more tokens a row and, by `reorder`, for `room` rows.
+        The KV cache gets slots for `max_new_tokens` more tokens per row and, for `reorder`, at
+        least `max_rows` rows.
         """
-        return _halves(self.stream.prefill([*prompts, *prompts], extra, 2 * room))
+        return _halves(self.runner.prefill([*prompts, *prompts], max_new_tokens, 2 * max_rows))
 
-    def extend(self, tokens: Tensor, live: int | None = None) -> PerModel:
-        """Hidden states of (adapted, base) after more tokens `[B, q]`, `[B, q, H]` each.
+    def extend(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
+        """Return hidden states of (adapted, base) after more tokens `[B, q]`, `[B, q, H]` each.
 
-        live: a bound on positions, which makes shapes static; see `ModelRunner.extend`.
+        kv_length: upper bound on positions, see `ModelRunner.extend`.
         """
-        return _halves(self.stream.extend(tokens.repeat(2, 1), live))
+        return _halves(self.runner.extend(tokens.repeat(2, 1), kv_length))
 
-    def step(self, tokens: Tensor, live: int | None = None) -> PerModel:
-        """Logits of (adapted, base) after one more token `[B]`, `[B, V]` each."""
-        hidden = self.stream.extend(tokens.repeat(2)[:, None], live)
-        return _halves(self.stream.logits(hidden[:, 0]))
+    def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
+        """Return logits of (adapted, base) after one more token per row `[B]`, `[B, V]` each."""
+        hidden = self.runner.extend(tokens.repeat(2)[:, None], kv_length)
+        return _halves(self.runner.logits(hidden[:, 0]))
 
     def reorder(self, index: Tensor) -> None:
-        """Row i of both models continues from what row index[i] was; int64 `[R]`."""
-        self.stream.reorder(torch.cat([index, index + len(self.stream.positions) // 2]))
+        """Let row i of both models continue from former row index[i]; int64 `[R]`."""
+        self.runner.reorder(torch.cat([index, index + len(self.runner.positions) // 2]))
 
     def logits(self, hidden: Sequence[Tensor]) -> PerModel:
-        """Logits of (adapted, base) from `[N, H]` hidden states of the same."""
-        return _halves(self.stream.logits(torch.cat(tuple(hidden)[::-1])))
+        """Return logits of (adapted, base) from their hidden states `[N, H]`."""
+        return _halves(self.runner.logits(torch.cat(tuple(hidden)[::-1])))
 
 
 def _halves(rows: Tensor) -> PerModel:
@@ -83,67 +90,68 @@ def _halves(rows: Tensor) -> PerModel:
 
 
 class SequentialRunner:
-    """One pass a model, each with its own cache: right for every method, and the way to run one
-    model alone."""
+    """One pass per model, each with its own KV cache.
+
+    Right for every PEFT method, and the way to run a single model.
+    """
 
     overlaps_host = False
 
-    def __init__(self, *streams: ModelRunner) -> None:
-        self.streams = streams
+    def __init__(self, *runners: ModelRunner) -> None:
+        self.runners = runners
 
     @property
     def device(self) -> torch.device:
-        return self.streams[0].model.device
+        return self.runners[0].model.device
 
     @property
-    def memory(self) -> Hashable:
-        return tuple(s.memory for s in self.streams)
+    def memory_key(self) -> Hashable:
+        return tuple(r.memory_key for r in self.runners)
 
-    def prefill(self, prompts: Prompts, extra: int = 0, room: int = 0) -> PerModel:
-        return tuple(s.prefill(prompts, extra, room) for s in self.streams)
+    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
+        return tuple(r.prefill(prompts, max_new_tokens, max_rows) for r in self.runners)
 
-    def extend(self, tokens: Tensor, live: int | None = None) -> PerModel:
-        return tuple(s.extend(tokens, live) for s in self.streams)
+    def extend(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
+        return tuple(r.extend(tokens, kv_length) for r in self.runners)
 
-    def step(self, tokens: Tensor, live: int | None = None) -> PerModel:
-        return self.logits([h[:, 0] for h in self.extend(tokens[:, None], live)])
+    def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
+        return self.logits([h[:, 0] for h in self.extend(tokens[:, None], kv_length)])
 
     def reorder(self, index: Tensor) -> None:
-        for s in self.streams:
-            s.reorder(index)
+        for r in self.runners:
+            r.reorder(index)
 
     def logits(self, hidden: Sequence[Tensor]) -> PerModel:
-        return tuple(s.logits(h) for s, h in zip(self.streams, hidden, strict=True))
+        return tuple(r.logits(h) for r, h in zip(self.runners, hidden, strict=True))
 
 
 ModelPair = PairedRunner | SequentialRunner
 
 
-def adapted_runner(model: PeftModel) -> ModelRunner:
-    return ModelRunner(peft_adapter.adapted(model), **_virtual(model))
-
-
-def base_runner(model: PeftModel) -> ModelRunner:
-    return ModelRunner(peft_adapter.base(model))
-
-
-def _virtual(model: PeftModel) -> dict[str, Any]:
-    return dict(
-        virtual=peft_adapter.virtual_tokens(model),
-        embeddings=peft_adapter.prompt_embeddings(model),
-        prefix=peft_adapter.prefix(model),
+def adapted_runner(adapter: Adapter) -> ModelRunner:
+    """Build the runner of the adapted model alone."""
+    return ModelRunner(
+        adapted_tree(adapter),
+        virtual_tokens=adapter.virtual_tokens,
+        prompt_embeddings=adapter.prompt_embeddings,
+        prefix=adapter.prefix,
     )
 
 
-def pair_models(model: PeftModel, form: str = "auto") -> ModelPair:
-    """The pair of models in the form asked for: "auto", "paired" or "sequential"."""
-    if form not in ("auto", "paired", "sequential"):
-        raise ValueError(f"pairing must be 'auto', 'paired' or 'sequential'; got {form!r}.")
-    reason = peft_adapter.why_not_paired(model)
-    if reason is None and form != "sequential":
-        return PairedRunner(model)
-    if form == "paired":
+def base_runner(adapter: Adapter) -> ModelRunner:
+    """Build the runner of the base model alone."""
+    return ModelRunner(base_tree(adapter))
+
+
+def pair_models(adapter: Adapter, pairing: str = "auto") -> ModelPair:
+    """Build both models; pairing is "auto", "paired" or "sequential". Raise ValueError."""
+    if pairing not in ("auto", "paired", "sequential"):
+        raise ValueError(f"pairing must be 'auto', 'paired' or 'sequential'; got {pairing!r}.")
+    reason = adapter.reason_not_paired
+    if reason is None and pairing != "sequential":
+        return PairedRunner(adapter)
+    if pairing == "paired":
         raise ValueError(f"pairing='paired' is not possible: {reason}. pairing='auto' decodes it.")
-    if form == "auto":
+    if pairing == "auto":
         logger.warning("Two forward passes a token, because %s.", reason)
-    return SequentialRunner(adapted_runner(model), base_runner(model))
+    return SequentialRunner(adapted_runner(adapter), base_runner(adapter))

@@ -1,4 +1,4 @@
-"""One tree of modules and its KV cache: prompts go in, then tokens; hidden states come out."""
+"""A tree of modules with its KV cache: prompts go in, then tokens; hidden states come out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from svd_engine.kernels.reference import softcapped
 from svd_engine.model.kv_cache import KVCache
-from svd_engine.model.layers.attention import causal
+from svd_engine.model.layers.attention import causal_mask
+from svd_engine.model.layers.softcap import softcapped
+from svd_engine.model.peft_adapter import Prefix
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """int64 `[rows, longest]`, zeros on the right."""
+    """Return int64 `[rows, longest]`, padded with zeros on the right."""
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
@@ -22,81 +23,85 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 @dataclass
 class ModelRunner:
-    """One tree of modules, its KV cache, and where the next token of each row goes.
+    """A tree of modules, its KV cache, and the position of each row's next token.
 
-    Virtual tokens come before the text of every row or, if `paired`, of the second half of the
-    rows. Slot j of a row holds its position j.
+    Virtual tokens precede the text of every row or, if `paired`, of the second half of the rows.
+    Slot j of a row holds its position j.
     """
 
     model: PreTrainedModel
     paired: bool = False
-    virtual: int = 0  # P, how many virtual tokens
-    embeddings: Tensor | None = None  # theirs, [P, H]
-    prefix: list[tuple[Tensor, Tensor]] | None = None  # or their keys and values, see `pairing`
+    virtual_tokens: int = 0  # P
+    prompt_embeddings: Tensor | None = None  # of the virtual tokens, [P, H]
+    prefix: Prefix | None = None  # or their keys and values
     cache: KVCache = field(default_factory=KVCache)
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [rows]
-    _places: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    _position_buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], extra: int = 0, room: int = 0) -> Tensor:
-        """Hidden states `[rows, H]` at each prompt's last token.
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 0, max_rows: int = 0
+    ) -> Tensor:
+        """Return hidden states `[rows, H]` at each prompt's last token.
 
-        Leaves room for `extra` more tokens a row and, by `reorder`, for `room` rows.
+        The KV cache gets slots for `max_new_tokens` more tokens per row and, for `reorder`, at
+        least `max_rows` rows.
         """
         tokens = padded(prompts).to(self.model.device)
-        (rows, n), room = tokens.shape, max(room, len(prompts))
-        first = rows // 2 if self.paired else 0  # the first row with virtual tokens
-        self.cache.reserve(room, self.virtual + n + extra)
-        before = torch.zeros(rows, dtype=torch.int64)
-        before[first:] = self.virtual
+        (rows, n), max_rows = tokens.shape, max(max_rows, len(prompts))
+        first_adapted_row = rows // 2 if self.paired else 0  # the first row with virtual tokens
+        self.cache.reserve(max_rows, self.virtual_tokens + n + max_new_tokens)
+        before = torch.zeros(rows, dtype=torch.int64)  # positions before each row's inputs
+        before[first_adapted_row:] = self.virtual_tokens
         last = before + torch.tensor([len(prompt) for prompt in prompts]) - 1
-        self._set_positions(last + 1, room)
+        self._set_positions(last + 1, max_rows)
         inputs = self.model.get_input_embeddings()(tokens)
-        if self.embeddings is not None:
-            text, inputs = inputs, inputs.new_zeros(rows, self.virtual + n, inputs.shape[2])
-            inputs[:first, :n] = text[:first]
-            inputs[first:, : self.virtual] = self.embeddings
-            inputs[first:, self.virtual :] = text[first:]
+        if self.prompt_embeddings is not None:
+            text = inputs
+            inputs = inputs.new_zeros(rows, self.virtual_tokens + n, inputs.shape[2])
+            inputs[:first_adapted_row, :n] = text[:first_adapted_row]
+            inputs[first_adapted_row:, : self.virtual_tokens] = self.prompt_embeddings
+            inputs[first_adapted_row:, self.virtual_tokens :] = text[first_adapted_row:]
             before.zero_()
-        for index, pair in enumerate(self.prefix or ()):
-            keys, values = (x.to(inputs.dtype) for x in pair)
-            self.cache.fill(keys, values, index, first, self.virtual)
+        for index, layer in enumerate(self.prefix or ()):
+            keys, values = (x.to(inputs.dtype) for x in layer)
+            self.cache.fill(keys, values, index, first_adapted_row, self.virtual_tokens)
         columns = torch.arange(inputs.shape[1])
         positions = (before[:, None] + columns).to(tokens.device)
         start = int(before[0])
-        live = int(before[-1]) + len(columns)
-        uniform = start == int(before[-1])
-        hidden = self._forward(positions, live, start if uniform else None, inputs_embeds=inputs)
+        kv_length = int(before[-1]) + len(columns)
+        common_start = start if start == int(before[-1]) else None
+        hidden = self._forward(positions, kv_length, common_start, inputs_embeds=inputs)
         return hidden[torch.arange(rows), last - before]
 
     @torch.inference_mode()
-    def extend(self, tokens: Tensor, live: int | None = None) -> Tensor:
-        """Hidden states `[rows, q, H]` after q more tokens `[rows, q]` a row.
+    def extend(self, tokens: Tensor, kv_length: int | None = None) -> Tensor:
+        """Return hidden states `[rows, q, H]` after q more tokens per row, `[rows, q]`.
 
-        live: what every position of the text stays below. With it shapes are static and no tensor
-        is read on the host, so that a CUDA graph can hold the pass.
+        kv_length: upper bound on positions of the text. Passing it makes shapes static and avoids
+        host reads, so that a CUDA graph can capture the pass.
         """
         length, start = tokens.shape[1], None
-        if live is not None:
-            live += self.virtual
+        if kv_length is not None:
+            kv_length += self.virtual_tokens
         else:
             next_slots = self.positions.tolist()
-            live = max(next_slots) + length
+            kv_length = max(next_slots) + length
             start = min(next_slots) if min(next_slots) == max(next_slots) else None
         positions = self.positions[:, None] + torch.arange(length, device=tokens.device)
-        hidden = self._forward(positions, live, start, input_ids=tokens)
+        hidden = self._forward(positions, kv_length, start, input_ids=tokens)
         self.positions += length
         return hidden
 
     @torch.inference_mode()
     def reorder(self, index: Tensor) -> None:
-        """Row i continues from what row index[i] was; int64 `[rows]`, as many as there is room."""
+        """Let row i continue from former row index[i]; int64, at most `max_rows` of them."""
         self.cache.reorder(index, int(self.positions.max()))
         self._set_positions(self.positions[index], len(index))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """The model's own head, with its softcap and scale: `[rows, H]` -> `[rows, V]`."""
+        """Apply the model's own head, with its softcap and scale: `[rows, H]` -> `[rows, V]`."""
         x = self.model.get_output_embeddings()(hidden)
         config = self.model.config
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
@@ -105,22 +110,26 @@ class ModelRunner:
         return softcapped(x, softcap)
 
     @property
-    def memory(self) -> tuple[int, int]:
-        """Differs once tensors that outlive a request have moved."""
-        return self.cache.allocations, self._places.data_ptr()
+    def memory_key(self) -> tuple[int, int]:
+        """A value that changes when tensors that outlive a request are allocated anew."""
+        return self.cache.allocations, self._position_buffer.data_ptr()
 
-    def _set_positions(self, positions: Tensor, room: int) -> None:
-        """Into memory that stays, because a captured step advances it in place."""
-        if len(self._places) < room:
-            self._places = torch.empty(room, dtype=torch.int64, device=self.model.device)
-        self.positions = self._places[: len(positions)].copy_(positions)
+    def _set_positions(self, positions: Tensor, max_rows: int) -> None:
+        """Copy into a buffer that stays, because a captured step advances it in place."""
+        if len(self._position_buffer) < max_rows:
+            self._position_buffer = torch.empty(
+                max_rows, dtype=torch.int64, device=self.model.device
+            )
+        self.positions = self._position_buffer[: len(positions)].copy_(positions)
 
-    def _forward(self, positions: Tensor, live: int, start: int | None, **inputs: Tensor) -> Tensor:
-        self.cache.place(positions, live, start)
-        mask = None  # rows alike and a single token, which sees all there is
+    def _forward(
+        self, positions: Tensor, kv_length: int, start: int | None, **inputs: Tensor
+    ) -> Tensor:
+        self.cache.place(positions, kv_length, start)
+        mask = None  # rows alike and a single token, which sees every slot
         if start is None or positions.shape[1] > 1:
             alike = positions if start is None else positions[:1]
-            mask = causal(alike, live, self.model.dtype)
+            mask = causal_mask(alike, kv_length, self.model.dtype)
         return self.model.get_decoder()(
             attention_mask=mask,
             position_ids=positions,

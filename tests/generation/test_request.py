@@ -29,7 +29,7 @@ def tokens(completions):
 
 
 def cache_bytes(engine):
-    return sum(memory.nbytes for memory in engine.pair.stream.cache._memory.values())
+    return sum(memory.nbytes for memory in engine.pair.runner.cache._memory.values())
 
 
 # parameters

@@ -8,6 +8,7 @@ from svd_engine import SteeringConfig
 from svd_engine.generation import scoring
 from svd_engine.kernels import reference
 from svd_engine.model.pair import pair_models
+from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import tiny_peft
 
 PROMPTS = [[5, 17, 40, 9], [7], [120, 3, 88, 61, 14, 90]]
@@ -35,13 +36,13 @@ def two_pass(model, prompt, completion):
 def test_scores_equal_two_pass(monkeypatch, method, form, slots):
     monkeypatch.setattr(scoring, "BATCH_TOKENS", slots)
     model = tiny_peft("mistral", METHODS[method])
-    pair = pair_models(model, form)
+    pair = pair_models(Adapter.read(model), form)
     got = scoring.score(pair, PASSAGES, SteeringConfig(-3.0), 0.0)
     assert got == pytest.approx([two_pass(model, *passage) for passage in PASSAGES], abs=2e-4)
 
 
 def test_a_shared_prompt_is_computed_once(monkeypatch):
-    pair = pair_models(tiny_peft("llama"), "paired")
+    pair = pair_models(Adapter.read(tiny_peft("llama")), "paired")
     fed = []
     for name in ("prefill", "extend"):
         call = getattr(pair, name)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from svd_engine.model import peft_adapter
+from svd_engine.kernels import reference
 from svd_engine.model.layers import attention, linear, rms_norm, rotary
-from svd_engine.model.module_tree import clone_sharing_parameters
+from svd_engine.model.layers.softcap import softcapped
+from svd_engine.model.module_tree import base_tree, clone_sharing_parameters, paired_tree
+from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.runner import ModelRunner
 from svd_engine.ops import cpu
 from tests.model import test_linear
@@ -115,7 +117,7 @@ def attention_case(rows, kv_heads, group, slots, dim, out_dim, dtype=F32):
         parts.append(memory[:rows, :, :slots])
     visible = torch.randint(0, slots, (rows,), generator=torch.Generator().manual_seed(3))
     visible[0] = slots - 1
-    return query, *parts, attention.causal(visible[:, None], slots, dtype)
+    return query, *parts, attention.causal_mask(visible[:, None], slots, dtype)
 
 
 @needs_library
@@ -206,6 +208,13 @@ def test_attention_is_the_same_with_and_without_the_kernel(
     )
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_softcap_is_the_references(softcap, dtype):
+    x = 10 * normal(3, 5, dtype=dtype)
+    assert torch.equal(softcapped(x, softcap), reference.softcapped(x, softcap))
+
+
 NORMED = {"llama": 0, "qwen2": 0, "qwen3": 0, "mistral": 0, "gemma2": 2}
 
 
@@ -235,7 +244,7 @@ class OtherRMSNorm(nn.Module):
 def test_another_norm_is_left_alone():
     module = OtherRMSNorm(8)
     assert rms_norm.recognise(module) is None
-    assert type(clone_sharing_parameters(nn.Sequential(module), lambda _: None)[0]) is OtherRMSNorm
+    assert type(clone_sharing_parameters(nn.Sequential(module), {})[0]) is OtherRMSNorm
 
 
 def interleaved(q, k, cos, sin):
@@ -270,15 +279,15 @@ def test_a_step_runs_them_and_a_prefill_does_not(monkeypatch, architecture):
         )
     model = tiny_peft(architecture)
     classes = [type(module) for module in model.modules()]
-    stream = ModelRunner(peft_adapter.paired(model), paired=True)
+    runner = ModelRunner(paired_tree(Adapter.read(model)), paired=True)
     assert [type(module) for module in model.modules()] == classes
-    stream.prefill([[3, 4, 5]] * 2, extra=2)
+    runner.prefill([[3, 4, 5]] * 2, max_new_tokens=2)
     assert {name for name, _ in calls} <= {"rms_norm"}
     calls.clear()
     hooked = []
-    decoder = stream.model.get_decoder()
+    decoder = runner.model.get_decoder()
     decoder.norm.register_forward_hook(lambda module, x, y: hooked.append(y))
-    hidden = stream.extend(torch.tensor([[7], [7]]))
+    hidden = runner.extend(torch.tensor([[7], [7]]))
     assert torch.equal(hooked[0], hidden)
     names = [name for name, _ in calls]
     layers = len(decoder.layers)
@@ -288,9 +297,9 @@ def test_a_step_runs_them_and_a_prefill_does_not(monkeypatch, architecture):
     )
 
 
-def test_a_second_tree_of_a_hastened_tree_is_the_same():
-    tree = peft_adapter.base(tiny_peft())
-    again = clone_sharing_parameters(tree, lambda _: None)
+def test_a_tree_cloned_from_a_native_tree_is_the_same():
+    tree = base_tree(Adapter.read(tiny_peft()))
+    again = clone_sharing_parameters(tree, {})
     x = normal(1, 1, 32)
     first, second = tree.get_decoder().norm, again.get_decoder().norm
     first.weight.data.copy_(normal(32, seed=1))

@@ -15,6 +15,7 @@ from peft import (
 
 from svd_engine import SteeredEngine, SteeringConfig
 from svd_engine.model.pair import pair_models
+from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import (
     CONFIGS,
     PROMPTS,
@@ -74,7 +75,7 @@ def adapted_model(architecture, method):
 @torch.inference_mode()
 def last_logits(pair, prompts):
     """Adapted and base logits `[prompts, 2, V]` of the last two tokens: of a prefill and a step."""
-    first = pair.logits(pair.prefill([prompt[:-1] for prompt in prompts], extra=1))
+    first = pair.logits(pair.prefill([prompt[:-1] for prompt in prompts], max_new_tokens=1))
     second = pair.step(torch.tensor([prompt[-1] for prompt in prompts]))
     return [torch.stack(steps, 1) for steps in zip(first, second, strict=True)]
 
@@ -83,7 +84,7 @@ def last_logits(pair, prompts):
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_every_method_on_every_architecture(architecture, method):
     model, base = adapted_model(architecture, method), tiny_base(architecture)
-    pair = pair_models(model, "paired" if method in PAIRED else "auto")
+    pair = pair_models(Adapter.read(model), "paired" if method in PAIRED else "auto")
     # Plain float32 is itself up to 3e-5 from these.
     exact = [copy.deepcopy(whole).double() for whole in (model, base)]
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]

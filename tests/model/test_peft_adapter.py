@@ -9,8 +9,9 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from svd_engine import SteeredEngine
-from svd_engine.model import peft_adapter
+from svd_engine.model.module_tree import paired_tree
 from svd_engine.model.pair import pair_models
+from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import tiny_base, tiny_peft
 
 PROMPT = torch.tensor([[5, 17, 40, 9, 33, 101, 7, 120, 3, 88, 61, 14]])
@@ -34,7 +35,7 @@ NOT_PAIRED = {
 
 @torch.inference_mode()
 def check_halves(model, base, form):
-    pair = pair_models(model, form)
+    pair = pair_models(Adapter.read(model), form)
     logits = pair.logits(pair.prefill(PROMPT.tolist()))
     for rows, whole in zip(logits, (model, base), strict=True):
         torch.testing.assert_close(rows, whole(PROMPT).logits[:, -1], atol=2e-5, rtol=1e-5)
@@ -58,11 +59,28 @@ def test_the_peft_model_is_left_as_it_was(config):
         assert torch.equal(weight, weights[name])
 
 
+@pytest.mark.parametrize("config", [None, IA3, LoraConfig(use_dora=True, **LORA)])
+def test_the_peft_model_is_walked_once(config, monkeypatch):
+    model = tiny_peft("llama", config)
+    own, walked, named_modules = set(model.modules()), [], nn.Module.named_modules
+
+    def counted(self, memo=None, *args, **kwargs):
+        if memo is None and self in own:
+            walked.append(self)
+        return named_modules(self, memo, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    engine = SteeredEngine(model)
+    for alone in ("adapted", "base"):
+        engine.generate([5, 6], model=alone, max_new_tokens=2)
+    assert walked == [model]
+
+
 @pytest.mark.parametrize("config", [None, IA3])
 def test_weights_are_shared(config):
     model = tiny_peft("llama", config)
     own = {p.data_ptr() for p in model.parameters()}
-    twin = peft_adapter.paired(model)
+    twin = paired_tree(Adapter.read(model))
     foreign = [n for n, p in twin.named_parameters() if p.data_ptr() not in own]
     assert not foreign
 

@@ -28,8 +28,8 @@ def model():
 
 def test_a_quantised_base_stays_quantised(model):
     engine = SteeredEngine(model, steering=SteeringConfig(-4.0), pairing="paired")
-    stream = engine.pair.stream.model
-    linears = [m for n, m in stream.named_modules() if n.endswith(("base_layer", "gate_proj"))]
+    tree = engine.pair.runner.model
+    linears = [m for n, m in tree.named_modules() if n.endswith(("base_layer", "gate_proj"))]
     assert len(linears) == 2 * 4
     assert {type(m.weight).__name__ for m in linears} == {"Int8Tensor"}
 

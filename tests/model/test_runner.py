@@ -1,4 +1,4 @@
-"""Rows of a stream: static steps, moved rows, and memory that outlives a request."""
+"""Rows of a runner: static steps, moved rows, and memory that outlives a request."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
 from svd_engine.model.kv_cache import KVCache
 from svd_engine.model.pair import SequentialRunner, pair_models
+from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import tiny_peft
 
 PROMPTS = [[5, 17, 40, 9, 33, 101], [7, 7, 120], [200, 4, 9, 61]]
@@ -26,7 +27,7 @@ def steps(pair, tokens, **options):
 @pytest.fixture(params=FORMS, ids=" ".join)
 def pair(request):
     method, form = request.param
-    return pair_models(tiny_peft("mistral", METHODS[method]), form)
+    return pair_models(Adapter.read(tiny_peft("mistral", METHODS[method])), form)
 
 
 @pytest.fixture
@@ -36,38 +37,39 @@ def tokens():
 
 @pytest.mark.parametrize("prompts", [PROMPTS, ALIKE])
 def test_static_steps_equal_shortcut_steps(pair, tokens, prompts):
-    pair.prefill(prompts, extra=6)
+    pair.prefill(prompts, max_new_tokens=6)
     shortcut = steps(pair, tokens)
-    pair.prefill(prompts, extra=9)
-    static = steps(pair, tokens, live=6 + 9)
+    pair.prefill(prompts, max_new_tokens=9)
+    static = steps(pair, tokens, kv_length=6 + 9)
     torch.testing.assert_close(static, shortcut, atol=1e-5, rtol=1e-5)
 
 
 def test_a_static_step_reads_no_tensor_on_the_host(pair, tokens, monkeypatch):
-    pair.prefill(PROMPTS, extra=6)
-    streams = pair.streams if isinstance(pair, SequentialRunner) else [pair.stream]
-    places = [s.positions.data_ptr() for s in streams]
-    before = [s.positions.clone() for s in streams]
+    pair.prefill(PROMPTS, max_new_tokens=6)
+    runners = pair.runners if isinstance(pair, SequentialRunner) else [pair.runner]
+    places = [r.positions.data_ptr() for r in runners]
+    before = [r.positions.clone() for r in runners]
 
     def refuse(*args):
         raise AssertionError("a host read")
 
     for name in ("item", "tolist", "__bool__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    pair.step(tokens[0], live=12)
+    pair.step(tokens[0], kv_length=12)
     monkeypatch.undo()
-    for s, place, old in zip(streams, places, before, strict=True):
-        assert s.positions.data_ptr() == place
-        assert s.positions.tolist() == (old + 1).tolist()
+    for r, place, old in zip(runners, places, before, strict=True):
+        assert r.positions.data_ptr() == place
+        assert r.positions.tolist() == (old + 1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("method, form", FORMS)
 def test_prompts_spread_over_copies_and_rows_drop_out(method, form, dtype, tokens):
     """In float64 to its precision; in float32 but for what its matrix products round."""
-    pair = pair_models(tiny_peft("mistral", METHODS[method]).to(dtype), form)
+    model = tiny_peft("mistral", METHODS[method]).to(dtype)
+    pair = pair_models(Adapter.read(model), form)
     spread, kept = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([5, 0, 2])
-    pair.prefill(PROMPTS, extra=6, room=6)
+    pair.prefill(PROMPTS, max_new_tokens=6, max_rows=6)
     pair.reorder(spread)
     wide = tokens[:2, [0, 1, 2, 0, 1, 2]]
     first = steps(pair, wide)
@@ -75,7 +77,7 @@ def test_prompts_spread_over_copies_and_rows_drop_out(method, form, dtype, token
     second = steps(pair, tokens[2:])
     for row, source in enumerate(kept.tolist()):
         prompt = int(spread[source])
-        pair.prefill(PROMPTS[prompt : prompt + 1], extra=6)
+        pair.prefill(PROMPTS[prompt : prompt + 1], max_new_tokens=6)
         alone = steps(pair, torch.cat([wide[:, source], tokens[2:, row]])[:, None])[:, :, 0]
         together = torch.cat([first[:, :, source], second[:, :, row]], 1)
         atol, rtol = (3e-5, 1e-5) if dtype == torch.float32 else (1e-11, 0.0)
@@ -83,7 +85,7 @@ def test_prompts_spread_over_copies_and_rows_drop_out(method, form, dtype, token
 
 
 def test_more_rows_than_there_is_room_for(pair):
-    pair.prefill(PROMPTS, extra=1)
+    pair.prefill(PROMPTS, max_new_tokens=1)
     with pytest.raises(ValueError, match="there is room for"):
         pair.reorder(torch.tensor([0, 1, 2, 2]))
 

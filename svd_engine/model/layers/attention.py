@@ -5,25 +5,24 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from svd_engine.kernels.reference import softcapped
 from svd_engine.model.layers import linear
+from svd_engine.model.layers.softcap import softcapped
 from svd_engine.ops import cpu
 
 NAME = "svd_engine"
 
 
-def causal(positions: Tensor, live: int, dtype: torch.dtype) -> Tensor:
-    """What hides later slots from a token at `positions` `[rows, q]`: 0, or -inf where hidden,
-    `[rows, 1, q, live]`.
+def causal_mask(positions: Tensor, kv_length: int, dtype: torch.dtype) -> Tensor:
+    """Build the additive causal mask `[rows, 1, q, kv_length]`: 0 where visible, -inf where hidden.
 
-    Slot j of a row holds its position j, so causality is all there is to say.
+    positions: `[rows, q]`, of the query tokens. Slot j of a row holds its position j.
     """
-    slots = torch.arange(live, device=positions.device)
+    slots = torch.arange(kv_length, device=positions.device)
     return _hide((slots > positions[:, :, None])[:, None], dtype)
 
 
 def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Added to scores rather than selecting them: attention would convert a bool in every layer."""
+    """Build an additive mask; attention would convert a bool one in every layer."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
         hidden, -torch.inf
     )
@@ -41,7 +40,7 @@ def attend(
     position_ids: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """softmax(query key^T * scaling) value over visible slots: `[rows, q, heads, head_dim]`.
+    """Return softmax(query key^T * scaling) value over visible slots, `[rows, q, heads, head_dim]`.
 
     Query heads that share a key head become extra query positions of it, so keys and values are
     never repeated. A mask of None hides nothing.
@@ -56,7 +55,7 @@ def attend(
         window = _hide(outside, query.dtype)
         mask = window if mask is None else mask + window
     scaling = dim**-0.5 if scaling is None else scaling
-    if length == 1 and _native_takes(query, key, value):
+    if length == 1 and _can_run_natively(query, key, value):
         out = query.new_empty(rows, 1, heads, value.shape[3])
         cpu.attend(query, key, value, mask, scaling, softcap, out)
         return out, None
@@ -74,8 +73,8 @@ def attend(
     return out.view(rows, heads, length, dim).transpose(1, 2).contiguous(), None
 
 
-def _native_takes(*tensors: Tensor) -> bool:
-    return linear.may_take(*tensors) and all(x.stride(3) == 1 for x in tensors)
+def _can_run_natively(*tensors: Tensor) -> bool:
+    return linear.can_run_natively(*tensors) and all(x.stride(3) == 1 for x in tensors)
 
 
 AttentionInterface.register(NAME, attend)

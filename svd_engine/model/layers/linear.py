@@ -1,4 +1,4 @@
-"""A linear layer for the few rows of a decode step: native where that is faster, else PyTorch's."""
+"""Linear layers for the few rows of a decode step: native where that is faster, else PyTorch."""
 
 import functools
 
@@ -13,7 +13,7 @@ PLAIN = (Tensor, nn.Parameter)  # a quantised weight is a tensor of its own kind
 
 @functools.cache
 def most_rows(dtype: torch.dtype) -> int:
-    """Up to how many rows the native linear measured faster than PyTorch's (benchmarks/)."""
+    """Return up to how many rows the native linear measured faster than PyTorch's (benchmarks/)."""
     if dtype not in (torch.float32, torch.bfloat16) or cpu.unavailable() is not None:
         return 0
     capability = cpu.capability()
@@ -23,8 +23,8 @@ def most_rows(dtype: torch.dtype) -> int:
     return 2 if capability == "AVX2" and dtype == torch.bfloat16 else 16
 
 
-def may_take(first: Tensor, *others: Tensor) -> bool:
-    """Whether the native kernels of a decode step compute on these tensors."""
+def can_run_natively(first: Tensor, *others: Tensor) -> bool:
+    """Whether the native kernels of a decode step accept these tensors here and now."""
     dtype = first.dtype
     if (
         torch.compiler.is_compiling()
@@ -44,11 +44,12 @@ def few_rows_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     low_rank: LowRank | None = None,
-    first: int = 0,
+    first_adapted_row: int = 0,
 ) -> Tensor:
-    """x W^T + bias for x `[..., in]` and W `[out, in]`, and up (down x) + up_bias in rows `first`..
+    """Return x W^T + bias, plus up (down x) + up_bias in the rows from `first_adapted_row` on.
 
-    The scale of the adapter is in `up` and `up_bias`; x of several dimensions counts as its rows.
+    x `[..., in]`, its leading dimensions counted as rows; W `[out, in]`. `up` and `up_bias` include
+    the adapter's scale.
     """
     if (
         torch.compiler.is_compiling()
@@ -60,36 +61,40 @@ def few_rows_linear(
         or type(weight) not in PLAIN
         or weight.stride(1) != 1
     ):
-        return _composed(x, weight, bias, low_rank, first)
+        return _composed(x, weight, bias, low_rank, first_adapted_row)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     down, up, up_bias = low_rank or (None, None, None)
-    cpu.linear(x, weight, bias, down, up, up_bias, first, out)
+    cpu.linear(x, weight, bias, down, up, up_bias, first_adapted_row, out)
     return out
 
 
 def _composed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, first: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank: LowRank | None,
+    first_adapted_row: int,
 ) -> Tensor:
     out = nn.functional.linear(x, weight, bias)
     if low_rank is not None:
         rows = torch.atleast_2d(x).flatten(0, -2)
-        add_low_rank(out.view(len(rows), weight.shape[0]), rows, low_rank, first)
+        add_low_rank(out.view(len(rows), weight.shape[0]), rows, low_rank, first_adapted_row)
     return out
 
 
-def add_low_rank(out: Tensor, x: Tensor, low_rank: LowRank, first: int) -> Tensor:
-    """`out`, with up (down x) + up_bias added to what its first dimension holds from `first` on."""
+def add_low_rank(out: Tensor, x: Tensor, low_rank: LowRank, first_adapted_row: int) -> Tensor:
+    """Add up (down x) + up_bias in place to `out[first_adapted_row:]`, and return `out`."""
     down, up, up_bias = low_rank
-    low = nn.functional.linear(x[first:].to(down.dtype), down)
-    out[first:] += nn.functional.linear(low, up, up_bias)
+    low = nn.functional.linear(x[first_adapted_row:].to(down.dtype), down)
+    out[first_adapted_row:] += nn.functional.linear(low, up, up_bias)
     return out
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by way of `few_rows_linear`."""
+    """`nn.Linear` computed by `few_rows_linear`."""
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
-        """weight and bias, without the detour that a module's attributes take."""
+        """Return weight and bias, past the slow attribute lookup of `nn.Module`."""
         return self._parameters["weight"], self._parameters["bias"]  # type: ignore
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm in one native call, for modules found to compute what it does."""
+"""RMSNorm as one native call, for modules that are found to compute the same."""
 
 import copy
 import functools
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from svd_engine.model.layers import linear
 from svd_engine.ops import cpu
 
-MOST = 1 << 15  # elements: a decode step's
+MAX_ELEMENTS = 1 << 15  # as many as a decode step has
 
 
 class Form(NamedTuple):
-    """Where the architectures differ."""
+    """How an architecture's RMSNorm differs from others."""
 
     offset: float  # added to the weight
     rounded_between: bool  # x / rms is rounded to the dtype before the weight multiplies it
@@ -24,7 +24,7 @@ FORMS = (Form(0.0, True), Form(0.0, False), Form(1.0, False))  # Llama, OLMo 2, 
 
 
 def composed(x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, inside in float32."""
+    """Return x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, via float32."""
     wide = x.float()
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if form.rounded_between:
@@ -33,7 +33,7 @@ def composed(x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
 
 
 def recognise(module: nn.Module) -> tuple[float, Form] | None:
-    """The eps and form of an RMSNorm, found by trying it; None for other modules."""
+    """Return the eps and form of an RMSNorm, found by trying it; None for other modules."""
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if (
@@ -59,8 +59,14 @@ def recognise(module: nn.Module) -> tuple[float, Form] | None:
 
 
 def use_native_forward(module: nn.Module) -> None:
-    """Give an RMSNorm that is recognised the native forward pass for few rows."""
+    """Give a recognised RMSNorm the native forward pass for few rows."""
     if "forward" not in module.__dict__ and (found := recognise(module)):
+        # `module` is a shallow copy. A subclass keeps isinstance checks and survives more copies; a
+        # bound `forward` in `__dict__` would go on serving the first copy. transformers' own way,
+        # `@use_kernel_forward_from_hub("RMSNorm")` with `register_kernel_mapping`, does not fit:
+        # without the optional package `kernels` the decorator does nothing and the function raises;
+        # a mapping knows names, and Llama and OLMo 2 round differently under this one; and Gemma's
+        # norms are not decorated.
         module.__class__ = _with_native(type(module))  # type: ignore[arg-type]
         module.native_form = found  # type: ignore
 
@@ -70,7 +76,11 @@ def _with_native(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
-        if x.numel() > MOST or not x.is_contiguous() or not linear.may_take(x, weight):
+        if (
+            x.numel() > MAX_ELEMENTS
+            or not x.is_contiguous()
+            or not linear.can_run_natively(x, weight)
+        ):
             return cls.forward(self, x)
         eps, form = self.native_form  # type: ignore
         out = torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""Rotary embedding in native calls, for attention modules that call the function it equals."""
+"""Rotary embedding as native calls, in attention modules whose own function computes the same."""
 
 import functools
 from collections.abc import Callable
@@ -15,14 +15,14 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
 def composed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + [-x2, x1] sin for x = [x1, x2] in its last dimension, each product rounded."""
+    """Return x cos + [-x2, x1] sin for x = [x1, x2] in its last dimension, each product rounded."""
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-high, low], -1) * sin
 
 
 @functools.cache
 def recognised(rotary: Rotary) -> bool:
-    """Whether `rotary` is `composed` for queries and keys, found by trying it."""
+    """Whether `rotary` computes `composed` for queries and keys, found by trying it."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -33,7 +33,7 @@ def recognised(rotary: Rotary) -> bool:
         inputs = [x.to(dtype) for x in (q, k, cos, sin)]
         try:
             got = rotary(*inputs)
-        except Exception:  # it takes something else
+        except Exception:  # it has other parameters
             return False
         c, s = (x[:, None] for x in inputs[2:])
         if len(got) != 2 or not all(
@@ -44,7 +44,7 @@ def recognised(rotary: Rotary) -> bool:
 
 
 def few_rows(rotary: Rotary) -> Rotary:
-    """`rotary`, natively where a sequence has one token."""
+    """Wrap `rotary`: native where every sequence has one token."""
 
     @functools.wraps(rotary)
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs):
@@ -53,7 +53,7 @@ def few_rows(rotary: Rotary) -> Rotary:
             or kwargs
             or q.shape[2] != 1
             or cos.shape != (q.shape[0], 1, q.shape[3])
-            or not linear.may_take(q, k, cos, sin)
+            or not linear.can_run_natively(q, k, cos, sin)
             or q.stride(3) != 1
             or k.stride(3) != 1
         ):
@@ -70,6 +70,7 @@ def few_rows(rotary: Rotary) -> Rotary:
 def use_native_forward(module: nn.Module) -> None:
     """Let an attention module whose rotary embedding is recognised call the native one."""
     if "forward" not in module.__dict__:
+        # The class changes, for the reasons given in `rms_norm.use_native_forward`.
         module.__class__ = _with_native(type(module))  # type: ignore[arg-type]
 
 
@@ -81,6 +82,11 @@ def _with_native(cls: type[nn.Module]) -> type[nn.Module]:
     rotary = forward.__globals__.get(NAME)
     if rotary is None or not recognised(rotary):
         return cls
+    # `forward` looks `apply_rotary_pos_emb` up in the globals of its modeling file. Replacing it
+    # there would change every model in the process, so the same code gets a copy of the globals
+    # with that one name replaced; a later patch of the modeling file does not reach the copy. That
+    # is sound because `recognised` has compared the function bit for bit. transformers' own hook
+    # (`use_kernelized_func`) also needs the package `kernels` and maps by name, see `rms_norm`.
     native_forward = FunctionType(
         forward.__code__,
         {**forward.__globals__, NAME: few_rows(rotary)},
