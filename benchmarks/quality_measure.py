@@ -10,6 +10,7 @@ from benchmarks.quality_tasks import Part, Task
 from benchmarks.quality_work import Pass
 from svd_engine.calibration.calibrate import fit
 from svd_engine.calibration.estimators import BRACKET, GRID
+from svd_engine.calibration.options import CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.calibration.support_stats import SupportStats
 from svd_engine.utils import bootstrap
@@ -39,7 +40,8 @@ def calibrated(
 ) -> CalibrationReport:
     """The strength and the alpha that the calibration part asks for."""
     answers = task.calibration.answers
-    return fit(answers, calibration.entries, alphas, OBJECTIVE, length_normalised=PER_TOKEN)
+    options = CalibrationOptions(OBJECTIVE, alphas=tuple(alphas), length_normalised=PER_TOKEN)
+    return fit(answers, calibration.entries, options)
 
 
 def worth(task: Task, calibration: Pass, test: Pass) -> tuple[dict[str, Any], Mapping[str, Table]]:
@@ -83,7 +85,8 @@ def found(report: CalibrationReport) -> dict[str, Any]:
 
 def likelihood(task: Task, calibration: Pass, test: Pass) -> dict[str, Any]:
     """The strength of the likelihood alone, and what it does to the NLL of the test's answers."""
-    report = fit(task.calibration.answers, calibration.entries, ALPHAS, "nll")
+    options = CalibrationOptions("nll", alphas=ALPHAS)
+    report = fit(task.calibration.answers, calibration.entries, options)
     answers, entries = task.test.answers, test.entries.at(report.alpha)
     right = np.concatenate(answers.right)
     before, after = (

@@ -10,7 +10,8 @@ from torch import Tensor
 from benchmarks.quality_measure import ALPHAS, Table, at, summary
 from benchmarks.quality_tasks import Part, Task
 from benchmarks.quality_work import Pass
-from svd_engine.calibration.cross_validation import AlphaFit, held_out
+from svd_engine.calibration.cross_validation import AlphaFit, best_fit
+from svd_engine.calibration.options import CalibrationOptions
 from svd_engine.calibration.support_stats import SupportStats
 
 # (objective, length-normalised, steered by the projection)
@@ -30,16 +31,11 @@ def objectives(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]
     part, fold = task.calibration, folds(task.calibration)
     cases = []
     for objective, per_token, projection in OBJECTIVES:
-        candidates = [
-            AlphaFit(
-                alpha, part.answers, kept(calibration, alpha, projection), objective, per_token,
-                "exact", "gauss-newton",
-            )
-            for alpha in ALPHAS
-        ]  # fmt: skip
+        options = CalibrationOptions(objective, length_normalised=per_token, projection=projection)
+        fits = [AlphaFit(alpha, part.answers, calibration.entries, options) for alpha in ALPHAS]
 
-        def choose(inside: Questions, candidates=candidates) -> tuple[float, float]:
-            chosen = candidates[int(np.argmin(held_out(candidates, fold, inside)))]
+        def choose(inside: Questions, fits=fits) -> tuple[float, float]:
+            chosen = best_fit(fits, fold, inside)
             return chosen.estimate(inside), chosen.alpha
 
         def steered(
