@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from dataclasses import astuple, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -354,6 +356,14 @@ def test_save_keeps_the_report_the_prompts_and_the_strength(engine, tmp_path):
     assert json.loads((tmp_path / "calibration.json").read_text())["strength"] == report.strength
     with pytest.raises(ValueError, match="8 of 8 prompts were seen in calibration"):
         contamination.check(tmp_path, [row["prompt"] for row in rows])
+
+
+def test_the_snippet_of_the_documentation(engine, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "calibration.md"
+    monkeypatch.chdir(tmp_path)
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(snippet, dict(engine=engine, examples=answers(8)))
+    assert SteeringConfig.from_pretrained("my-adapter") == engine.steering
 
 
 def test_keywords_are_the_options():
