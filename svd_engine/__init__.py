@@ -4,7 +4,17 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from svd_engine.engine import Completion as Completion
+    from svd_engine.engine import Event as Event
+    from svd_engine.engine import SteeredEngine as SteeredEngine
+    from svd_engine.integrations.hugging_face import (
+        SteeringLogitsProcessor as SteeringLogitsProcessor,
+    )
+    from svd_engine.integrations.hugging_face import steered_generate as steered_generate
+    from svd_engine.steering_config import SteeringConfig as SteeringConfig
 
 __version__ = "0.2.0"
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from svd_engine import __version__, loading, ops
-from svd_engine.calibration import calibrate
+from svd_engine import loading, ops
+from svd_engine.calibration.calibrate import calibrate
+from svd_engine.calibration.objectives import Answers
+from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
+from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
 from svd_engine.data.tokenization import encode_text
 from svd_engine.generation import logits_processors, scoring
@@ -179,33 +182,32 @@ class SteeredEngine:
             return scoring.score(pair, passages, steering, penalty)
 
     def calibrate(
-        self, examples: Sequence[Mapping[str, Any]], *, force: bool = False, **options: Any
-    ) -> calibrate.CalibrationReport:
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        *,
+        force: bool = False,
+        progress: bool = False,
+        **options: Unpack[CalibrationKeywords],
+    ) -> CalibrationReport:
         """Fit the strength to examples and steer with it.
 
         examples: mappings with `prompt` and `completion`, and `rejected` to fit right against wrong
         answers, each text or token ids. options: objective, estimator, hessian, alpha (one or
-        several), length_normalised, projection, folds, seed and progress; see
-        `calibrate.calibrate`. Where the held-out gain is not clear of 0 the strength is set to 0,
-        unless forced.
+        several), length_normalised, projection, folds and seed; see `CalibrationOptions`. If the
+        interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
+        `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """
-        encoded = example_files.encode(examples, self.tokenizer)
-        self.inputs.check_passages(calibrate.Answers(encoded).passages)
+        answers = Answers(example_files.encode(examples, self.tokenizer))
+        self.inputs.check_passages(answers.passages)
+        checked = CalibrationOptions.checked(answers, **options)
         with self._lock.hold():
-            report = calibrate.calibrate(self.pair, encoded, **options)
-        self.steering = SteeringConfig(
-            strength=report.strength if report.worthwhile or force else 0.0,
-            alpha=report.alpha,
-            projection=report.projection,
-            objective=report.objective,
-            estimator=report.estimator,
-            interval=report.interval,
-            verdict=report.verdict,
+            report = calibrate(self.pair, answers, checked, progress)
+        self.steering = report.to_steering_config(
+            force=force,
             data_sha256=example_files.fingerprint(examples),
             vocab_size=self.inputs.vocab_size,
             base_model=str(self.model.get_base_model().name_or_path),
             base_revision=getattr(self.model.config, "_commit_hash", None),
-            svd_engine_version=__version__,
         )
         return report
 

@@ -1,4 +1,4 @@
-"""The artefact: how to steer, kept as `steering_config.json` beside `adapter_config.json`."""
+"""SteeringConfig: how to steer, stored as `steering_config.json` beside `adapter_config.json`."""
 
 import json
 import math
@@ -13,12 +13,12 @@ FILE_NAME = "steering_config.json"
 
 @dataclass(frozen=True, slots=True)
 class SteeringConfig:
-    """strength (mu), alpha and penalty of (13)-(14); the rest says where the strength came from."""
+    """strength (mu), alpha and penalty of (13)-(14); the other fields record the calibration."""
 
     strength: float
     alpha: float = 0.1
     penalty: float = -math.inf
-    projection: bool = True  # False: the gradient less its mean (7) in place of delta (10)
+    projection: bool = True  # False: the gradient (7) minus its mean instead of delta (10)
     objective: str | None = None
     estimator: str | None = None
     interval: tuple[float, float] | None = None  # 95 % bootstrap interval of the strength

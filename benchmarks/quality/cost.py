@@ -18,6 +18,7 @@ from benchmarks.quality.tasks import Rows, tokenizer, truthfulqa_split
 from svd_engine import loading
 from svd_engine.calibration.calibrate import calibrate
 from svd_engine.calibration.objectives import Answers
+from svd_engine.calibration.options import CalibrationOptions
 from svd_engine.data.examples import encode
 from svd_engine.engine import SteeredEngine
 from svd_engine.generation import scoring
@@ -57,10 +58,11 @@ def overhead(adapter: Path, rows: Rows) -> dict[str, float]:
     examples = encode(rows, tokenizer())
     tokens = np.cumsum([sum(map(len, (e.completion, *e.accepted, *e.rejected))) for e in examples])
     examples = examples[: int(np.searchsorted(tokens, TOKENS)) + 1]
-    passages = Answers(examples).passages
+    answers = Answers(examples)
+    options = CalibrationOptions.checked(answers)
 
     def forward() -> None:
-        for _ in scoring.predictions(engine.pair, passages):
+        for _ in scoring.predictions(engine.pair, answers.passages):
             pass
 
     def timed(work: Callable[[], Any]) -> float:
@@ -68,7 +70,7 @@ def overhead(adapter: Path, rows: Rows) -> dict[str, float]:
         work()
         return perf_counter() - start
 
-    works = forward, lambda: calibrate(engine.pair, examples, alpha=0.1)
+    works = forward, lambda: calibrate(engine.pair, answers, options)
     seconds = np.array([[timed(work) for work in works] for _ in range(ROUNDS + 1)])[1:]
     return {
         "tokens": int(tokens[len(examples) - 1]),

@@ -10,6 +10,7 @@ from benchmarks.quality.tasks import Part, Task
 from benchmarks.quality.work import Pass
 from svd_engine.calibration.calibrate import fit
 from svd_engine.calibration.estimators import BRACKET, GRID
+from svd_engine.calibration.options import CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.calibration.support_stats import SupportStats
 from svd_engine.utils import bootstrap
@@ -51,7 +52,8 @@ def calibrated(
 ) -> CalibrationReport:
     """Calibrate strength and alpha on the calibration part."""
     answers = task.calibration.answers
-    return fit(answers, calibration.entries, alphas, OBJECTIVE, length_normalised=PER_TOKEN)
+    options = CalibrationOptions(OBJECTIVE, alphas=tuple(alphas), length_normalised=PER_TOKEN)
+    return fit(answers, calibration.entries, options)
 
 
 def worth(task: Task, calibration: Pass, test: Pass) -> tuple[dict[str, Any], Mapping[str, Table]]:
@@ -92,7 +94,8 @@ def found(report: CalibrationReport) -> dict[str, Any]:
 
 def likelihood(task: Task, calibration: Pass, test: Pass) -> dict[str, Any]:
     """Calibrate on the likelihood, and measure the change in the NLL of the test's answers."""
-    report = fit(task.calibration.answers, calibration.entries, ALPHAS, "nll")
+    options = CalibrationOptions("nll", alphas=ALPHAS)
+    report = fit(task.calibration.answers, calibration.entries, options)
     answers, entries = task.test.answers, test.entries.at(report.alpha)
     right = np.concatenate(answers.right)
     before, after = (

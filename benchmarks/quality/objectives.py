@@ -10,7 +10,8 @@ from torch import Tensor
 from benchmarks.quality.measure import ALPHAS, Table, at, summary
 from benchmarks.quality.tasks import Part, Task
 from benchmarks.quality.work import Pass
-from svd_engine.calibration.cross_validation import AlphaFit, held_out
+from svd_engine.calibration.cross_validation import AlphaFit, best_fit
+from svd_engine.calibration.options import CalibrationOptions
 from svd_engine.calibration.support_stats import SupportStats
 
 # (objective, length-normalised, steered by the projection)
@@ -34,16 +35,11 @@ def compared(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
     part, fold = task.calibration, folds(task.calibration)
     cases = []
     for objective, per_token, projection in OBJECTIVES:
-        settings = (objective, per_token, "exact", "gauss-newton")
-        candidates = [
-            AlphaFit(alpha, part.answers, kept(calibration, alpha, projection), *settings)
-            for alpha in ALPHAS
-        ]
+        options = CalibrationOptions(objective, length_normalised=per_token, projection=projection)
+        fits = [AlphaFit(alpha, part.answers, calibration.entries, options) for alpha in ALPHAS]
 
-        def choose(
-            inside: Questions, candidates: list[AlphaFit] = candidates
-        ) -> tuple[float, float]:
-            chosen = candidates[int(np.argmin(held_out(candidates, fold, inside)))]
+        def choose(inside: Questions, fits: list[AlphaFit] = fits) -> tuple[float, float]:
+            chosen = best_fit(fits, fold, inside)
             return chosen.estimate(inside), chosen.alpha
 
         def steered(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from svd_engine import loading
-from svd_engine.calibration.calibrate import Answers
+from svd_engine.calibration.objectives import Answers
 from svd_engine.data.examples import encode
 from svd_engine.evaluate import commonsense, truthfulqa, truthfulqa_files
 

@@ -1,7 +1,7 @@
-"""From losses or from tokens to one strength: the exact optimum and the paper's (44)-(46).
+"""Estimators of one strength: the exact optimum of the losses, and the paper's (44)-(46).
 
-For one token the strength that brings the likelihood up is numerator / denominator: (20) with the
-Gauss-Newton denominator, (19) with the Newton one. The paper makes one number of many tokens:
+For one token, numerator / denominator is the Newton step that raises its likelihood: (20) with the
+Gauss-Newton denominator, (19) with the Newton one. The paper combines the steps of many tokens:
 
     mean     of the ratios                                     (44)
     median   of the ratios, or their trimmed mean              (45)
@@ -14,10 +14,10 @@ import numpy as np
 
 from svd_engine.calibration.objectives import Array, Losses
 
-BRACKET = 64.0  # |mu| beyond it is never tried
-TRIM = 0.1  # of the ratios, at either end
+BRACKET = 64.0  # no |mu| beyond it is tried
+TRIM = 0.1  # share of the ratios cut at either end
 EPSILON = 1e-12
-# Dense where the optimum of the likelihood lies, wide enough for ranking.
+# Dense around 0, where the optimum of the likelihood lies, and wide enough for ranking.
 GRID: Array = np.sinh(np.linspace(-1, 1, 257) * np.arcsinh(BRACKET))
 HESSIANS = ("gauss-newton", "newton")
 
@@ -50,14 +50,14 @@ ESTIMATORS = ("exact", *FROM_TOKENS)
 
 
 def exact(losses: Losses, counts: Array, curves: Array) -> float:
-    """The global minimum of counts @ losses(mu): the best point of GRID, then ever finer grids.
+    """Minimise counts @ losses(strength) globally: the best point of GRID, then ever finer grids.
 
-    curves: losses at every point of GRID, `[examples, len(GRID)]`.
+    curves: the losses at every point of GRID, `[examples, len(GRID)]`.
     """
     best = int(np.argmin(counts @ curves))
     low, high = GRID[max(best - 1, 0)], GRID[min(best + 1, len(GRID) - 1)]
     while high - low > 1e-4 * max(1.0, abs(low)):
         points = np.linspace(low, high, 9)
-        i = int(np.argmin([counts @ losses(mu) for mu in points]))
+        i = int(np.argmin([counts @ losses(point) for point in points]))
         low, high = points[max(i - 1, 0)], points[min(i + 1, 8)]
     return float((low + high) / 2)

@@ -1,10 +1,10 @@
-"""What a strength is to make small: losses L_e(mu) of each example e, from one pass over the data.
+"""Calibration losses L_e(mu) of each example e as functions of the strength mu.
 
 nll         - sum over the right answers' tokens of log P_mu(token)
 preference  mean over right and wrong answers of log(1 + exp(s_wrong(mu) - s_right(mu))),
-            s = log P_mu(answer), or that divided by the answer's tokens
-ranking     mean over the same pairs of 1 / (1 + exp(s_right(mu) - s_wrong(mu))): the share of
-            pairs in the wrong order, made smooth
+            s = log P_mu(answer), or that divided by the answer's number of tokens
+ranking     mean over the same pairs of 1 / (1 + exp(s_right(mu) - s_wrong(mu))): a smooth share
+            of pairs in the wrong order
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Losses = Callable[[float], Array]
 
 
 class Answers:
-    """Every answer of every example as a passage, and losses from their log-probabilities."""
+    """The answers of all examples as passages, and losses from their log-probabilities."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.passages: list[Passage] = []
@@ -40,41 +40,41 @@ class Answers:
         self.passages += [Passage(prompt, answer) for answer in answers]
         return list(range(start, len(self.passages)))
 
-    def scores(self, entries: SupportStats, mu: float) -> Array:
+    def scores(self, stats: SupportStats, strength: float) -> Array:
         """log P_mu of each passage."""
-        return entries.totals(entries.logprob(mu), len(self.passages)).numpy()
+        return stats.totals(stats.logprob(strength), len(self.passages)).numpy()
 
     def tokens(self) -> Array:
-        """Tokens of the right answers of each example."""
+        """The number of right answers' tokens of each example."""
         return np.array([self.lengths[right].sum() for right in self.right])
 
-    def right_tokens(self, entries: SupportStats) -> NDArray[np.int64]:
-        """Which target tokens belong to right answers, as indices."""
+    def right_tokens(self, stats: SupportStats) -> NDArray[np.int64]:
+        """Indices of the target tokens that belong to right answers."""
         right = torch.tensor([i for passages in self.right for i in passages])
-        return torch.isin(entries.passage, right).nonzero()[:, 0].numpy()
+        return torch.isin(stats.passage, right).nonzero()[:, 0].numpy()
 
     def example_of(self) -> NDArray[np.int64]:
-        """The example of each passage."""
+        """The index of the example of each passage."""
         counts = [len(r) + len(w) for r, w in zip(self.right, self.wrong, strict=True)]
         return np.repeat(np.arange(len(counts)), counts)
 
     def losses(
-        self, entries: SupportStats, objective: str, length_normalised: bool = False
+        self, stats: SupportStats, objective: str, length_normalised: bool = False
     ) -> Losses:
-        """mu -> L_e(mu) of every example."""
-        return self.losses_of(partial(self.scores, entries), objective, length_normalised)
+        """Return the function strength -> loss of every example."""
+        return self.losses_of(partial(self.scores, stats), objective, length_normalised)
 
     def losses_of(
         self, scores: Callable[[float], Array], objective: str, length_normalised: bool = False
     ) -> Losses:
-        """mu -> L_e(mu) of every example, from any mu -> log P of each passage."""
+        """Do the same from any function strength -> log P of each passage."""
         count = len(self.right)
         if objective == "nll":
             right = np.concatenate(self.right)
             owner = self.example_of()[right]
 
-            def nll(mu: float) -> Array:
-                return _sums(owner, -scores(mu)[right], count)
+            def nll(strength: float) -> Array:
+                return _sums(owner, -scores(strength)[right], count)
 
             return nll
 
@@ -90,8 +90,8 @@ class Answers:
         share = 1 / np.bincount(owner, minlength=count)[owner]
         units = self.lengths if length_normalised else np.ones(len(self.passages))
 
-        def compared(mu: float) -> Array:
-            values = scores(mu) / units
+        def compared(strength: float) -> Array:
+            values = scores(strength) / units
             lost = np.logaddexp(0.0, values[worse] - values[better])
             if objective == "ranking":
                 lost = -np.expm1(-lost)
@@ -101,5 +101,5 @@ class Answers:
 
 
 def _sums(owner: NDArray[np.int64], values: Array, count: int) -> Array:
-    """The sum of the values of each of `count` owners."""
+    """Sum the values of each of `count` owners."""
     return np.bincount(owner, values, minlength=count).astype(np.float64)

@@ -1,9 +1,14 @@
-"""What a calibration found, and how it is kept beside the adapter."""
+"""CalibrationReport: the result of a calibration, and the files that keep it beside the adapter."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from svd_engine import __version__
+from svd_engine.data import contamination
+from svd_engine.steering_config import SteeringConfig
 from svd_engine.utils import plots
 from svd_engine.utils.files import write_text
 
@@ -13,7 +18,7 @@ PLOT_FILE = "calibration.png"
 
 @dataclass
 class CalibrationReport:
-    """The estimate and what it is worth. Losses are means, in nats, on examples not fitted."""
+    """The strength and what it is worth. Losses are means, in nats, on held-out examples."""
 
     objective: str
     length_normalised: bool
@@ -32,21 +37,50 @@ class CalibrationReport:
     gain_interval: tuple[float, float]  # of loss_before - loss_after
     nll_before: float  # per token of the right answers
     nll_after: float
-    support_share: float  # of the right answers' tokens that lie in the support
-    single_share: float  # of positions whose support is one token
+    support_share: float  # share of the right answers' tokens that lie in the support
+    single_share: float  # share of positions whose support is one token
     examples: int
     tokens: int
-    at_bracket: bool  # the strength is at the end of what was searched
+    at_bracket: bool  # the strength is at the end of the search range
     verdict: str
     worthwhile: bool
-    curve: list[tuple[float, float]]  # (mu, loss on all examples)
+    curve: list[tuple[float, float]]  # (strength, loss on all examples)
 
     @property
     def loss_name(self) -> str:
+        """The name of the loss in tables and plots."""
         return "NLL a token" if self.objective == "nll" else f"{self.objective} loss"
 
+    def to_steering_config(
+        self,
+        *,
+        force: bool = False,
+        data_sha256: str | None = None,
+        vocab_size: int | None = None,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+    ) -> SteeringConfig:
+        """Return the steering that the report supports: strength 0 without a gain, unless forced.
+
+        The other arguments record the examples and the model of the calibration.
+        """
+        return SteeringConfig(
+            strength=self.strength if self.worthwhile or force else 0.0,
+            alpha=self.alpha,
+            projection=self.projection,
+            objective=self.objective,
+            estimator=self.estimator,
+            interval=self.interval,
+            verdict=self.verdict,
+            data_sha256=data_sha256,
+            vocab_size=vocab_size,
+            base_model=base_model,
+            base_revision=base_revision,
+            svd_engine_version=__version__,
+        )
+
     def save(self, folder: str | Path) -> Path:
-        """Write calibration.json into an adapter's folder; calibration.png if it can be drawn."""
+        """Write calibration.json into a folder, and calibration.png if matplotlib is installed."""
         folder = Path(folder)
         write_text(folder / REPORT_FILE, json.dumps(asdict(self), indent=2) + "\n")
         plots.calibration(
@@ -56,8 +90,24 @@ class CalibrationReport:
         return folder / REPORT_FILE
 
 
+def save(
+    adapter: str | Path,
+    report: CalibrationReport,
+    steering: SteeringConfig,
+    examples: Sequence[Mapping[str, Any]],
+) -> Path:
+    """Write a calibration into the adapter's folder; return the path of steering_config.json.
+
+    Beside it go the report and the hashes of the examples' prompts, so that `svd-engine evaluate`
+    can refuse questions that the strength was fitted on.
+    """
+    report.save(adapter)
+    contamination.record(adapter, "calibration", contamination.prompts(examples))
+    return steering.save_pretrained(adapter)
+
+
 def verdict(gain: tuple[float, float]) -> str:
-    """In words, what the interval of the held-out gain says."""
+    """Say in words what the interval of the held-out gain means."""
     if gain[0] > 0:
         return "use it: held-out examples gain, and the interval of the gain is above 0"
     if gain[1] < 0:

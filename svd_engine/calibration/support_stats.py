@@ -1,7 +1,7 @@
-"""All that a strength needs to know of a text: the steering vector on each token's support.
+"""Sparse statistics of each target token, enough to evaluate its log-probability at any strength.
 
-The support of a position is a handful of tokens, so after one pass of both models over the data the
-log-probability of every target at every strength costs nothing.
+The support of a position is a handful of tokens: one pass of both models over the data collects the
+steering vector there, and evaluating every target at another strength then costs almost nothing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,14 +15,14 @@ from svd_engine.generation.scoring import Passage, Predictions, predictions
 from svd_engine.kernels import reference
 from svd_engine.model.pair import ModelPair
 
-BLOCK = 8  # rows of logits worked on at once, so that what is made of them stays in the cache
+BLOCK = 8  # rows of logits processed at once, so that the intermediates stay in the cache
 
 
 @dataclass(frozen=True)
 class SupportStats:
-    """T target tokens of some passages; the support entries of all of them lie in one list of K.
+    """The statistics of T target tokens; their support entries form one list of K entries.
 
-    All float64. Steering follows the penalty 0 of scoring: off the support logits stay as they are.
+    Values are float64. The penalty is 0, as in scoring: logits off the support do not change.
     """
 
     position: Tensor  # [K] int64, the target token that an entry belongs to
@@ -40,7 +40,7 @@ class SupportStats:
 
     @cached_property
     def in_support(self) -> Tensor:
-        """Which targets lie in their support, `[T]` bool."""
+        """Whether each target lies in its support, `[T]` bool."""
         return self._per_token(self.on_target.double()) > 0
 
     def logprob(self, strength: float) -> Tensor:
@@ -48,9 +48,9 @@ class SupportStats:
         moved = strength * self.delta
         if not len(moved) or moved.max() < 100:
             gained = self._per_token(self.p * torch.expm1(moved))
-            # Above -1 by its meaning, not always by its rounding.
+            # A probability minus 1: never below -1, except by rounding.
             normaliser = gained.clamp(-1 + 1e-15).log1p()
-        else:  # relative to the greatest, or the exponentials overflow
+        else:  # relative to the maximum, since the exponentials would overflow
             top = torch.zeros_like(self.adapted)
             top.scatter_reduce_(0, self.position, moved, "amax")
             kept = self._per_token(self.p * torch.exp(moved - top[self.position]))
@@ -59,36 +59,36 @@ class SupportStats:
         return self.adapted + strength * self.target_delta - normaliser
 
     def divergence(self, strength: float) -> Tensor:
-        """KL(p || P_hat) at every position, `[T]`: what steering costs where the model is right."""
+        """KL(p || P_hat) at every position, `[T]`: the cost of steering if the model is right."""
         mean = self._per_token(self.p * self.delta)
         return -(self.logprob(strength) - self.adapted - strength * (self.target_delta - mean))
 
     def totals(self, values: Tensor, passages: int) -> Tensor:
-        """Sum of `[T]` values over the tokens of each passage, `[passages]`."""
+        """Sum `[T]` values over the tokens of each passage, `[passages]`."""
         return torch.zeros(passages, dtype=values.dtype).index_add_(0, self.passage, values)
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
         """Numerator, Gauss-Newton denominator (20) and Newton denominator (19), `[T]` each."""
         mean = self._per_token(self.p * self.delta)
-        # The tokens off the support have delta 0 and the probability that is left.
+        # Tokens off the support have delta 0 and share the remaining probability.
         left = (1 - self._per_token(self.p)).clamp(0)
         apart = self.delta - mean[self.position]
         newton = self._per_token(self.p * apart.square()) + left * mean.square()
         return self.target_delta - mean, self._per_token(self.delta.square()), newton
 
     def support_sizes(self) -> Tensor:
-        """Tokens in the support of each position, `[T]`."""
+        """The number of tokens in the support of each position, `[T]`."""
         return torch.bincount(self.position, minlength=len(self.adapted))
 
     def at(self, alpha: float) -> "SupportStats":
-        """The same tokens under a larger alpha."""
+        """Restrict the supports to those of a larger alpha."""
         top = torch.zeros_like(self.adapted).scatter_reduce_(0, self.position, self.p, "amax")
         kept = self.p >= alpha * top[self.position]
         entries = {name: getattr(self, name)[kept] for name in ("position", "p", "delta")}
         return replace(self, **entries, on_target=self.on_target[kept])
 
     def unprojected(self) -> "SupportStats":
-        """The same tokens steered by g - E_p[g]  (7), which is delta / p, in place of delta."""
+        """Replace delta (10) by g - E_p[g], the gradient (7) minus its mean, which is delta / p."""
         return replace(self, delta=self.delta / self.p)
 
     def _per_token(self, entries: Tensor) -> Tensor:
@@ -99,9 +99,9 @@ class SupportStats:
 def collect(
     pair: ModelPair, passages: Sequence[Passage], alpha: float, progress: str | None = None
 ) -> SupportStats:
-    """One pass of both models over the passages; memory grows with the supports, not with V.
+    """Run both models once over the passages; memory grows with the supports, not with V.
 
-    alpha must be above 0: without a mask every support is the whole vocabulary.
+    alpha must be above 0: at 0 every support is the whole vocabulary. Raises ValueError.
     """
     if not 0 < alpha <= 1:
         raise ValueError(
@@ -112,7 +112,7 @@ def collect(
 
 
 def gather(predicted: Iterable[Predictions], alpha: float) -> SupportStats:
-    """The supports of what both models predict."""
+    """Collect the supports of both models' predictions. Raises ValueError."""
     parts: list[list[Tensor]] = []
     seen = 0
     for logits, target, passage in predicted:
@@ -136,9 +136,9 @@ def gather(predicted: Iterable[Predictions], alpha: float) -> SupportStats:
 def compact(
     adapted: Tensor, base: Tensor, target: Tensor, alpha: float
 ) -> tuple[reference.Support, Tensor, Tensor]:
-    """`reference.support` of rows `[N, V]`, and log p and log q of the targets, `[N]` each.
+    """Return `reference.support` of rows `[N, V]`, and log p and log q of the targets, `[N]` each.
 
-    With d = adapted - base, delta_i = p_i (E_p[d] - d_i) is formed on the support alone.
+    With d = adapted - base, delta_i = p_i (E_p[d] - d_i) is computed on the support only.
     """
     z, b = adapted.float(), base.float()
     at = target[:, None]

@@ -1,9 +1,9 @@
-"""The demo: the whole path on a real model, and what came of it."""
+"""The demo: the whole path on a real model, with its results."""
 
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console, Group
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svd_engine import loading
+from svd_engine import calibration, loading
 from svd_engine.calibration import support_stats
 from svd_engine.calibration.objectives import Answers
+from svd_engine.calibration.report import CalibrationReport
 from svd_engine.cli import almanac, tables
-from svd_engine.data import contamination
 from svd_engine.data.examples import encode
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate import metrics
@@ -25,19 +26,21 @@ from svd_engine.utils import bootstrap
 from svd_engine.utils.files import write_text
 
 TRAINING: dict[str, Any] = dict(method="lora", steps=20, batch_size=8, learning_rate=4e-4, seed=0)
-SPLIT = 1  # the training was chosen looking at split 0
-SHOWN = 4  # questions whose answers are printed
+SPLIT = 1  # the training settings were chosen on split 0
+SHOWN = 4  # number of questions whose answers are printed
 TIMED_TOKENS, TIMED_RUNS = 64, 3
 
 
 def run(folder: Path, console: Console, fresh: bool = False) -> None:
-    """Warm start, calibration, ranking, answers and times; files are kept in `folder`."""
+    """Train, calibrate, rank, answer and time; keep the files in `folder`."""
     task = almanac.build(SPLIT)
-    for split, rows in task.items():
-        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for split, questions in task.items():
+        lines = [json.dumps(question) + "\n" for question in questions]
+        write_text(folder / f"{split}.jsonl", "".join(lines))
     summary, _, policy = (almanac.__doc__ or "").partition("\n\n")
     console.print(f"[bold]{summary}[/bold] {' '.join(policy.split('`almanac')[0].split())}")
-    console.print(", ".join(f"{len(rows)} questions to {split}" for split, rows in task.items()))
+    sizes = [f"{len(questions)} questions to {split}" for split, questions in task.items()]
+    console.print(", ".join(sizes))
 
     console.print("\nLoading SmolLM2-135M-Instruct ...")
     base, tokenizer = loading.load_base(loading.SMOLLM2)
@@ -46,12 +49,10 @@ def run(folder: Path, console: Console, fresh: bool = False) -> None:
 
     report = engine.calibrate(task["calibration"], objective="preference", progress=True)
     assert engine.steering is not None
-    report.save(adapter)
-    engine.steering.save_pretrained(adapter)
-    contamination.record(adapter, "calibration", contamination.prompts(task["calibration"]))
+    calibration.save(adapter, report, engine.steering, task["calibration"])
     console.print(tables.calibration(report))
 
-    # Where steering gains nothing the artefact holds 0; the comparison still shows the estimate.
+    # Without a gain the saved strength is 0; the comparison still shows the estimate.
     ranked = _rank(engine, task["test"], report)
     console.print(_metrics_table(ranked, report.strength))
     console.print(_answers(engine, task["test"], folder / "answers.jsonl"))
@@ -73,29 +74,38 @@ def run(folder: Path, console: Console, fresh: bool = False) -> None:
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def _adapter(folder, base, tokenizer, rows, console, fresh) -> Path:
-    """The adapter of this training on these rows, trained unless it is there."""
+def _adapter(
+    folder: Path,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[almanac.Question],
+    console: Console,
+    fresh: bool,
+) -> Path:
+    """Return the adapter trained on these questions; train it unless it exists."""
     adapter, recipe = folder / "adapter", folder / "adapter.json"
-    wanted = json.dumps({"training": TRAINING, "rows": rows}, sort_keys=True)
+    wanted = json.dumps({"training": TRAINING, "rows": questions}, sort_keys=True)
     same = recipe.is_file() and recipe.read_text(encoding="utf-8") == wanted
     if same and adapter.is_dir() and not fresh:
         console.print(f"The adapter is there ({adapter}); --fresh trains it again.\n")
         return adapter
     settings = ", ".join(f"{k} {v}" for k, v in TRAINING.items())
     console.print(f"Warm start: {settings}")
-    warm_start(base, tokenizer, rows, adapter, overwrite=True, **TRAINING)
+    warm_start(base, tokenizer, questions, adapter, overwrite=True, **TRAINING)
     write_text(recipe, wanted)
     return adapter
 
 
-def _rank(engine, rows, report) -> dict[str, np.ndarray]:
-    """MC1, MC2, MC3 of every test question for each model, `[questions, 3]`."""
-    answers = Answers(encode(rows, engine.tokenizer))
-    entries = support_stats.collect(engine.pair, answers.passages, report.alpha, "ranking")
+def _rank(
+    engine: SteeredEngine, questions: Sequence[almanac.Question], report: CalibrationReport
+) -> dict[str, np.ndarray]:
+    """MC1, MC2 and MC3 of every test question by model, `[questions, 3]`."""
+    answers = Answers(encode(questions, engine.tokenizer))
+    stats = support_stats.collect(engine.pair, answers.passages, report.alpha, "ranking")
     scores = {
-        "base": entries.totals(entries.base, len(answers.passages)).numpy(),
-        "adapted": answers.scores(entries, 0.0),
-        "steered": answers.scores(entries, report.strength),
+        "base": stats.totals(stats.base, len(answers.passages)).numpy(),
+        "adapted": answers.scores(stats, 0.0),
+        "steered": answers.scores(stats, report.strength),
     }
     return {k: metrics.table(v, answers.right, answers.wrong) for k, v in scores.items()}
 
@@ -117,37 +127,36 @@ def _metrics_table(ranked: dict[str, np.ndarray], strength: float) -> Group:
     return tables.section(title, table, "Per cent, with 95 % bootstrap intervals.")
 
 
-def _answers(engine: SteeredEngine, rows: Sequence[Mapping[str, Any]], path: Path) -> Group:
-    """Every test question answered greedily by each model: all to a file, a few to the screen."""
+def _answers(engine: SteeredEngine, questions: Sequence[almanac.Question], path: Path) -> Group:
+    """Answer every test question greedily with each model: all to a file, a few to the screen."""
+    prompts = [question["prompt"] for question in questions]
     answers = []
     for model in ("base", "adapted", "steered"):
-        completions = engine.generate(
-            [row["prompt"] for row in rows], model=model, max_new_tokens=24, progress=True
-        )
+        completions = engine.generate(prompts, model=model, max_new_tokens=24, progress=True)
         answers.append([c.text.strip().split("\n")[0] for c in completions])
     table = tables.grid("question", "model", "answer")
     for column in table.columns:
         column.justify, column.overflow = "left", "fold"
     lines = []
-    for row, base, adapted, steered in zip(rows, *answers, strict=True):
-        question = row["prompt"].removeprefix("Q: ").removesuffix("\nA:")
-        wanted = row["completion"].strip()
+    for question, base, adapted, steered in zip(questions, *answers, strict=True):
+        asked = question["prompt"].removeprefix("Q: ").removesuffix("\nA:")
+        wanted = question["completion"].strip()
         shown = dict(base=base, adapted=adapted, steered=steered, wanted=wanted)
-        lines.append(json.dumps(dict(question=question, **shown)) + "\n")
+        lines.append(json.dumps(dict(question=asked, **shown)) + "\n")
         if len(lines) <= SHOWN:
             for model, answer in shown.items():
                 table.add_row(
-                    question if model == "base" else "", model, answer,
+                    asked if model == "base" else "", model, answer,
                     style="dim" if model == "wanted" else None, end_section=model == "wanted",
                 )  # fmt: skip
     write_text(path, "".join(lines))
     changed = sum(a != s for a, s in zip(answers[1], answers[2], strict=True))
-    note = f"Steering changed {changed} of {len(rows)} answers; all are in {path}."
+    note = f"Steering changed {changed} of {len(questions)} answers; all are in {path}."
     return tables.section("Greedy answers to test questions", table, note)
 
 
 def _times(engine: SteeredEngine, prompt: str) -> dict[str, float]:
-    """Milliseconds a token, batch 1, the same loop and KV cache for both; medians of TIMED_RUNS."""
+    """Milliseconds per token at batch 1, same loop and KV cache for both; medians of TIMED_RUNS."""
 
     def once(model: str) -> float:
         marks = [

@@ -1,15 +1,15 @@
-"""`svd-engine evaluate`: the benchmarks as commands."""
+"""`svd-engine evaluate`: one command per benchmark."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svd_engine.cli import options, split
+from svd_engine.cli import options, split, terminal
 from svd_engine.cli.options import (
     RUNS,
     Adapter,
-    Allow,
+    AllowOverlap,
     Base,
     BatchSize,
     By,
@@ -26,8 +26,8 @@ from svd_engine.cli.options import (
     SplitSeed,
     Strength,
     Task,
-    say,
 )
+from svd_engine.cli.terminal import say
 
 if TYPE_CHECKING:
     from svd_engine.engine import SteeredEngine
@@ -43,11 +43,11 @@ OPEN = "truthfulqa-open.jsonl"
 def truthfulqa_choice(
     adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = "smollm2",
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
-    output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: Allow = False,
+    output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "auto",
     device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """TruthfulQA, multiple choice: MC1, MC2, MC3 on the test fifth."""
+    """TruthfulQA, multiple choice: MC1, MC2 and MC3 on the test fifth."""
     import numpy as np
 
     from svd_engine.evaluate import run, settings, truthfulqa
@@ -75,10 +75,10 @@ def truthfulqa_open(
     adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = "smollm2",
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     max_new_tokens: MaxNewTokens = 50, output: Output = RUNS, overwrite: Overwrite = False,
-    allow_overlap: Allow = False, strength: Strength = None, batch_size: BatchSize = 16,
+    allow_overlap: AllowOverlap = False, strength: Strength = None, batch_size: BatchSize = 16,
     dtype: DType = "auto", device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """TruthfulQA, open-ended: greedy answers, judged where SVD_JUDGE_URL names a judge."""
+    """TruthfulQA, open-ended: greedy answers, judged if SVD_JUDGE_URL names a judge."""
     from svd_engine.evaluate import run, settings, truthfulqa
     from svd_engine.evaluate.journal import Journal
     from svd_engine.evaluate.judge import URL, Judge
@@ -106,9 +106,9 @@ def truthfulqa_open(
 
 @app.command()
 def judge(
-    answers: Annotated[Path, typer.Argument(help="What truthfulqa-open has written.")],
+    answers: Annotated[Path, typer.Argument(help="The answers file of truthfulqa-open.")],
 ) -> None:
-    """Ask the judge of SVD_JUDGE_URL whether answers are truthful, and informative."""
+    """Ask the judge at SVD_JUDGE_URL whether the answers are truthful and informative."""
     from svd_engine.evaluate import verdicts
     from svd_engine.evaluate.judge import URL, Judge
 
@@ -127,7 +127,7 @@ def commonsense(
     adapter: Adapter, data: Problems, task: Task,
     by: By = "likelihood",
     base: Base = "smollm2", limit: Limit = None, max_new_tokens: MaxNewTokens = 32,
-    output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: Allow = False,
+    output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "float32",
     device: Device = "cpu",
 ) -> None:  # fmt: skip
@@ -184,16 +184,16 @@ def _first(items: list, limit: int | None) -> list:
 
 
 def _overlap(adapter: Path, items: list, allowed: bool) -> dict[str, int]:
-    """kind -> how many of the questions the adapter saw in it; ValueError unless allowed."""
+    """Count the questions that the adapter saw, by kind; ValueError unless allowed."""
     from svd_engine.data import contamination
 
-    questions = [item.question for item in items]
+    prompts = [item.question for item in items]
     if not allowed:
         try:
-            contamination.check(adapter, questions)
+            contamination.check(adapter, prompts)
         except ValueError as error:
             raise ValueError(f"{error} --allow-overlap evaluates all the same.") from error
-    return {kind: len(found) for kind, found in contamination.found(adapter, questions).items()}
+    return {kind: len(found) for kind, found in contamination.found(adapter, prompts).items()}
 
 
 def _engine(
@@ -223,5 +223,5 @@ def _finish(
     for row in rows:
         table.add_row(*row)
     title = f"{name}: {result['questions']} questions"
-    options.console.print(tables.section(title, table, report.note(result)), highlight=False)
+    terminal.console.print(tables.section(title, table, report.note(result)), highlight=False)
     say(f"Written to {' and '.join(map(str, report.save(result, folder, name)))}")

@@ -1,4 +1,4 @@
-"""`svd-engine evaluate split`: files for warm-start, calibrate and the test, without overlap."""
+"""`svd-engine evaluate split`: disjoint files for warm-start, calibrate and the test."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ from svd_engine.cli.options import (
     SplitSeed,
     Task,
     questions,
-    say,
 )
+from svd_engine.cli.terminal import say
 from svd_engine.utils.files import write_text
 
 app = typer.Typer(no_args_is_help=True, help="Write training, calibration and test files.")
-Folder = Annotated[Path, typer.Argument(help="Folder of the three files of JSON lines.")]
+Folder = Annotated[Path, typer.Argument(help="Folder for the three files of JSON lines.")]
 
 
 @app.command("truthfulqa")
@@ -28,7 +28,7 @@ def truthfulqa_parts(
     output: Folder, data: Data = None, hub: Hub = False, prompt: Prompt = "plain",
     split_seed: SplitSeed = 0, calibration: CalibrationSize = 100,
 ) -> None:  # fmt: skip
-    """A fifth of the questions to test, some to calibration, the rest to the warm start."""
+    """Keep a fifth of the questions for the test, some for calibration, the rest for training."""
     from svd_engine.evaluate import truthfulqa
 
     template = truthfulqa.template(prompt)
@@ -41,7 +41,7 @@ def commonsense_parts(
     output: Folder, data: Problems, task: Task, split_seed: SplitSeed = 0,
     calibration: CalibrationSize = 500,
 ) -> None:  # fmt: skip
-    """Part of the training file to calibration; problems that the test file holds are left out."""
+    """Move part of the training file to calibration; leave out problems of the test file."""
     from svd_engine.evaluate import commonsense as tasks
 
     train, test = (tasks.read(tasks.find(data, task, part)) for part in ("train", "test"))

@@ -1,4 +1,4 @@
-"""What the command prints: tables of a calibration and of the environment."""
+"""Tables for the terminal: a calibration and the environment."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,7 @@ from svd_engine.ops import cpu
 
 
 def grid(*columns: str) -> Table:
-    """An empty table: the first column reads from the left, the others are figures."""
+    """An empty table: the first column is text, aligned left; the others are figures."""
     table = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
@@ -23,12 +23,12 @@ def grid(*columns: str) -> Table:
 
 
 def section(title: str, table: Table, note: str = "") -> Group:
-    """A table under its title, with a note below."""
+    """A table below its title, with a note under it."""
     return Group(f"[bold]{title}[/bold]", table, *([f"{note}\n"] if note else []))
 
 
 def calibration(report: CalibrationReport) -> Group:
-    """The report of one calibration."""
+    """A table of the report of one calibration."""
     table = grid(f"objective: {report.objective}, alpha {report.alpha:g}", "")
     if not report.projection:
         table.add_row("direction", "the gradient itself, without the projection")
@@ -63,7 +63,7 @@ def calibration(report: CalibrationReport) -> Group:
 
 
 def environment() -> Table:
-    """Versions, devices, and every backend with the reason where it cannot run."""
+    """A table of versions, devices and backends, with the reason if one cannot run."""
     table = grid("svd-engine", "")
     table.columns[1].justify, table.columns[1].overflow = "left", "fold"
     table.add_row("version", __version__)

@@ -2,14 +2,20 @@
 
 import json
 import random
-from dataclasses import astuple
+import re
+from dataclasses import astuple, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from svd_engine import SteeredEngine, SteeringConfig
-from svd_engine.calibration import calibrate, estimators, support_stats
+from svd_engine import SteeredEngine, SteeringConfig, calibration
+from svd_engine.calibration import estimators, support_stats
+from svd_engine.calibration.calibrate import calibrate
+from svd_engine.calibration.objectives import Answers
+from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
+from svd_engine.data import contamination
 from svd_engine.data.examples import encode
 from svd_engine.kernels import reference
 from svd_engine.utils import bootstrap, plots
@@ -55,18 +61,18 @@ def dense(engine, passages):
 
 @pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0])
 def test_supports_give_the_score_at_any_strength(engine, alpha):
-    passages = calibrate.Answers(encode(answers(6), None)).passages
-    entries = support_stats.collect(engine.pair, passages, alpha)
+    passages = Answers(encode(answers(6), None)).passages
+    stats = support_stats.collect(engine.pair, passages, alpha)
     scores = dense(engine, passages)
     for mu in (-20.0, 0.0, 3.0):
-        got = entries.totals(entries.logprob(mu), len(passages)).numpy()
+        got = stats.totals(stats.logprob(mu), len(passages)).numpy()
         np.testing.assert_allclose(got, scores(mu, alpha), atol=1e-4)
 
 
 def test_projections_are_those_of_the_operator(engine):
-    passages = calibrate.Answers(encode(answers(4), None)).passages
-    entries = support_stats.collect(engine.pair, passages, 0.1)
-    got = entries.projections()
+    passages = Answers(encode(answers(4), None)).passages
+    stats = support_stats.collect(engine.pair, passages, 0.1)
+    got = stats.projections()
     expected = [[], [], []]
     with torch.no_grad():
         for prompt, completion in passages:
@@ -74,13 +80,13 @@ def test_projections_are_those_of_the_operator(engine):
             terms = reference.project_strength(adapted, base, torch.tensor(completion))
             for column, term in zip(expected, terms[:3], strict=True):
                 column.append(term)
-    order = torch.argsort(entries.passage, stable=True)
+    order = torch.argsort(stats.passage, stable=True)
     for mine, truth in zip(got, expected, strict=True):
         torch.testing.assert_close(mine[order], torch.cat(truth), atol=1e-6, rtol=1e-4)
     step = 1e-4
-    slope = (entries.logprob(step) - entries.logprob(-step)) / (2 * step)
+    slope = (stats.logprob(step) - stats.logprob(-step)) / (2 * step)
     torch.testing.assert_close(got[0], slope, atol=1e-6, rtol=1e-5)
-    assert (entries.support_sizes() >= 1).all()
+    assert (stats.support_sizes() >= 1).all()
 
 
 def test_exact_is_the_dense_optimum_of_the_likelihood(engine):
@@ -104,9 +110,9 @@ def test_exact_is_the_dense_optimum_of_the_likelihood(engine):
 def test_preference_is_the_global_optimum_of_the_bracket(engine):
     rows = answers(10)
     report = engine.calibrate(rows, objective="preference", force=True)
-    held = calibrate.Answers(encode(rows, None))
-    entries = support_stats.collect(engine.pair, held.passages, 0.1)
-    losses = held.losses(entries, "preference")
+    held = Answers(encode(rows, None))
+    stats = support_stats.collect(engine.pair, held.passages, 0.1)
+    losses = held.losses(stats, "preference")
     everywhere = [losses(mu).sum() for mu in np.linspace(-64, 64, 4001)]
     assert losses(report.strength).sum() <= min(everywhere) + 1e-6
     curve = dict(report.curve)
@@ -114,7 +120,7 @@ def test_preference_is_the_global_optimum_of_the_bracket(engine):
 
 
 def test_supports_at_a_larger_alpha_are_those_collected_there(engine):
-    passages = calibrate.Answers(encode(answers(6), None)).passages
+    passages = Answers(encode(answers(6), None)).passages
     wide = support_stats.collect(engine.pair, passages, 0.01)
     assert len(wide.p) > len(wide.at(0.3).p) > len(wide.at(1.0).p) >= len(wide.adapted)
     for alpha in (0.01, 0.3, 1.0):
@@ -187,10 +193,10 @@ def test_every_estimator_is_that_of_the_right_answers_tokens(engine, estimator, 
 
 def test_length_normalised_preference_compares_log_probabilities_a_token(engine):
     rows = answers(6)
-    held = calibrate.Answers(encode(rows, None))
-    entries = support_stats.collect(engine.pair, held.passages, 0.1)
-    scores = held.scores(entries, 2.0)
-    loss = held.losses(entries, "preference", True)(2.0)
+    held = Answers(encode(rows, None))
+    stats = support_stats.collect(engine.pair, held.passages, 0.1)
+    scores = held.scores(stats, 2.0)
+    loss = held.losses(stats, "preference", True)(2.0)
     for e, (right, wrong) in enumerate(zip(held.right, held.wrong, strict=True)):
         pairs = [
             np.log1p(np.exp(scores[w] / held.lengths[w] - scores[r] / held.lengths[r]))
@@ -220,10 +226,10 @@ def test_alpha_is_chosen_by_cross_validation(engine):
 )
 def test_a_loss_is_the_mean_over_pairs(engine, objective, of_margin):
     rows = answers(5)
-    held = calibrate.Answers(encode(rows, None))
-    entries = support_stats.collect(engine.pair, held.passages, 0.1)
-    scores = held.scores(entries, -3.0)
-    loss = held.losses(entries, objective)(-3.0)
+    held = Answers(encode(rows, None))
+    stats = support_stats.collect(engine.pair, held.passages, 0.1)
+    scores = held.scores(stats, -3.0)
+    loss = held.losses(stats, objective)(-3.0)
     for e, (right, wrong) in enumerate(zip(held.right, held.wrong, strict=True)):
         pairs = [of_margin(scores[w] - scores[r]) for r in right for w in wrong]
         assert loss[e] == pytest.approx(np.mean(pairs))
@@ -259,8 +265,13 @@ def of_tokens(right):
     return encode([dict(prompt=[3], completion=[int(t)]) for t in right], None)
 
 
+def calibrated(pair, right, **options):
+    answers = Answers(of_tokens(right))
+    return calibrate(pair, answers, CalibrationOptions.checked(answers, **options))
+
+
 def planted(right):
-    return calibrate.calibrate(PLANTED, of_tokens(right), objective="nll")
+    return calibrated(PLANTED, right, objective="nll")
 
 
 def test_verdicts():
@@ -283,7 +294,7 @@ def test_the_likelihood_of_new_examples_never_suffers(chance, count, monkeypatch
     Five tokens may all be token 0, which the largest strength would suit best.
     """
     monkeypatch.setattr(bootstrap, "DRAWS", 400)
-    new = calibrate.Answers(of_tokens([0, 1]))
+    new = Answers(of_tokens([0, 1]))
     nll = new.losses(support_stats.collect(PLANTED, new.passages, 0.1), "nll")
     truth = np.array([chance, 1 - chance])
     rng = np.random.default_rng(0)
@@ -297,9 +308,9 @@ def test_the_likelihood_of_new_examples_never_suffers(chance, count, monkeypatch
 
 
 def test_divergence_is_that_of_whole_rows(engine):
-    passages = calibrate.Answers(encode(answers(3), None)).passages
-    entries = support_stats.collect(engine.pair, passages, 0.1)
-    order = torch.argsort(entries.passage, stable=True)
+    passages = Answers(encode(answers(3), None)).passages
+    stats = support_stats.collect(engine.pair, passages, 0.1)
+    order = torch.argsort(stats.passage, stable=True)
     expected = []
     with torch.no_grad():
         for prompt, completion in passages:
@@ -307,7 +318,7 @@ def test_divergence_is_that_of_whole_rows(engine):
             steered = reference.steer(adapted, base, -3.0, alpha=0.1, penalty=0.0)
             expected.append(reference.divergence(adapted, steered))
     torch.testing.assert_close(
-        entries.divergence(-3.0)[order], torch.cat(expected), atol=1e-5, rtol=1e-4
+        stats.divergence(-3.0)[order], torch.cat(expected), atol=1e-5, rtol=1e-4
     )
 
 
@@ -336,10 +347,34 @@ def test_report_is_saved_as_json_and_drawn(engine, tmp_path, monkeypatch):
     assert [report.save(tmp_path / "bare")] == list((tmp_path / "bare").iterdir())
 
 
+def test_save_keeps_the_report_the_prompts_and_the_strength(engine, tmp_path):
+    rows = answers(8)
+    report = engine.calibrate(rows, force=True)
+    path = calibration.save(tmp_path, report, engine.steering, rows)
+    assert path == tmp_path / "steering_config.json"
+    assert SteeringConfig.from_pretrained(tmp_path) == engine.steering
+    assert json.loads((tmp_path / "calibration.json").read_text())["strength"] == report.strength
+    with pytest.raises(ValueError, match="8 of 8 prompts were seen in calibration"):
+        contamination.check(tmp_path, [row["prompt"] for row in rows])
+
+
+def test_the_snippet_of_the_documentation(engine, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "calibration.md"
+    monkeypatch.chdir(tmp_path)
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(snippet, dict(engine=engine, examples=answers(8)))
+    assert SteeringConfig.from_pretrained("my-adapter") == engine.steering
+
+
+def test_keywords_are_the_options():
+    names = {field.name for field in fields(CalibrationOptions)}
+    assert names - {"alphas"} | {"alpha"} == set(CalibrationKeywords.__annotations__)
+
+
 def test_a_token_that_the_model_cannot_predict_is_named(engine):
     impossible = Planted(torch.tensor([[1.0, -torch.inf]]), torch.tensor([[1.0, 0.0]]))
     with pytest.raises(ValueError, match="passage 2 holds a token"):
-        calibrate.calibrate(impossible, of_tokens([0, 0, 1]), folds=2)
+        calibrated(impossible, [0, 0, 1], folds=2)
 
 
 BAD = {

@@ -8,7 +8,8 @@ import torch
 from transformers import LogitsProcessorList
 
 from svd_engine import SteeredEngine, SteeringConfig, SteeringLogitsProcessor
-from svd_engine.calibration import calibrate, support_stats
+from svd_engine.calibration import support_stats
+from svd_engine.calibration.objectives import Answers
 from svd_engine.data.examples import encode
 from svd_engine.kernels import reference
 from tests.tiny import VOCAB, tiny_peft
@@ -64,24 +65,24 @@ def test_impossible_tokens_and_bad_rows():
 
 @pytest.mark.parametrize("alpha", [0.01, 0.1])
 def test_supports_give_the_score_at_any_strength(engine, alpha):
-    passages = calibrate.Answers(
+    passages = Answers(
         encode([dict(prompt=PROMPT, completion=COMPLETION, rejected=[[7], [9, 60, 3]])] * 2, None)
     ).passages
-    entries = support_stats.collect(engine.pair, passages, alpha).unprojected()
+    stats = support_stats.collect(engine.pair, passages, alpha).unprojected()
     for mu in (-64.0, -3.0, 0.0, 2.0, 64.0):
         steered = []
         for prompt, completion in passages:
             z, b = (x[len(prompt) - 1 : -1] for x in rows(engine, prompt + completion))
             logp = by_hand(z, b, mu, alpha, 0.0).log_softmax(-1)
             steered.append(float(logp.gather(-1, torch.tensor(completion)[:, None]).sum()))
-        got = entries.totals(entries.logprob(mu), len(passages)).numpy()
+        got = stats.totals(stats.logprob(mu), len(passages)).numpy()
         np.testing.assert_allclose(got, steered, rtol=1e-4, atol=1e-3)
 
 
 def test_no_exponential_overflows():
     z, b = torch.tensor([[0.0, -1.0, -40.0]]), torch.tensor([[-90.0, -1.0, 0.0]])
-    entries = support_stats.gather([((z, b), torch.tensor([1]), torch.tensor([0]))], 1e-30)
-    got = entries.unprojected().logprob(-64.0)
+    stats = support_stats.gather([((z, b), torch.tensor([1]), torch.tensor([0]))], 1e-30)
+    got = stats.unprojected().logprob(-64.0)
     truth = by_hand(z, b, -64.0, 1e-30, 0.0).log_softmax(-1)[:, 1]
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=0)
 

@@ -5,9 +5,10 @@ import shutil
 import sys
 
 import pytest
+from rich.console import Console
 
 from svd_engine import SteeringConfig
-from svd_engine.cli import main
+from svd_engine.cli import main, terminal
 from svd_engine.data import contamination, examples
 from svd_engine.evaluate import commonsense, truthfulqa
 from tests.evaluate.test_judge import server  # noqa: F401
@@ -19,7 +20,7 @@ def run(monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["svd-engine", "evaluate", *map(str, arguments)])
-        monkeypatch.setattr(main, "errors", main.Console(stderr=True, width=300))
+        monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=300))
         try:
             main.main()
             code = 0

@@ -5,9 +5,10 @@ import json
 import sys
 
 import pytest
+from rich.console import Console
 
 from svd_engine import __version__
-from svd_engine.cli import main
+from svd_engine.cli import main, terminal
 from tests.tiny import tiny_base, tiny_peft
 
 
@@ -19,8 +20,8 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["svd-engine", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         # rich looks for the terminal when a console is made, before pytest takes it over
-        monkeypatch.setattr(main, "console", main.Console(width=100))
-        monkeypatch.setattr(main, "errors", main.Console(stderr=True, width=200))
+        monkeypatch.setattr(terminal, "console", Console(width=100))
+        monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=200))
         try:
             main.main()
             code = 0

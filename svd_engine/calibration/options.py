@@ -1,0 +1,85 @@
+"""CalibrationOptions: how to fit a strength, checked once and handed whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict, Unpack
+
+from svd_engine.calibration.estimators import ESTIMATORS, HESSIANS
+from svd_engine.calibration.objectives import OBJECTIVES, Answers
+
+
+class _Kept(TypedDict, total=False):
+    """Keywords that become fields as they are."""
+
+    estimator: str
+    hessian: str
+    length_normalised: bool
+    projection: bool
+    folds: int
+    seed: int
+
+
+class CalibrationKeywords(_Kept, total=False):
+    """The options as a caller gives them; `CalibrationOptions` has their meaning and defaults."""
+
+    objective: str | None
+    alpha: float | Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """What to minimise, how to estimate the strength, and how to hold examples out.
+
+    objective: "preference", "ranking" or "nll". estimator: "exact", the optimum of the objective,
+    or "mean", "median", "trimmed" or "ratio" of the right answers' tokens (44)-(46) with the
+    denominator `hessian`: "gauss-newton" (20) or "newton" (19). projection: False steers by the
+    gradient (7) minus its mean instead of by its projection (10). folds: of the cross-validation
+    over examples, which also chooses alpha.
+    """
+
+    objective: str
+    estimator: str = "exact"
+    hessian: str = "gauss-newton"
+    alphas: tuple[float, ...] = (0.1,)  # one, or several to choose from
+    length_normalised: bool = False  # compare answers by their log-probability per token
+    projection: bool = True
+    folds: int = 5
+    seed: int = 0
+
+    @classmethod
+    def checked(
+        cls,
+        answers: Answers,
+        objective: str | None = None,
+        alpha: float | Sequence[float] = 0.1,
+        **kept: Unpack[_Kept],
+    ) -> "CalibrationOptions":
+        """Check the options against the answers to calibrate on. Raises ValueError.
+
+        objective: None is preference if any example has rejected answers, otherwise nll.
+        """
+        if objective is None:
+            objective = "preference" if any(answers.wrong) else "nll"
+        alphas = tuple(float(a) for a in ([alpha] if isinstance(alpha, int | float) else alpha))
+        options = cls(objective, alphas=alphas, **kept)
+        for name, value, known in (
+            ("objective", objective, OBJECTIVES),
+            ("estimator", options.estimator, ESTIMATORS),
+            ("hessian", options.hessian, HESSIANS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+        if not alphas or not max(alphas) <= 1:
+            raise ValueError(f"alpha must lie in (0, 1], one number or several; got {alpha}.")
+        if objective != "nll":
+            for i, wrong in enumerate(answers.wrong):
+                if not wrong:
+                    raise ValueError(f"examples[{i}] has no rejected answers to prefer against.")
+        elif options.length_normalised:
+            raise ValueError("length_normalised compares answers; objective='nll' does not.")
+        examples = len(answers.right)
+        if not 2 <= options.folds <= examples:
+            raise ValueError(
+                f"folds must lie in [2, number of examples = {examples}]; got {options.folds}."
+            )
+        return options

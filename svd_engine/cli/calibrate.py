@@ -1,0 +1,78 @@
+"""`svd-engine calibrate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svd_engine.cli import terminal
+from svd_engine.cli.options import Base, Device, DType
+
+
+def calibrate(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the PEFT adapter.")],
+    data: Annotated[Path, typer.Argument(help="JSON lines: prompt, completion, rejected.")],
+    base: Base = "smollm2",
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="preference, ranking or nll; by default preference if lines have rejected."
+        ),
+    ] = None,
+    estimator: Annotated[
+        str, typer.Option(help="exact, or the paper's mean, median, trimmed or ratio.")
+    ] = "exact",
+    hessian: Annotated[
+        str,
+        typer.Option(help="gauss-newton or newton: the denominator of the paper's estimators."),
+    ] = "gauss-newton",
+    alpha: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Confidence a token needs to be steered, 0.1 by default; repeat it to let "
+            "cross-validation choose."
+        ),
+    ] = None,
+    length_normalised: Annotated[
+        bool, typer.Option(help="Compare answers by their log-probability per token.")
+    ] = False,
+    projection: Annotated[
+        bool, typer.Option(help="Steer by the projection of the gradient, or by the gradient.")
+    ] = True,
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
+    seed: int = 0,
+    force: Annotated[
+        bool, typer.Option(help="Keep the strength even if it gains nothing.")
+    ] = False,
+    allow_overlap: Annotated[
+        bool, typer.Option(help="Accept prompts that the adapter was trained on.")
+    ] = False,
+    dtype: DType = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Fit the strength, report what it is worth and write steering_config.json to the adapter.
+
+    The report goes beside it: calibration.json, and calibration.png if matplotlib is installed.
+    """
+    from svd_engine import calibration, loading
+    from svd_engine.cli import tables
+    from svd_engine.data import contamination
+    from svd_engine.data import examples as example_files
+    from svd_engine.engine import SteeredEngine
+
+    examples = example_files.read(data)
+    if not allow_overlap:
+        contamination.check(adapter, contamination.prompts(examples), against=("training",))
+    model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
+    engine = SteeredEngine(loading.load_adapter(model, adapter), tokenizer)
+    report = engine.calibrate(
+        examples, objective=objective, estimator=estimator, hessian=hessian, alpha=alpha or 0.1,
+        length_normalised=length_normalised, projection=projection, folds=folds, seed=seed,
+        force=force, progress=True,
+    )  # fmt: skip
+    assert engine.steering is not None
+    path = calibration.save(adapter, report, engine.steering, examples)
+    terminal.console.print(tables.calibration(report))
+    if not report.worthwhile and not force:
+        terminal.console.print("Strength 0 is written; --force keeps the estimate.")
+    terminal.console.print(f"Written to {path}")

@@ -1,0 +1,142 @@
+"""`svd-engine generate`."""
+
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from svd_engine.cli import terminal
+from svd_engine.cli.options import Adapter, Base, Device, DType, Strength
+
+if TYPE_CHECKING:
+    from svd_engine import SteeredEngine, SteeringConfig
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; standard input if there are none.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A file of prompts, one per line.")] = None,
+    adapter: Adapter = ...,  # type: ignore[assignment]
+    base: Base = "smollm2",
+    compare: Annotated[bool, typer.Option(help="Show base, adapted and steered.")] = False,
+    chat: Annotated[bool, typer.Option(help="Apply the chat template to each prompt.")] = False,
+    max_new_tokens: int = 128,
+    strength: Strength = None,
+    alpha: Annotated[float | None, typer.Option(help="Replaces the calibrated alpha.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of every prompt.")] = 0,
+    beams: Annotated[int, typer.Option(help="More than 1 is beam search.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Favour long sequences in beam search (> 0).")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalise repeated tokens (> 1).")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; repeatable.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Decode one batch and write JSON lines.")
+    ] = False,
+    dtype: DType = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Complete prompts, steered, streamed to the terminal or as JSON lines."""
+    texts = _prompts(prompts, file)
+    from svd_engine.engine import SteeredEngine
+
+    engine = SteeredEngine.from_pretrained(base, adapter, dtype=dtype, device=device)
+    engine.steering = _steering(engine.steering, strength, alpha)
+    options: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, num_beams=beams, length_penalty=length_penalty,
+        repetition_penalty=repetition_penalty, num_return_sequences=n,
+        stop_strings=[_newlines(text) for text in stop or ()],
+    )  # fmt: skip
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    names = ("base", "adapted", "steered") if compare else ("steered",)
+    if as_json:
+        batch: dict[str, Any] = {"messages": chats} if chat else {"prompts": texts}
+        for model in names:
+            completions = engine.generate(
+                **batch, model=model, seed=[seed] * len(texts), progress=sys.stderr.isatty(),
+                **options,
+            )  # fmt: skip
+            for i, completion in enumerate(completions):
+                line = dict(prompt=texts[i // n], model=model, **asdict(completion))
+                sys.stdout.write(json.dumps(line) + "\n")
+        return
+    write = _write if beams > 1 or n > 1 else _stream
+    for text, messages in zip(texts, chats, strict=True):
+        asked: dict[str, Any] = {"messages": messages} if chat else {"prompts": text}
+        if len(texts) > 1 or compare:
+            title = text.strip().replace("\n", " ")[:70]
+            terminal.console.rule(title, align="left", style="dim")
+        for model in names:
+            if compare:
+                terminal.console.print(f"{model:8}", style="bold", end="")
+            write(engine, dict(asked, model=model, seed=seed, **options))
+
+
+def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    if prompts and file:
+        raise ValueError("give prompts as arguments or with --file, not both.")
+    if file is not None:
+        if not file.is_file():
+            raise ValueError(f"--file {file} does not exist.")
+        prompts = file.read_text(encoding="utf-8").splitlines()
+    elif not prompts:
+        if sys.stdin.isatty():
+            hint = "Prompts from standard input, one a line; end with Ctrl-D."
+            terminal.errors.print(hint, style="dim")
+        prompts = sys.stdin.read().splitlines()
+    texts = [_newlines(prompt) for prompt in prompts if prompt.strip()]
+    if not texts:
+        raise ValueError("no prompts came; give them as arguments, with --file or on stdin.")
+    return texts
+
+
+def _steering(
+    config: "SteeringConfig | None", strength: float | None, alpha: float | None
+) -> "SteeringConfig":
+    from svd_engine.steering_config import SteeringConfig
+
+    if config is None and strength is None:
+        raise ValueError(
+            "the adapter has no steering_config.json; run svd-engine calibrate or give --strength."
+        )
+    config = config or SteeringConfig(0.0)
+    if strength is not None:
+        config = replace(config, strength=strength)
+    return config if alpha is None else replace(config, alpha=alpha)
+
+
+def _newlines(text: str) -> str:
+    """Turn \\n into newlines: a shell passes it as two characters."""
+    return text.replace("\\n", "\n")
+
+
+def _write(engine: "SteeredEngine", options: dict[str, Any]) -> None:
+    for completion in engine.generate(**options):
+        sys.stdout.write(completion.text + "\n")
+
+
+def _stream(engine: "SteeredEngine", options: dict[str, Any]) -> None:
+    times = [time.perf_counter()]
+    for event in engine.stream(**options):
+        sys.stdout.write(event.text)
+        sys.stdout.flush()
+        times.append(time.perf_counter())
+    sys.stdout.write("\n")
+    if len(times) > 2:
+        each = (times[-1] - times[1]) / (len(times) - 2)
+        terminal.errors.print(f"{len(times) - 1} tokens, {each * 1e3:.1f} ms a token", style="dim")
