@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
@@ -20,10 +21,8 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-# What `generate` hands to every loop.
-PREPARED = {
-    "attention_mask", "position_ids", "use_cache", "logits_to_keep", "streamer", "synced_gpus",
-}  # fmt: skip
+# What `generate` hands to every loop and this one uses.
+PREPARED = {"attention_mask", "position_ids", "streamer"}
 
 
 def check_supported(config: GenerationConfig, prepared: dict[str, Any]) -> None:
@@ -36,11 +35,13 @@ def check_supported(config: GenerationConfig, prepared: dict[str, Any]) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name):
             raise ValueError(f"{name}=True is not supported by steered_generate; leave it out.")
-    cache = prepared.pop("past_key_values", None)
-    if cache is not None and cache.get_seq_length():
-        raise ValueError("past_key_values must be empty: give the whole text as input_ids.")
     for name in prepared.keys() - PREPARED:
-        if prepared[name] is not None:
+        value = prepared[name]
+        if isinstance(value, Cache):  # its name depends on the version of transformers
+            if value.get_seq_length():
+                raise ValueError(f"{name} must be empty: give the whole text as input_ids.")
+        # Numbers and switches say how `generate` computes; anything else is an input of the model.
+        elif value is not None and not isinstance(value, bool | int | float):
             raise ValueError(f"{name} is not supported by steered_generate; give input_ids alone.")
 
 

@@ -1,5 +1,7 @@
 """A tree of modules with its KV cache: prompts go in, then tokens; hidden states come out."""
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -109,6 +111,12 @@ class ModelRunner:
         x = x if scale == 1 else x * scale
         return softcapped(x, softcap)
 
+    @functools.cached_property
+    def _cache_argument(self) -> str:
+        """The decoder's name for its cache: transformers 5.24 renamed it."""
+        names = inspect.signature(self.model.get_decoder().forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
+
     @property
     def memory_key(self) -> tuple[int, int]:
         """A value that changes when tensors that outlive a request are allocated anew."""
@@ -133,7 +141,7 @@ class ModelRunner:
         return self.model.get_decoder()(
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self._cache_argument: self.cache},
             **inputs,
         ).last_hidden_state

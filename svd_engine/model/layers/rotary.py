@@ -1,6 +1,7 @@
 """Rotary embedding as native calls, in attention modules whose own function computes the same."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 
@@ -11,6 +12,7 @@ from svd_engine.model.layers import linear
 from svd_engine.ops import cpu
 
 NAME = "apply_rotary_pos_emb"
+RENAMES_ARGUMENTS = "transformers.utils.deprecation"  # its decorator only renames arguments
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -77,6 +79,8 @@ def use_native_forward(module: nn.Module) -> None:
 @functools.cache
 def _with_native(cls: type[nn.Module]) -> type[nn.Module]:
     forward = cls.forward
+    if getattr(forward, "__globals__", {}).get("__name__") == RENAMES_ARGUMENTS:
+        forward = inspect.unwrap(forward)  # our calls use the new names
     if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
         return cls
     rotary = forward.__globals__.get(NAME)
