@@ -42,11 +42,12 @@ MODELS = ("steered", "adapted", "base")
 
 
 class SteeredEngine:
-    """Decodes a PEFT model against its own base, steered; `steering=None` decodes it alone.
+    """Decodes a PEFT model, steered by its difference from its own base model.
 
-    model: a PEFT causal language model with one active adapter; it is left as it was found.
+    model: a PEFT causal language model with one active adapter; it is not changed.
+    steering: None decodes the adapted model alone; it may be set anew between calls.
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
-    the other, "auto" pairs where the method allows it. `steering` may be set anew between calls.
+    the other, "auto" pairs them where the PEFT method allows it.
     cuda_graphs: on a GPU, replay decode steps from CUDA graphs.
     """
 
