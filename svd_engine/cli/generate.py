@@ -32,10 +32,10 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of every prompt.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed for every prompt.")] = 0,
     beams: Annotated[int, typer.Option(help="More than 1 is beam search.")] = 1,
     length_penalty: Annotated[
-        float, typer.Option(help="Favour long sequences in beam search (> 0).")
+        float, typer.Option(help="Of beam search: > 0 favours long sequences.")
     ] = 1.0,
     repetition_penalty: Annotated[
         float, typer.Option(help="Penalise repeated tokens (> 1).")

@@ -1,1 +1,1 @@
-"""Examples in files, and what an adapter has already seen of them."""
+"""Data: files of examples, and records of the prompts that an adapter has seen."""

@@ -1,4 +1,4 @@
-"""Which prompts an adapter has seen: hashes beside it, so that a test can refuse them."""
+"""Contamination: hashes of the prompts an adapter has seen, so that a test can refuse them."""
 
 import hashlib
 import json
@@ -17,26 +17,26 @@ Text = str | Sequence[int]
 
 
 def prompt_key(text: Text) -> str:
-    """16 hex digits of sha256 of the question in a prompt, whatever its case, spaces, punctuation.
+    """Return 16 hex digits of sha256 of the question, without case, spaces and punctuation.
 
-    A question keeps its key inside `Q: ... A:`, after solved examples, and in the template of
+    A question has the same key inside `Q: ... A:`, after solved examples, and in a template with
     `### Instruction:`. Token ids are hashed as they are.
     """
     if not isinstance(text, str):
         return _digest(json.dumps([int(token) for token in text]))
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", _question(text)).casefold())
-    return _digest(" ".join(words) or text)  # punctuation alone is still a prompt
+    return _digest(" ".join(words) or text)  # a prompt may be only punctuation
 
 
 def prompts(examples: Sequence[Mapping[str, Any]]) -> list[Text]:
-    """The prompt of each example; of chat messages the last one before the answer."""
+    """Return the prompt of each example; for chats, the last message before the answer."""
     return [e["messages"][-2]["content"] if "messages" in e else e["prompt"] for e in examples]
 
 
 def record(folder: str | Path, kind: str, prompts: Sequence[Text]) -> Path:
-    """Write the keys of prompts as what the adapter in `folder` saw in "training" or "calibration".
+    """Record the keys of the prompts that the adapter in `folder` saw; return the path.
 
-    They replace those of an earlier training or calibration.
+    kind: "training" or "calibration"; keys recorded earlier for the same kind are replaced.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
@@ -47,7 +47,7 @@ def record(folder: str | Path, kind: str, prompts: Sequence[Text]) -> Path:
 
 
 def seen(folder: str | Path) -> dict[str, set[str]]:
-    """kind -> keys of the prompts seen; empty where nothing was recorded. Raises ValueError."""
+    """Return kind -> keys of the prompts seen; empty without a record. Raises ValueError."""
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return {}
@@ -60,7 +60,7 @@ def seen(folder: str | Path) -> dict[str, set[str]]:
 def found(
     folder: str | Path, prompts: Sequence[Text], against: Sequence[str] = KINDS
 ) -> dict[str, list[int]]:
-    """kind -> indices of the prompts that were seen in it; kinds without a record are left out."""
+    """Return kind -> indices of the prompts seen in it; kinds without a record are omitted."""
     keys = seen(folder)
     wanted = [prompt_key(prompt) for prompt in prompts]
     return {
@@ -71,7 +71,7 @@ def found(
 
 
 def check(folder: str | Path, prompts: Sequence[Text], against: Sequence[str] = KINDS) -> None:
-    """Raise ValueError if any prompt was seen in the kinds `against`, naming the first of them."""
+    """Raise ValueError, with the first matches, if any prompt was seen in the kinds `against`."""
     for kind, indices in found(folder, prompts, against).items():
         if indices:
             first = "; ".join(repr(str(prompts[i])[:80]) for i in indices[:SHOWN])
@@ -82,7 +82,7 @@ def check(folder: str | Path, prompts: Sequence[Text], against: Sequence[str] = 
 
 
 def _question(prompt: str) -> str:
-    """A prompt without an instruction template or solved examples around its question."""
+    """Strip an instruction template or solved examples from around the question."""
     if "### Instruction:" in prompt:
         prompt = prompt.partition("### Instruction:")[2].partition("### Response:")[0]
     before, _, last = ("\n" + prompt.strip()).rpartition("\n")

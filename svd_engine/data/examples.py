@@ -1,7 +1,7 @@
-"""Examples: JSON lines in, checked and turned into token ids.
+"""Examples: reads JSON lines, checks them and turns them into token ids.
 
-A line holds `prompt` and `completion`, or chat `messages` that end with the assistant's answer. For
-ranking it also holds `rejected`, a list of wrong answers, and may hold `accepted`, more right ones.
+A line has `prompt` and `completion`, or chat `messages` that end with the assistant's answer. For
+ranking it also has `rejected`, a list of wrong answers, and optionally `accepted`, more right ones.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Example:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; a ValueError names the file and the line that is wrong."""
+    """Read a file of JSON lines. Raises ValueError with the file and the line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Give a file of JSON lines.")
@@ -47,7 +47,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def check(example: Any, where: str) -> None:
-    """Raise ValueError, beginning with `where`, unless `example` has the form of an example."""
+    """Raise ValueError, prefixed with `where`, unless `example` is well-formed."""
     if not isinstance(example, Mapping):
         raise ValueError(f"{where}: an example is an object; got {type(example).__name__}.")
     if "messages" in example:
@@ -79,7 +79,7 @@ def check(example: Any, where: str) -> None:
 def encode(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[Example]:
-    """Token ids of examples whose texts are strings or ids already. Raises ValueError."""
+    """Turn examples, each text a string or token ids, into token ids. Raises ValueError."""
     if not examples:
         raise ValueError("examples is empty; give at least one.")
 
@@ -106,5 +106,5 @@ def encode(
 
 
 def fingerprint(examples: Sequence[Mapping[str, Any]]) -> str:
-    """sha256 of the examples, whatever file they came from."""
+    """Return the sha256 of the examples, independent of their file."""
     return hashlib.sha256(json.dumps(list(examples), sort_keys=True).encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""Benchmarks: base, adapted and steered side by side, with intervals, resumable by question."""
+"""Evaluation: benchmarks of base, adapted and steered, with intervals, resumable by question."""

@@ -25,7 +25,7 @@ TASKS = {
     "winogrande": "winogrande", "arc-easy": "ARC-Easy", "arc-challenge": "ARC-Challenge",
     "obqa": "openbookqa",
 }  # fmt: skip
-# Alpaca's template, which LLM-Adapters trains and tests with.
+# Alpaca's template, which LLM-Adapters uses for training and testing.
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{question}\n\n### Response:\n"
@@ -36,7 +36,7 @@ _FORMAT = re.compile(r"\nAnswer format: (\S+)\s*$")
 
 @dataclass(frozen=True)
 class Problem:
-    """One instruction with the options that it names."""
+    """One instruction with its options."""
 
     where: str
     question: str  # the instruction
@@ -44,7 +44,7 @@ class Problem:
 
     @property
     def answers(self) -> list[str]:
-        """Every output to score, as it follows the prompt."""
+        """The outputs to score, as they follow the prompt."""
         return [OUTPUT.format(option) for option in self.options]
 
     def metrics(self, scores: Sequence[float]) -> list[float]:
@@ -52,7 +52,7 @@ class Problem:
         return metrics.metrics(np.array(scores), [0], range(1, len(self.options)))[:1]
 
     def judged(self, text: str) -> list[float]:
-        """Accuracy by generation, and whether the text names an option: the first one counts."""
+        """Accuracy by the first option named in the text, and whether the text names one."""
         words = "|".join(re.escape(option) for option in self.options)
         named = re.search(rf"\b(?:{words})\b", text, re.IGNORECASE)
         right = named is not None and named[0].lower() == self.options[0].lower()
@@ -60,7 +60,7 @@ class Problem:
 
 
 def find(data: str | Path, task: str, part: str) -> Path:
-    """The file of a task: `data` itself, or `<part>.json` in its folder or in the task's."""
+    """Return the file of a task: `data` itself, or `<part>.json` in its folder or the task's."""
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}.")
     data = Path(data)
@@ -73,7 +73,7 @@ def find(data: str | Path, task: str, part: str) -> Path:
 
 
 def read(path: str | Path) -> list[Problem]:
-    """The problems of a file. Raises ValueError with the line that is wrong."""
+    """Read the problems of a file. Raises ValueError with the line."""
     problems = [_problem(where, item) for where, item in sources.read_json(Path(path))]
     if not problems:
         raise ValueError(f"{path} holds no problems.")
@@ -83,7 +83,10 @@ def read(path: str | Path) -> list[Problem]:
 def split(
     train: Sequence[Problem], test: Sequence[Problem], seed: int = 0, calibration: int = 500
 ) -> dict[str, list[Problem]]:
-    """The training file shuffled, its last problems to calibration, none twice or in the test."""
+    """Shuffle the training file and keep its last problems for calibration.
+
+    Duplicates and problems of the test are dropped.
+    """
     known = {contamination.prompt_key(problem.question) for problem in test}
     shuffled = []
     for problem in train:
@@ -105,7 +108,7 @@ def split(
 
 
 def example(problem: Problem) -> dict[str, Any]:
-    """A line for `svd-engine warm-start` and `svd-engine calibrate`."""
+    """Return a line for `svd-engine warm-start` and `svd-engine calibrate`."""
     right, *wrong = problem.answers
     prompt = TEMPLATE.format(question=problem.question)
     return {"prompt": prompt, "completion": right, "rejected": wrong}

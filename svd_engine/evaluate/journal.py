@@ -1,4 +1,4 @@
-"""Results kept as they come, a JSON line a question, so that a killed evaluation goes on."""
+"""Journal: one JSON line per question as it is done, so that a killed evaluation can resume."""
 
 import hashlib
 import json
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Journal:
-    """An append-only file whose first line says what its results belong to.
+    """An append-only file whose first line has the settings of its results.
 
-    Raises ValueError where the file belongs to other settings, unless it is to be overwritten.
+    Raises ValueError if the file belongs to other settings, unless `overwrite`.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class Journal:
             self.results = {line["id"]: line for line in lines[1:]}
 
     def add(self, results: Mapping[int, Mapping[str, Any]]) -> None:
-        """Append the results of some questions, by their number."""
+        """Append results, keyed by the number of their question."""
         lines = [{"id": number, **result} for number, result in results.items()]
         append(self.path, lines)
-        # As they will be read: a resumed evaluation must give the same numbers.
+        # Keep them as they will be read, so that a resumed evaluation gives the same numbers.
         self.results |= {line["id"]: json.loads(json.dumps(line)) for line in lines}
 
 
 def append(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Add JSON lines to a file and see them to the disk."""
+    """Append JSON lines to a file and flush them to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -53,7 +53,7 @@ def append(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; half a line at its end, left by a kill, is cut off the file."""
+    """Read the JSON lines of a file; truncate a partial last line, which a kill leaves behind."""
     if not path.is_file():
         return []
     content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: a prompt in, yes or no out."""
+"""Judge: asks an OpenAI-compatible endpoint a question and returns yes or no."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 URL, MODEL, KEY = "SVD_JUDGE_URL", "SVD_JUDGE_MODEL", "SVD_JUDGE_KEY"
 ATTEMPTS = 6
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; doubled from one attempt to the next
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; doubled after every attempt
 TIMEOUT = 120.0
 
 _REPLY = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
@@ -26,7 +26,7 @@ class Judge:
 
     @classmethod
     def from_environment(cls) -> "Judge | None":
-        """The judge that SVD_JUDGE_URL, _MODEL and, where needed, _KEY name; None without a URL."""
+        """Return the judge of SVD_JUDGE_URL, _MODEL and, if needed, _KEY; None without a URL."""
         url, model = os.environ.get(URL), os.environ.get(MODEL)
         if not url:
             return None
@@ -35,7 +35,7 @@ class Judge:
         return cls(url.rstrip("/"), model, os.environ.get(KEY))
 
     def ask(self, prompt: str) -> bool:
-        """The judge's yes or no; tries again, ever later, where the endpoint fails or mumbles."""
+        """Return the judge's yes or no; retry failures and unclear replies after growing pauses."""
         problem = ""
         for attempt in range(ATTEMPTS):
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)
@@ -47,7 +47,7 @@ class Judge:
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
                 if error.code != 429 and error.code < 500:
-                    break  # asking again would not help
+                    break  # a retry would not help
                 wait = min(_seconds(error.headers.get("Retry-After"), wait), LONGEST_WAIT)
             except (OSError, ValueError, LookupError, TypeError) as error:
                 problem = f"{type(error).__name__}: {error}"

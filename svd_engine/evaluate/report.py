@@ -1,4 +1,4 @@
-"""Figures of the models side by side, and of what one gained over another question by question."""
+"""Report of an evaluation: the models side by side, and their paired differences."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ def summary(
     values: Mapping[str, NDArray[np.float64]],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What JSON holds: per cent and 95 % bootstrap intervals of every model and every difference.
+    """Return the JSON report: per cent and 95 % bootstrap intervals of models and differences.
 
-    values: model -> `[questions, columns]` in [0, 1]. A resample draws questions, so a difference
-    is paired: both models are seen on the same ones.
+    values: model -> `[questions, columns]` in [0, 1]. A resample draws questions, so differences
+    are paired: both models answer the same ones.
     """
     differences = {
         f"{later} - {earlier}": values[later] - values[earlier]
@@ -50,7 +50,7 @@ def _figures(columns: Sequence[str], values: NDArray[np.float64]) -> Figures:
 
 
 def rows(result: Mapping[str, Any], cell: str = "{mean} [{low}, {high}]") -> list[list[str]]:
-    """The table as text, header first: the models, then the differences with their sign."""
+    """Format the table, header first: the models, then the differences with their sign."""
     table = [["", *result["columns"]]]
     for part, form in (("models", ".1f"), ("differences", "+.1f")):
         for name, figures in result[part].items():
@@ -63,7 +63,7 @@ def rows(result: Mapping[str, Any], cell: str = "{mean} [{low}, {high}]") -> lis
 
 
 def note(result: Mapping[str, Any]) -> str:
-    """How to read the table, and what is known of overlap with the adapter's own data."""
+    """Explain the table and state the known overlap with the adapter's data."""
     overlap = result["settings"].get("overlap")
     seen = (
         "Of these questions the adapter saw "
@@ -82,7 +82,7 @@ def note(result: Mapping[str, Any]) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A heading, the table, and what it was made from."""
+    """Format the report as Markdown: a heading, the table, the note and the settings."""
     header, *body = rows(result)
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""Base, adapted and steered over the questions of a task, in batches that are always the same."""
+"""Run base, adapted and steered over the questions of a task, in reproducible batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -14,7 +14,7 @@ from svd_engine.generation.distribution import steered, unsteered
 
 
 class Item(Protocol):
-    """A question as the two ways of evaluation see it."""
+    """The part of a question that an evaluation needs."""
 
     @property
     def where(self) -> str: ...
@@ -28,14 +28,17 @@ T = TypeVar("T", bound=Item)
 
 
 def models(engine: SteeredEngine) -> tuple[str, ...]:
-    """The models to compare: "steered" where the engine has a steering."""
+    """Return the models to compare, "steered" only if the engine has steering."""
     return ("base", "adapted") if engine.steering is None else ("base", "adapted", "steered")
 
 
 def by_likelihood(
     engine: SteeredEngine, items: Sequence[Item], template: str, journal: Journal, batch_size: int
 ) -> dict[str, list[list[float]]]:
-    """model -> log P of every answer of every question; a penalty of 0 keeps answers comparable."""
+    """Return model -> log P of every answer of every question.
+
+    The penalty is 0, which keeps answers with tokens off the support comparable.
+    """
     passages = [
         [
             scoring.Passage(
@@ -81,9 +84,9 @@ def by_generation(
     stop: Sequence[str] = (),
     more: Callable[[T], Mapping[str, Any]] = lambda item: {},
 ) -> dict[str, list[str]]:
-    """model -> the greedy completion of every question up to a stop string.
+    """Return model -> the greedy completion of every question, up to a stop string.
 
-    `more` goes into the journal beside it.
+    more: further journal entries of a question.
     """
     prompts = [template.format(question=item.question) for item in items]
     for item, prompt in zip(items, prompts, strict=True):
@@ -102,9 +105,9 @@ def by_generation(
             {
                 "question": items[i].question,
                 **more(items[i]),
-                "answers": {model: texts[model][row].text.strip() for model in texts},
+                "answers": {model: texts[model][k].text.strip() for model in texts},
             }
-            for row, i in enumerate(numbers)
+            for k, i in enumerate(numbers)
         ]
 
     _in_batches(journal, len(items), batch_size, work)
@@ -113,7 +116,7 @@ def by_generation(
 
 @torch.inference_mode()
 def _scores(engine: SteeredEngine, passages: Sequence[scoring.Passage]) -> dict[str, list[float]]:
-    """log P of each completion under each model, from one pass of the pair."""
+    """Return model -> log P of each completion, from one pass of the pair."""
     totals = {name: torch.zeros(len(passages), dtype=torch.float64) for name in models(engine)}
     for logits, target, index in scoring.predictions(engine.pair, passages):
         adapted, base = logits[0], logits[-1]
@@ -134,10 +137,10 @@ def _in_batches(
     size: int,
     work: Callable[[Sequence[int]], list[dict[str, Any]]],
 ) -> None:
-    """Do what the journal lacks.
+    """Run the questions that the journal lacks.
 
-    A batch of which a part is missing is done as a whole, since a sum of floats may depend on what
-    else is in the batch, and only the missing part is written.
+    An incomplete batch runs as a whole, since the sum of floats may depend on the rest of the
+    batch, and only the missing results are written.
     """
     if size < 1:
         raise ValueError(f"batch_size must be >= 1; got {size}.")

@@ -1,4 +1,4 @@
-"""What the results of an evaluation depend on."""
+"""The settings that determine the results of an evaluation."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from svd_engine import __version__
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.run import Item
 
-SAMPLES = 1 << 16  # values of each weight that go into a model's fingerprint; a LoRA's are fewer
+SAMPLES = 1 << 16  # values per weight in the fingerprint; a LoRA weight has fewer
 
 
 def collect(engine: SteeredEngine, items: Sequence[Item], **more: Any) -> dict[str, Any]:
-    """All that the results depend on, for the journal's first line."""
+    """Return everything that the results depend on, for the journal's first line."""
     steering = engine.steering and {
         "strength": engine.steering.strength,
         "alpha": engine.steering.alpha,
@@ -37,7 +37,7 @@ def collect(engine: SteeredEngine, items: Sequence[Item], **more: Any) -> dict[s
 
 
 def weights_key(model: nn.Module) -> str:
-    """sha256 of the parameters, adapter included: all values of small ones, some of large ones."""
+    """Return the sha256 of the parameters, adapter included; large ones are sampled."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)

@@ -1,4 +1,4 @@
-"""Data files, item by item, each with the file and the line where it begins."""
+"""Readers of data files: each item comes with its file and the line where it begins."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ _GAP = re.compile(r"[\s,]*")
 
 
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, item) of a JSON array or of JSON lines; ValueError at the line that is wrong."""
+    """Yield (where, item) of a JSON array or of JSON lines. Raises ValueError with the line."""
     text = _text(path)
     decoder = json.JSONDecoder(object_pairs_hook=_unique)
     array = text.lstrip().startswith("[")
@@ -37,7 +37,7 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where, row) of a CSV file with a header."""
+    """Yield (where, row) of a CSV file with a header."""
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     start = 2
     for row in reader:
@@ -46,7 +46,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def texts(where: str, name: str, values: Iterable[Any]) -> list[str]:
-    """The values, if each is a text that says something; ValueError beginning with `where`."""
+    """Return the values; raise ValueError, prefixed with `where`, unless all are non-empty text."""
     values = list(values)
     for value in values:
         if not isinstance(value, str):
@@ -57,7 +57,7 @@ def texts(where: str, name: str, values: Iterable[Any]) -> list[str]:
 
 
 def distinct(where: str, answers: list[str]) -> None:
-    """ValueError beginning with `where` if two answers differ by case and spaces at most."""
+    """Raise ValueError, prefixed with `where`, if two answers are equal up to case and spaces."""
     known: set[str] = set()
     for answer in answers:
         plain = " ".join(answer.casefold().split())

@@ -1,4 +1,4 @@
-"""The files of TruthfulQA as questions, each checked: `mc_task.json`, `TruthfulQA.csv`, the Hub."""
+"""Readers of TruthfulQA from `mc_task.json`, `TruthfulQA.csv` or the Hub; they check questions."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ HUB = "truthfulqa/truthful_qa"
 
 
 def read(path: str | Path) -> list[Question]:
-    """The questions of `mc_task.json` or of `TruthfulQA.csv`. Raises ValueError with the line."""
+    """Read `mc_task.json` or `TruthfulQA.csv`. Raises ValueError with the line."""
     path = Path(path)
     if path.suffix == ".csv":
         questions = [_from_csv(where, row) for where, row in sources.read_csv(path)]
@@ -22,7 +22,7 @@ def read(path: str | Path) -> list[Question]:
 
 
 def read_hub() -> list[Question]:
-    """The questions from the Hugging Face Hub; needs the package `datasets` and the network."""
+    """Load the questions from the Hub; needs the network and the package `datasets`."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -44,7 +44,7 @@ def read_hub() -> list[Question]:
 
 
 def _from_targets(where: str, item: Any) -> Question:
-    """From `mc1_targets` and `mc2_targets`, each answer -> 1 (true) or 0."""
+    """Build a question from `mc1_targets` and `mc2_targets`, each answer -> 1 (true) or 0."""
     if not isinstance(item, dict):
         raise ValueError(f"{where}: a question is an object; got {type(item).__name__}.")
     for key in ("question", "mc1_targets", "mc2_targets"):
@@ -73,7 +73,7 @@ def _from_csv(where: str, row: dict[str, str]) -> Question:
             )
     question, best, right, wrong = (row[column].strip() for column in columns)
     best_ones, right_ones, wrong_ones = (
-        # As mc_task.json has them: with a full stop, once, and wrong if they are in both lists.
+        # As in mc_task.json: with a full stop, without duplicates, wrong if in both lists.
         list(dict.fromkeys(f"{a.strip().removesuffix('.')}." for a in answers if a.strip()))
         for answers in ([best], right.split(";"), wrong.split(";"))
     )

@@ -1,1 +1,1 @@
-"""The warm start: train an adapter briefly."""
+"""Training: the warm start of an adapter."""

@@ -1,4 +1,4 @@
-"""The training loop of a warm start: a loss on answers alone, checkpoints that give all back."""
+"""The training loop of a warm start: loss on answer tokens only, exact resumption."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from svd_engine.data import examples as example_files
 
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last
 WEIGHTS_FILE = "trained.safetensors"
-Row = dict[str, list[int]]
+Labelled = dict[str, list[int]]  # input_ids and labels of one sequence
 
 
 class AdapterTrainer(Trainer):
-    """A Trainer whose checkpoints hold the trained parameters themselves.
+    """A Trainer whose checkpoints store the trained parameters themselves.
 
-    PEFT's own files hold what P-tuning's encoder gives and not the encoder.
+    PEFT's own files store the output of P-tuning's encoder, not the encoder.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -48,11 +48,16 @@ class AdapterTrainer(Trainer):
 
 
 def train(
-    model: torch.nn.Module, rows: Sequence[Row], folder: Path, progress: bool, **arguments: Any
+    model: torch.nn.Module,
+    sequences: Sequence[Labelled],
+    folder: Path,
+    progress: bool,
+    **arguments: Any,
 ) -> list[tuple[int, float]]:
-    """Train what requires a gradient; the loss of every step. Goes on from a checkpoint in folder.
+    """Train the parameters that require a gradient; return (step, loss) of every step.
 
-    arguments: of `TrainingArguments`. A continued run ends in the weights of an uninterrupted one.
+    arguments: of `TrainingArguments`. A checkpoint in `folder` is resumed and leads to the same
+    weights as an uninterrupted run.
     """
     device = next(model.parameters()).device
     trainer = AdapterTrainer(
@@ -70,11 +75,11 @@ def train(
             remove_unused_columns=False,
             **arguments,
         ),
-        train_dataset=rows,  # type: ignore[arg-type]
+        train_dataset=sequences,  # type: ignore[arg-type]
         data_collator=pad,
         callbacks=[_Progress()] if progress else [],
     )
-    trainer.remove_callback(PrinterCallback)  # it prints every log as a dictionary
+    trainer.remove_callback(PrinterCallback)  # it would print every log as a dictionary
     start = newest_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return [
@@ -83,7 +88,7 @@ def train(
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
+    """Return the newest complete checkpoint."""
     found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
     for _, path in sorted(found.items(), reverse=True):
         try:
@@ -94,10 +99,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def rows(
+def labelled(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Row]:
-    """One row an answer: the loss looks at the answer and the end-of-sequence token after it."""
+) -> list[Labelled]:
+    """Return one sequence per answer, labelled on the answer and its end-of-sequence token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = []
     for i, example in enumerate(example_files.encode(examples, tokenizer)):
@@ -113,23 +118,24 @@ def rows(
     return found
 
 
-def pad(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Rows filled up on the right to the longest, with the mask that says so."""
-    longest = max(len(row["input_ids"]) for row in rows)
+def pad(sequences: Sequence[Labelled]) -> dict[str, torch.Tensor]:
+    """Pad sequences on the right to the longest, and return them with their attention mask."""
+    longest = max(len(sequence["input_ids"]) for sequence in sequences)
+    lengths = torch.tensor([len(sequence["input_ids"]) for sequence in sequences])
 
     def fill(key: str, filler: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
+        rows = [s[key] + [filler] * (longest - len(s[key])) for s in sequences]
+        return torch.tensor(rows)
 
-    mask = torch.tensor([[1] * len(r["labels"]) + [0] * (longest - len(r["labels"])) for r in rows])
     return {
         "input_ids": fill("input_ids", 0),
-        "attention_mask": mask,
+        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         "labels": fill("labels", -100),
     }
 
 
 class _Progress(TrainerCallback):
-    """A progress bar with the loss beside it."""
+    """A progress bar that shows the loss."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(

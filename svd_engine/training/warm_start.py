@@ -1,4 +1,4 @@
-"""The warm start: a short PEFT training of an ordinary adapter."""
+"""The warm start: trains an ordinary PEFT adapter briefly."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from svd_engine.utils import plots
 from svd_engine.utils.files import write_text
 
 PAPER_RATE = 5e-5
-# method -> the learning rate of learning_rate="auto": what moves it visibly in some 30 steps
+# method -> learning rate of "auto", which changes the model visibly in about 30 steps
 RATES = {"lora": 5e-4, "ia3": 5e-3, "prompt": 1e-2, "p-tuning": 1e-2, "prefix": 1e-2}
 CURVE_FILE = "warm_start.json"
 logger = logging.getLogger(__name__)
@@ -57,11 +57,11 @@ def warm_start(
 ) -> Path:
     """Train an adapter on completions (and further accepted answers) and write it to `output`.
 
-    The defaults are the paper's (Table 7). method: lora, ia3, prompt, p-tuning or prefix (its
-    P-Tuning v2). `steps` wins over `epochs`; a step takes batch_size x accumulation answers.
-    learning_rate: "auto" takes what suits the method, `RATES`. The base keeps its dtype; the
-    adapter is float32. The folder appears whole at the end or not at all; the same call after an
-    interruption goes on from the last checkpoint. Raises ValueError.
+    The defaults are the paper's (Table 7). method: lora, ia3, prompt, p-tuning or prefix (the
+    paper's P-Tuning v2). steps overrides epochs; a step takes batch_size x accumulation answers.
+    learning_rate: "auto" takes the method's rate of `RATES`. The base keeps its dtype; the adapter
+    is float32. The folder appears only when training is complete; after an interruption the same
+    call resumes from the last checkpoint. Raises ValueError.
     """
     output = Path(output)
     if method not in RATES:
@@ -79,7 +79,7 @@ def warm_start(
             raise ValueError(f"{name} must be above 0; got {value}.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
-    rows = trainer.rows(examples, tokenizer, max_length)
+    sequences = trainer.labelled(examples, tokenizer, max_length)
     settings = dict(
         method=method, rank=rank, lora_alpha=lora_alpha, dropout=dropout,
         virtual_tokens=virtual_tokens, steps=steps, epochs=epochs, batch_size=batch_size,
@@ -95,7 +95,7 @@ def warm_start(
         _prepare(partial, settings)
         losses = trainer.train(
             peft_model,
-            rows,
+            sequences,
             partial,
             progress,
             per_device_train_batch_size=batch_size,
@@ -108,7 +108,7 @@ def warm_start(
         )
         peft_model.eval()
         finished = partial / "adapter"
-        # Asking whether the embedding was resized would go to the network.
+        # Otherwise PEFT would query the Hub to see whether the embedding was resized.
         peft_model.save_pretrained(str(finished), save_embedding_layers=False)
         contamination.record(finished, "training", contamination.prompts(examples))
         write_text(
@@ -129,7 +129,7 @@ def warm_start(
         raise
     finally:
         if not peft_model.active_peft_config.is_prompt_learning:
-            peft_model.unload()  # the base is handed back without the adapter
+            peft_model.unload()  # give the base back without the adapter
     return output
 
 
@@ -152,7 +152,7 @@ def _config(
 
 
 def _prepare(partial: Path, settings: dict[str, Any]) -> None:
-    """Keep what a run of the same settings left in the folder, and nothing else."""
+    """Keep what an interrupted run with the same settings left in the folder; delete the rest."""
     recipe = partial / "settings.json"
     wanted = json.dumps(settings, sort_keys=True)
     if recipe.is_file() and recipe.read_text(encoding="utf-8") == wanted:

@@ -1,1 +1,1 @@
-"""Files, plots and bootstrap intervals."""
+"""Utilities: atomic files, plots and bootstrap intervals."""

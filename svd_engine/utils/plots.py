@@ -1,4 +1,4 @@
-"""Curves as PNG files, where matplotlib is installed."""
+"""Plots of curves as PNG files, if matplotlib is installed."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -9,7 +9,7 @@ Curve = Sequence[tuple[float, float]]
 
 
 def training(path: Path, losses: Curve) -> Path | None:
-    """The loss of each step."""
+    """Plot the loss of each training step."""
     if find_spec("matplotlib") is None:
         return None
     figure, axes = _figure(6, 3.5)
@@ -27,10 +27,9 @@ def calibration(
     estimates: Mapping[str, float],
     loss: str,
 ) -> Path | None:
-    """The loss over mu with its optimum, the interval of the strength, and every estimate.
+    """Plot the loss over the strength with its optimum, the interval, and every estimate.
 
-    The window holds the optimum, its interval and 0; an estimate outside it is named with its
-    value.
+    The window covers the optimum, the interval and 0; estimates outside appear in the legend only.
     """
     if find_spec("matplotlib") is None:
         return None
@@ -54,7 +53,7 @@ def calibration(
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # takes a moment; nothing else needs it
+    from matplotlib.figure import Figure  # slow to import; only plots need it
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()

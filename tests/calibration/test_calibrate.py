@@ -90,9 +90,9 @@ def test_projections_are_those_of_the_operator(engine):
 
 
 def test_exact_is_the_dense_optimum_of_the_likelihood(engine):
-    rows = answers(12)
-    report = engine.calibrate(rows, objective="nll", force=True)
-    scores = dense(engine, [(e.prompt, e.completion) for e in encode(rows, None)])
+    examples = answers(12)
+    report = engine.calibrate(examples, objective="nll", force=True)
+    scores = dense(engine, [(e.prompt, e.completion) for e in encode(examples, None)])
 
     def nll(mu):
         return -scores(mu).sum()
@@ -108,9 +108,9 @@ def test_exact_is_the_dense_optimum_of_the_likelihood(engine):
 
 
 def test_preference_is_the_global_optimum_of_the_bracket(engine):
-    rows = answers(10)
-    report = engine.calibrate(rows, objective="preference", force=True)
-    held = Answers(encode(rows, None))
+    examples = answers(10)
+    report = engine.calibrate(examples, objective="preference", force=True)
+    held = Answers(encode(examples, None))
     stats = support_stats.collect(engine.pair, held.passages, 0.1)
     losses = held.losses(stats, "preference")
     everywhere = [losses(mu).sum() for mu in np.linspace(-64, 64, 4001)]
@@ -168,11 +168,11 @@ def test_the_estimators_by_hand():
 @pytest.mark.parametrize("hessian", estimators.HESSIANS)
 @pytest.mark.parametrize("estimator", estimators.FROM_TOKENS)
 def test_every_estimator_is_that_of_the_right_answers_tokens(engine, estimator, hessian):
-    rows = answers(8)
-    report = engine.calibrate(rows, estimator=estimator, hessian=hessian, force=True)
+    examples = answers(8)
+    report = engine.calibrate(examples, estimator=estimator, hessian=hessian, force=True)
     terms = [[], []]
     with torch.no_grad():
-        for example in encode(rows, None):
+        for example in encode(examples, None):
             adapted, base = rows_of(engine, example.prompt, example.completion)
             term = reference.project_strength(adapted, base, torch.tensor(example.completion))
             terms[0].append(term.numerator.numpy())
@@ -187,13 +187,13 @@ def test_every_estimator_is_that_of_the_right_answers_tokens(engine, estimator, 
     assert -64 <= low <= high <= 64
     assert engine.steering.strength == report.strength
     assert engine.steering.estimator == estimator
-    exact = engine.calibrate(rows)
+    exact = engine.calibrate(examples)
     assert report.optimum == exact.strength and report.estimates == exact.estimates
 
 
 def test_length_normalised_preference_compares_log_probabilities_a_token(engine):
-    rows = answers(6)
-    held = Answers(encode(rows, None))
+    examples = answers(6)
+    held = Answers(encode(examples, None))
     stats = support_stats.collect(engine.pair, held.passages, 0.1)
     scores = held.scores(stats, 2.0)
     loss = held.losses(stats, "preference", True)(2.0)
@@ -204,20 +204,20 @@ def test_length_normalised_preference_compares_log_probabilities_a_token(engine)
             for w in wrong
         ]
         assert loss[e] == pytest.approx(np.mean(pairs))
-    report = engine.calibrate(rows, length_normalised=True, force=True)
-    assert report.length_normalised and report.strength != engine.calibrate(rows).strength
+    report = engine.calibrate(examples, length_normalised=True, force=True)
+    assert report.length_normalised and report.strength != engine.calibrate(examples).strength
 
 
 def test_alpha_is_chosen_by_cross_validation(engine):
-    rows, alphas = answers(10), (0.5, 0.01, 0.1)
-    report = engine.calibrate(rows, alpha=alphas)
+    examples, alphas = answers(10), (0.5, 0.01, 0.1)
+    report = engine.calibrate(examples, alpha=alphas)
     assert [alpha for alpha, _ in report.alpha_losses] == list(alphas)
     best = min(report.alpha_losses, key=lambda pair: pair[1])[0]
     assert report.alpha == engine.steering.alpha == best
-    alone = engine.calibrate(rows, alpha=best)
+    alone = engine.calibrate(examples, alpha=best)
     assert report.curve == alone.curve and report.strength == alone.strength
     assert dict(report.alpha_losses)[best] == alone.alpha_losses[0][1]
-    assert engine.calibrate(rows[:4], alpha=alphas, folds=2).alpha in alphas
+    assert engine.calibrate(examples[:4], alpha=alphas, folds=2).alpha in alphas
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_alpha_is_chosen_by_cross_validation(engine):
     [("preference", lambda m: np.log1p(np.exp(m))), ("ranking", lambda m: 1 / (1 + np.exp(-m)))],
 )
 def test_a_loss_is_the_mean_over_pairs(engine, objective, of_margin):
-    rows = answers(5)
-    held = Answers(encode(rows, None))
+    examples = answers(5)
+    held = Answers(encode(examples, None))
     stats = support_stats.collect(engine.pair, held.passages, 0.1)
     scores = held.scores(stats, -3.0)
     loss = held.losses(stats, objective)(-3.0)
@@ -323,16 +323,16 @@ def test_divergence_is_that_of_whole_rows(engine):
 
 
 def test_strength_is_0_where_nothing_is_gained(engine):
-    rows = answers(12, seed=5)
-    report = engine.calibrate(rows, objective="preference")
+    examples = answers(12, seed=5)
+    report = engine.calibrate(examples, objective="preference")
     assert engine.steering.strength == (report.strength if report.worthwhile else 0.0)
     assert engine.steering.verdict == report.verdict
     assert engine.steering.vocab_size == VOCAB
 
 
 def test_same_seed_same_report(engine):
-    rows = answers(8)
-    assert engine.calibrate(rows, seed=3) == engine.calibrate(rows, seed=3)
+    examples = answers(8)
+    assert engine.calibrate(examples, seed=3) == engine.calibrate(examples, seed=3)
 
 
 def test_report_is_saved_as_json_and_drawn(engine, tmp_path, monkeypatch):
@@ -348,14 +348,14 @@ def test_report_is_saved_as_json_and_drawn(engine, tmp_path, monkeypatch):
 
 
 def test_save_keeps_the_report_the_prompts_and_the_strength(engine, tmp_path):
-    rows = answers(8)
-    report = engine.calibrate(rows, force=True)
-    path = calibration.save(tmp_path, report, engine.steering, rows)
+    examples = answers(8)
+    report = engine.calibrate(examples, force=True)
+    path = calibration.save(tmp_path, report, engine.steering, examples)
     assert path == tmp_path / "steering_config.json"
     assert SteeringConfig.from_pretrained(tmp_path) == engine.steering
     assert json.loads((tmp_path / "calibration.json").read_text())["strength"] == report.strength
     with pytest.raises(ValueError, match="8 of 8 prompts were seen in calibration"):
-        contamination.check(tmp_path, [row["prompt"] for row in rows])
+        contamination.check(tmp_path, [example["prompt"] for example in examples])
 
 
 def test_the_snippet_of_the_documentation(engine, tmp_path, monkeypatch):
@@ -397,9 +397,9 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_refusals(engine, message):
     engine.steering = SteeringConfig(1.5)
-    rows, options = BAD[message]
+    examples, options = BAD[message]
     with pytest.raises(ValueError, match=message):
-        engine.calibrate(rows, **options)
+        engine.calibrate(examples, **options)
     assert engine.steering == SteeringConfig(1.5)
 
 

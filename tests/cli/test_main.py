@@ -33,12 +33,12 @@ def run(monkeypatch, capsys):
     return call
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
-ROWS = [
+EXAMPLES = [
     dict(prompt=f"w005 w{20 + i:03}", completion="w007 w008", rejected=["w009 w008", "w010"])
     for i in range(12)
 ]
@@ -46,7 +46,7 @@ ROWS = [
 
 def test_the_whole_path(run, tmp_path, tiny_folder):
     base = tiny_folder / "base"
-    data = write(tmp_path / "data.jsonl", ROWS)
+    data = write(tmp_path / "data.jsonl", EXAMPLES)
     code, out, _ = run(
         "warm-start", data, tmp_path / "adapter", "--base", base, "--steps", 3,
         "--dtype", "float32",
@@ -130,7 +130,7 @@ def check_error(result, *parts):
 
 def test_errors_are_one_line(run, tmp_path, tiny_folder):
     base, adapter = tiny_folder / "base", tiny_folder / "adapter"
-    data = write(tmp_path / "data.jsonl", ROWS)
+    data = write(tmp_path / "data.jsonl", EXAMPLES)
     at = ["--base", base]
     new = tmp_path / "new"
     generate = ["generate", "w005", "--strength", "1", *at, "--adapter"]
@@ -150,7 +150,7 @@ def test_errors_are_one_line(run, tmp_path, tiny_folder):
 
     empty = write(tmp_path / "empty.jsonl", [])
     broken = tmp_path / "broken.jsonl"
-    broken.write_text(json.dumps(ROWS[0]) + "\n{oops\n")
+    broken.write_text(json.dumps(EXAMPLES[0]) + "\n{oops\n")
     check_error(run("calibrate", adapter, empty, *at), "holds no examples")
     check_error(run("calibrate", adapter, broken, *at), f"{broken}:2: not JSON")
     check_error(run("calibrate", adapter, tmp_path / "no", *at), "does not exist")
@@ -185,7 +185,7 @@ def test_ctrl_c_is_told_in_a_line(run, tmp_path, tiny_folder, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "train", interrupted)
-    data = write(tmp_path / "data.jsonl", ROWS)
+    data = write(tmp_path / "data.jsonl", EXAMPLES)
     code, _, err = run("warm-start", data, tmp_path / "a", "--base", tiny_folder / "base")
     assert code == 130 and "nothing half-written" in err
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]

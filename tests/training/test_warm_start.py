@@ -16,7 +16,7 @@ from svd_engine.utils import plots
 from tests.tiny import VOCAB, tiny_base
 
 
-def rows(n=24):
+def examples(n=24):
     rng = random.Random(0)
     return [dict(prompt=[5, rng.randrange(3, VOCAB)], completion=[7, 8, 9]) for _ in range(n)]
 
@@ -41,7 +41,7 @@ def test_every_method_learns_and_loads(method, tmp_path, words):
     base = tiny_base("llama")
     before = {name: p.clone() for name, p in base.named_parameters()}
     folder = warm_start(
-        base, words, rows(), tmp_path / "adapter", method=method, steps=30, batch_size=8,
+        base, words, examples(), tmp_path / "adapter", method=method, steps=30, batch_size=8,
         learning_rate=2e-2, progress=False,
     )  # fmt: skip
     assert {p.name for p in folder.iterdir()} >= {
@@ -61,34 +61,34 @@ def test_every_method_learns_and_loads(method, tmp_path, words):
 
 def test_a_bfloat16_base_gets_a_float32_adapter(tmp_path, words):
     base = tiny_base("llama").to(torch.bfloat16)
-    folder = warm_start(base, words, rows(), tmp_path / "a", steps=1, progress=False)
+    folder = warm_start(base, words, examples(), tmp_path / "a", steps=1, progress=False)
     adapter = PeftModel.from_pretrained(tiny_base("llama"), str(folder)).state_dict()
     assert {v.dtype for k, v in adapter.items() if "lora" in k} == {torch.float32}
 
 
 def test_same_seed_same_adapter(tmp_path, words):
     one, two = (
-        warm_start(tiny_base("llama"), words, rows(), tmp_path / n, steps=3, progress=False)
+        warm_start(tiny_base("llama"), words, examples(), tmp_path / n, steps=3, progress=False)
         for n in "ab"
     )
     assert weights(one) == weights(two) and curve(one) == curve(two)
 
 
 def test_the_papers_settings_are_the_defaults(tmp_path, words):
-    folder = warm_start(tiny_base("llama"), words, rows(40), tmp_path / "a", progress=False)
+    folder = warm_start(tiny_base("llama"), words, examples(40), tmp_path / "a", progress=False)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.1)
     saved = json.loads((folder / "warm_start.json").read_text())
     settings = saved["settings"]
     assert settings["learning_rate"] == PAPER_RATE == 5e-5 and settings["max_length"] == 512
     assert settings["virtual_tokens"] == 20
-    assert [step for step, _ in saved["losses"]] == [1, 2, 3]  # one epoch of 40 rows by 16
+    assert [step for step, _ in saved["losses"]] == [1, 2, 3]  # one epoch of 40 examples by 16
 
 
 @pytest.mark.parametrize("method", ["prompt", "p-tuning", "prefix"])
 def test_virtual_tokens_and_the_rate_that_suits_the_method(method, tmp_path, words):
     folder = warm_start(
-        tiny_base("llama"), words, rows(), tmp_path / "a", method=method, virtual_tokens=5,
+        tiny_base("llama"), words, examples(), tmp_path / "a", method=method, virtual_tokens=5,
         steps=1, learning_rate="auto", progress=False,
     )  # fmt: skip
     assert json.loads((folder / "adapter_config.json").read_text())["num_virtual_tokens"] == 5
@@ -97,7 +97,7 @@ def test_virtual_tokens_and_the_rate_that_suits_the_method(method, tmp_path, wor
 
 
 def test_accumulated_batches_are_one_batch(tmp_path, words):
-    """IA3 has no dropout; rows of several lengths show that tokens weigh alike."""
+    """IA3 has no dropout; sequences of several lengths show that tokens weigh alike."""
     mixed = [dict(prompt=[5, 6 + i], completion=[7, 8, 9, 10][: 1 + i % 4]) for i in range(16)]
     one, two = (
         warm_start(
@@ -117,7 +117,7 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on_to_the_same_adapter(method, tmp_path, words, monkeypatch):
     def run(name, checkpoint_every=2, **options):
         return warm_start(
-            tiny_base("llama"), words, rows(), tmp_path / name, method=method, steps=7,
+            tiny_base("llama"), words, examples(), tmp_path / name, method=method, steps=7,
             batch_size=4, learning_rate=1e-2, checkpoint_every=checkpoint_every, progress=False,
             **options,
         )  # fmt: skip
@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(method, tmp_path, words, monke
 def test_another_call_does_not_go_on_from_a_killed_one(tmp_path, words, monkeypatch):
     def run(**options):
         return warm_start(
-            tiny_base("llama"), words, rows(), tmp_path / "a", steps=3, batch_size=4,
+            tiny_base("llama"), words, examples(), tmp_path / "a", steps=3, batch_size=4,
             checkpoint_every=1, progress=False, **options,
         )  # fmt: skip
 
@@ -166,9 +166,11 @@ def test_another_call_does_not_go_on_from_a_killed_one(tmp_path, words, monkeypa
 
 
 def test_the_folder_tells_what_was_trained_on(tmp_path, words, monkeypatch):
-    folder = warm_start(tiny_base("llama"), words, rows(), tmp_path / "a", steps=2, progress=False)
+    folder = warm_start(
+        tiny_base("llama"), words, examples(), tmp_path / "a", steps=2, progress=False
+    )
     with pytest.raises(ValueError, match="seen in training"):
-        contamination.check(folder, contamination.prompts(rows()), against=("training",))
+        contamination.check(folder, contamination.prompts(examples()), against=("training",))
     assert len(curve(folder)) == 2
     pytest.importorskip("matplotlib")
     assert (folder / "warm_start.png").read_bytes().startswith(b"\x89PNG")
@@ -177,9 +179,11 @@ def test_the_folder_tells_what_was_trained_on(tmp_path, words, monkeypatch):
 
 
 def test_the_loss_looks_at_the_answers_alone(words):
-    row, other = trainer.rows([dict(prompt=[5, 6], completion=[7], accepted=[[8, 9]])], words, 10)
-    assert row == {"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2]}
-    assert other == {"input_ids": [5, 6, 8, 9, 2], "labels": [-100, -100, 8, 9, 2]}
+    first, second = trainer.labelled(
+        [dict(prompt=[5, 6], completion=[7], accepted=[[8, 9]])], words, 10
+    )
+    assert first == {"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2]}
+    assert second == {"input_ids": [5, 6, 8, 9, 2], "labels": [-100, -100, 8, 9, 2]}
 
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path, words, monkeypatch):
@@ -188,22 +192,33 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, words, monkeypatch):
 
     monkeypatch.setattr(Trainer, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        warm_start(tiny_base("llama"), words, rows(), tmp_path / "adapter", progress=False)
+        warm_start(tiny_base("llama"), words, examples(), tmp_path / "adapter", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrite_keeps_the_old_adapter_until_the_new_one_is_there(tmp_path, words, monkeypatch):
-    folder = warm_start(tiny_base("llama"), words, rows(), tmp_path / "a", steps=1, progress=False)
+    folder = warm_start(
+        tiny_base("llama"), words, examples(), tmp_path / "a", steps=1, progress=False
+    )
     old = weights(folder)
     with pytest.raises(ValueError, match="exists"):
-        warm_start(tiny_base("llama"), words, rows(), folder, steps=1, progress=False)
+        warm_start(tiny_base("llama"), words, examples(), folder, steps=1, progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", lambda self, **_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            warm_start(tiny_base("llama"), words, rows(), folder, overwrite=True, progress=False)
+            warm_start(
+                tiny_base("llama"), words, examples(), folder, overwrite=True, progress=False
+            )
     assert weights(folder) == old
     warm_start(
-        tiny_base("llama"), words, rows(), folder, steps=2, overwrite=True, progress=False, seed=1
+        tiny_base("llama"),
+        words,
+        examples(),
+        folder,
+        steps=2,
+        overwrite=True,
+        progress=False,
+        seed=1,
     )
     assert weights(folder) != old
 
@@ -227,5 +242,5 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_refusals(message, tmp_path, words):
     with pytest.raises(ValueError, match=message):
-        warm_start(tiny_base("llama"), words, rows(), tmp_path / "adapter", **BAD[message])
+        warm_start(tiny_base("llama"), words, examples(), tmp_path / "adapter", **BAD[message])
     assert list(tmp_path.iterdir()) == []
