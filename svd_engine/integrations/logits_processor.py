@@ -1,4 +1,4 @@
-"""Steering for decoders that take nothing but a logits processor."""
+"""Steering as a logits processor, for any decoder that takes one."""
 
 import torch
 from peft import PeftModel
@@ -15,12 +15,12 @@ from svd_engine.steering_config import SteeringConfig
 class SteeringLogitsProcessor(LogitsProcessor):
     """Steered logits  (12)-(14)  from the scores of the adapted model, which generates.
 
-    The base model's own pass follows with a KV cache: two passes a token, where `steered_generate`
-    has one, but it works with beams and anything else that takes processors. Put it before all
+    The base model runs its own pass with a KV cache: two passes per token, where `steered_generate`
+    needs one, but it works with beams and anything else that takes processors. Put it before all
     others. With beams pass `renormalize_logits=True`, so that steered log-probabilities add up.
 
-    Prompts padded on the left need `attention_mask`, of the prompts to come, or `pad_token_id`,
-    which is taken for padding wherever a row begins with it.
+    Left-padded prompts need `attention_mask`, that of the prompts to come, or `pad_token_id`: rows
+    are then stripped of it at their start.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class SteeringLogitsProcessor(LogitsProcessor):
         self.steering, self.pad_token_id = steering, pad_token_id
         self._pads = None if attention_mask is None else left_pads(attention_mask)
         self._base = SequentialRunner(base_runner(model))
-        self._rows: list[list[int]] = []  # what the cache holds
-        self._room = self._steps = 0  # rows and further tokens that the cache has room for
+        self._rows: list[list[int]] = []  # token ids in the cache
+        self._room = self._steps = 0  # rows and further tokens that fit in the cache
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
@@ -57,7 +57,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         return logits[0]
 
     def _step(self, rows: list[list[int]]) -> PerModel | None:
-        """One more token a row, if every row continues what some row of the cache was."""
+        """Feed one more token per row, if every row continues a row of the cache."""
         before = [row[:-1] for row in rows]
         if not self._steps or len(rows) > self._room:
             return None
@@ -71,7 +71,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         return self._base.step(torch.tensor([row[-1] for row in rows], device=self._base.device))
 
     def _prefill(self, rows: list[list[int]]) -> PerModel:
-        """Read the rows anew, with room for as many tokens again."""
+        """Read all rows, with room for as many tokens again."""
         self._room, self._steps = len(rows), max(256, *map(len, rows))
         return self._base.logits(self._base.prefill(rows, self._steps))
 
@@ -96,7 +96,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
 
 
 def left_pads(attention_mask: Tensor) -> tuple[int, list[int]]:
-    """Width and number of pads a row of a mask `[B, n]`; ValueError unless padded on the left."""
+    """Width of a mask `[B, n]` and number of pads per row; ValueError unless left-padded."""
     mask = attention_mask.bool()
     pads = (~mask).sum(-1) if mask.dim() == 2 else None
     if pads is None or not mask.any(-1).all() or (mask.sort(-1).values != mask).any():
