@@ -1,1 +1,1 @@
-"""From prompts to completions."""
+"""From prompts to completions, and scores of given completions."""

@@ -1,4 +1,4 @@
-"""One call at a time: threads wait their turn, and a coroutine reads a stream from a thread."""
+"""A lock that lets one call run at a time, for threads and for coroutines."""
 
 import asyncio
 import threading
@@ -13,19 +13,20 @@ T = TypeVar("T")
 
 @dataclass
 class Owner:
-    """Who must not wait for the turn, since it would wait for itself."""
+    """The thread and task that hold the lock."""
 
     thread: int | None
-    task: "asyncio.Task[Any] | None" = None  # where it reads the stream from a coroutine
+    task: "asyncio.Task[Any] | None" = None  # of a coroutine that reads the stream
 
     def would_deadlock(self, other: "Owner") -> bool:
+        """Whether `other` would wait for itself."""
         if self.thread is None or self.thread != other.thread:
             return False
         return None in (self.task, other.task) or self.task is other.task
 
 
 class CallLock:
-    """A lock that raises RuntimeError where it would wait for ever."""
+    """A lock that raises RuntimeError instead of a deadlock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,7 +34,7 @@ class CallLock:
 
     @contextmanager
     def hold(self, owner: Owner | None = None) -> Iterator[None]:
-        """Wait for the turn; it is the owner's, by default the thread's."""
+        """Wait for the lock and hold it for the owner, by default this thread."""
         owner = owner or Owner(threading.get_ident())
         self._check(owner)
         with self._lock:
@@ -44,14 +45,14 @@ class CallLock:
                 self._owner = None
 
     def stream(self, items: Generator[T, None, None]) -> Generator[T, None, None]:
-        """The items, holding the turn from the first to the last or until the stream is closed."""
+        """Yield the items; hold the lock from the first to the last, or until closed."""
         with self.hold(), closing(items):
             for item in items:
                 yield item
-                self._owner = Owner(threading.get_ident())  # another thread may have taken it over
+                self._owner = Owner(threading.get_ident())  # another thread may read on
 
     async def astream(self, items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
-        """The items, made in a thread one after the other as they are asked for."""
+        """Yield the items, each computed in a worker thread when it is requested."""
         loop, thread, held = asyncio.get_running_loop(), ThreadPoolExecutor(1), ExitStack()
         owner = Owner(threading.get_ident(), asyncio.current_task())
         try:
@@ -59,8 +60,8 @@ class CallLock:
             held.enter_context(closing(items))
             while (item := await loop.run_in_executor(thread, next, items, None)) is not None:
                 yield item
-        finally:  # also where the task is cancelled: after the step under way
-            owner.thread = None  # nothing more is asked of this thread: it may wait
+        finally:  # also if the task is cancelled, after the current step
+            owner.thread = None  # it requests no more items, so it may wait
             thread.submit(held.close)
             thread.shutdown(wait=False)
 

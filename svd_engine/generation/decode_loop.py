@@ -68,11 +68,11 @@ class Batch:
         # A decoder that overlaps the host computes the next step while the host reads the tokens.
         overlaps = self._decoder.overlaps_host and not self._ends_with_this_step()
         self._logits = self._decoder.step(self._tokens.clamp(min=0)) if overlaps else None
-        drawn = list(zip(self.rows, *fetch(), best, strict=True))
-        for sequence, token_id, _, _ in drawn:
-            if token_id < 0:
-                raise not_finite(sequence.all_ids)
-        return [sequence.append(*rest) for sequence, *rest in drawn]
+        tokens, logprobs = fetch()
+        if min(tokens) < 0:
+            raise not_finite(self.rows[tokens.index(min(tokens))].all_ids)
+        drawn = zip(self.rows, tokens, logprobs, best, strict=True)
+        return [s.append(token, logprob, top) for s, token, logprob, top in drawn]
 
     def _prefill(self) -> PerModel:
         copies = self._request.sampling.num_return_sequences

@@ -1,4 +1,4 @@
-"""How tokens are chosen and when to stop, with the names of `transformers.GenerationConfig`."""
+"""Sampling parameters and limits, with the names of `transformers.GenerationConfig`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from transformers import GenerationConfig
 from svd_engine.ops import checks
 
 NEW_TOKENS = 128  # unless max_new_tokens or max_length says otherwise
-# Where transformers samples and no top_k is set.
+# The top_k of transformers when it samples and none is set.
 TRANSFORMERS_TOP_K = 50
-# Fields that say how transformers computes, not which tokens come out: accepted, without effect.
+# Fields about how transformers computes, not which tokens result: accepted, without effect.
 WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "transformers_version", "use_cache", "cache_implementation",
     "cache_config", "max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size",
     "low_memory", "continuous_batching_config",
 }  # fmt: skip
-# Values of other fields that turn them off; None, False and 0 do so everywhere.
+# Values that turn other fields off; None, False and 0 always do.
 OFF = {
     "typical_p": 1.0, "encoder_repetition_penalty": 1.0, "num_beam_groups": 1,
     "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
@@ -29,7 +29,10 @@ OFF = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen; docs/engine.md tells what each field does. Raises ValueError."""
+    """How tokens are chosen and when to stop; docs/engine.md describes each field.
+
+    Raises ValueError for a value out of range, and for values that contradict each other.
+    """
 
     max_new_tokens: int | None = None
     max_length: int | None = None  # of prompt and completion; max_new_tokens wins
@@ -37,7 +40,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int | Sequence[int] = 0  # row i draws with seed + i; or one seed a prompt
+    seed: int | Sequence[int] = 0  # row i draws with seed + i; or one seed per prompt
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -87,19 +90,19 @@ class SamplingParams:
             raise ValueError("top_logprobs is not kept in beam search; leave out num_beams.")
 
     def limit(self, prompt: int) -> int:
-        """New tokens that a prompt of so many tokens may get."""
+        """The most new tokens that a prompt of `prompt` tokens may get."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         return NEW_TOKENS if self.max_length is None else self.max_length - prompt
 
     def seeds(self, prompts: int) -> list[int]:
-        """The first seed of each prompt; its sequence j draws with j more."""
+        """Each prompt's seed; its sequence j draws with seed + j."""
         seed: Any = self.seed
         if isinstance(seed, Integral):
             return [int(seed) + i * self.num_return_sequences for i in range(prompts)]
         if len(seed) != prompts:
             raise ValueError(
-                f"seed must be an integer or one a prompt; got {len(seed)} for {prompts}."
+                f"seed must be an integer or one per prompt; got {len(seed)} for {prompts}."
             )
         return [int(one) for one in seed]
 
@@ -107,10 +110,10 @@ class SamplingParams:
     def from_arguments(
         cls, generation_config: GenerationConfig | None = None, **keywords: Any
     ) -> "SamplingParams":
-        """From keywords, which win, over a GenerationConfig, which means what transformers says.
+        """Combine keywords with a GenerationConfig, as transformers reads it; keywords win.
 
-        None is unset. Raises TypeError for an unknown keyword, ValueError for a contradiction and
-        for a field of transformers that is set and not supported.
+        None means unset. Raises TypeError for an unknown keyword, ValueError for a contradiction
+        and for a field of transformers that is set and not supported.
         """
         known = {field.name for field in fields(cls)}
         config: dict[str, Any] = {}
@@ -134,7 +137,10 @@ class SamplingParams:
 
 
 def _temperature(config: Mapping[str, Any], keywords: Mapping[str, Any]) -> float:
-    """0 is greedy. do_sample alone samples at 1; a temperature alone samples if it is above 0."""
+    """Resolve temperature and do_sample; 0 is greedy.
+
+    do_sample alone samples at 1; a temperature alone samples if it is above 0.
+    """
     sampled = keywords.get("do_sample")
     if sampled is None and "temperature" not in keywords:
         sampled = bool(config.get("do_sample"))
@@ -151,7 +157,7 @@ def _temperature(config: Mapping[str, Any], keywords: Mapping[str, Any]) -> floa
 
 
 def _supported(values: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
-    """The values that are set and have an effect here; raises for those that should have one."""
+    """Keep the values that are set and supported; raise for set values that are not."""
     transformers_fields = vars(GenerationConfig())
     kept = {}
     for name, value in values.items():

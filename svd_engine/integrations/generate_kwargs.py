@@ -1,4 +1,4 @@
-"""What `generate` of transformers prepared for its loop, as ours takes it."""
+"""Arguments that `generate` of transformers prepares for its loop, converted for ours."""
 
 import inspect
 from typing import Any
@@ -26,6 +26,7 @@ PREPARED = {"attention_mask", "position_ids", "streamer"}
 
 
 def check_supported(config: GenerationConfig, prepared: dict[str, Any]) -> None:
+    """Raise ValueError for a mode or an argument that is not supported."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
@@ -48,7 +49,7 @@ def check_supported(config: GenerationConfig, prepared: dict[str, Any]) -> None:
 def prompts(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> list[list[int]]:
-    """The rows without their padding."""
+    """Token ids of each row, without padding."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = mask.bool()
     if input_ids.shape[1] == 0 or not mask.any(1).all():
@@ -60,28 +61,28 @@ def prompts(
     return [row[seen].tolist() for row, seen in zip(input_ids, mask, strict=True)]
 
 
-def stops(
+def stopping(
     stopping_criteria: StoppingCriteriaList, width: int
 ) -> tuple[int, set[int], StoppingCriteriaList]:
-    """New tokens and ends of sequence, which the loop sees to, and the criteria to ask a step."""
-    lengths, ends, others = [], set(), StoppingCriteriaList()
+    """max_new_tokens and end-of-sequence ids, for the loop, and the criteria to check per step."""
+    max_lengths, eos_token_ids, others = [], set(), StoppingCriteriaList()
     for criterion in stopping_criteria:
         if type(criterion) is MaxLengthCriteria:
-            lengths.append(criterion.max_length)
+            max_lengths.append(criterion.max_length)
         elif type(criterion) is EosTokenCriteria:
-            ends.update(criterion.eos_token_id.tolist())
+            eos_token_ids.update(criterion.eos_token_id.tolist())
         else:
             others.append(criterion)
-    return max(0, min(lengths) - width), ends, others
+    return max(0, min(max_lengths) - width), eos_token_ids, others
 
 
 def drawing(
     processors: LogitsProcessorList, config: GenerationConfig
 ) -> tuple[LogitsProcessorList, dict[str, Any]]:
-    """The processors to run, and how to draw from what they leave.
+    """The processors to run, and the sampling parameters to apply after them.
 
-    Temperature and cuts come last in what `generate` prepared: there our own sampling does them,
-    unless others follow or the scores after them are asked for.
+    If temperature and cuts come last among the processors, our own sampling applies them, unless
+    the scores after them are requested.
     """
     if not config.do_sample:
         return processors, {}
@@ -105,7 +106,7 @@ def drawing(
 
 
 def streamer() -> BaseStreamer | None:
-    """The `streamer` given to the `generate` that is running: it hands callables all but this."""
+    """The streamer passed to the running `generate`, which does not hand it to a callable."""
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:

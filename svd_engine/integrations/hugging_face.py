@@ -38,12 +38,12 @@ def steered_generate(
     """For `model.generate(..., custom_generate=steered_generate, steering=SteeringConfig(...))`.
 
     model: a PeftModel, or one that transformers loaded an adapter into. Returns what `generate`
-    does: the prompts followed by the new tokens, int64 `[R, n]`. Greedy or sampling, one forward
-    pass a token for both models where they pair; `torch.manual_seed` decides what is drawn.
-    Processors see the steered logits: `logits` are these, `scores` the processed. Stop strings go
-    in as `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`, because `generate` loses its
-    tokenizer with a callable. ValueError names what is not supported; for beams there is
-    `SteeringLogitsProcessor`.
+    does: the prompts followed by the new tokens, int64 `[R, n]`. It decodes greedily or samples,
+    with one forward pass per token for both models if they pair; `torch.manual_seed` seeds the
+    sampling. Processors see the steered logits: `logits` are these, `scores` the processed ones.
+    Pass stop strings as `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`, because
+    `generate` does not hand its tokenizer to a callable. Raises ValueError for what is not
+    supported; for beams use `SteeringLogitsProcessor`.
     """
     if not isinstance(steering, SteeringConfig):
         raise ValueError(f"steering must be a SteeringConfig; got {steering!r}.")
@@ -51,17 +51,19 @@ def steered_generate(
     arguments.check_supported(generation_config, prepared)
     mask, positions = prepared.get("attention_mask"), prepared.get("position_ids")
     prompts = arguments.prompts(input_ids, mask, positions)
-    new_tokens, ends, criteria = arguments.stops(stopping_criteria, input_ids.shape[1])
+    max_new_tokens, eos_token_ids, criteria = arguments.stopping(
+        stopping_criteria, input_ids.shape[1]
+    )
     processors, draw = arguments.drawing(logits_processor, generation_config)
-    seed = int(torch.randint(2**62, ()))
+    sampling, seed = SamplingParams(**draw), int(torch.randint(2**62, ()))
     sequences = [
-        Sequence(row, prompt, new_tokens, seed + row, ends) for row, prompt in enumerate(prompts)
+        Sequence(row, prompt, max_new_tokens, seed + row, eos_token_ids)
+        for row, prompt in enumerate(prompts)
     ]
     streamer = arguments.streamer()
     output = Output(input_ids, sequences, processors, generation_config)
     with borrow(model) as pair:
         process_logits = output.process_logits if output.needs_logits else None
-        sampling = SamplingParams(**draw)
         batch = Batch(Request(pair, steering, sampling, sequences, process_logits), sequences)
         while not batch.is_finished:
             new = output.append(batch.step())
@@ -78,7 +80,7 @@ def steered_generate(
 
 
 class Output:
-    """What `generate` returns of all sequences, with pads, and what it applies to each step."""
+    """The output of `generate`, with pads, and its processors and stopping criteria per step."""
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class Output:
         Processors get all rows, as in transformers: they may know rows by their place.
         """
         running = [sequence.index for sequence in self._sequences if not sequence.is_finished]
-        # What is handed out must not be bound to inference mode.
+        # Tensors handed to the caller must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             every: Any = steered.new_zeros(len(self._sequences), steered.shape[1])
             every[running] = steered

@@ -1,4 +1,4 @@
-"""Text as tokens come, and stop strings: alone, and in the engine."""
+"""Incremental text and stop strings, in the detokenizer and in the engine."""
 
 from itertools import pairwise
 
@@ -12,17 +12,17 @@ from tests.tiny import PROMPTS, tiny_peft
 
 
 def run(pieces, stops):
-    """What is given out for each piece, and the stop; tokens are indices of the pieces."""
+    """The text released per piece, and the stop string; token ids are indices of pieces."""
 
     def decode(ids):
         return b"".join(pieces[i] for i in ids).decode(errors="replace")
 
-    row, given = Detokenizer(decode, stops), []
+    detokenizer, released = Detokenizer(decode, stops), []
     for token in range(len(pieces)):
-        given.append(row.add(token, last=token + 1 == len(pieces)))
-        if row.stop is not None:
+        released.append(detokenizer.add(token, last=token + 1 == len(pieces)))
+        if detokenizer.stop_string is not None:
             break
-    return given, row.stop
+    return released, detokenizer.stop_string
 
 
 def test_what_may_begin_a_stop_string_is_held_back():
@@ -58,7 +58,7 @@ def test_which_stop_string():
     st.data(),
 )
 def test_tokens_do_not_matter(text, stops, data):
-    """However a text is cut into tokens, what comes out ends at the same place."""
+    """However a text is cut into tokens, the released text ends at the same place."""
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(1, max(len(raw) - 1, 1)), max_size=len(raw))))
     ends = [0, *(c for c in cuts if c < len(raw)), len(raw)]
@@ -67,6 +67,8 @@ def test_tokens_do_not_matter(text, stops, data):
     found = first_stop(text, stops)
     assert "".join(given) == (text if found is None else text[: found[0]])
     assert stop == (found and found[1])
+    whole = Detokenizer(lambda ids: text, stops).decode_to_stop([0])
+    assert whole == ("".join(given), stop)
 
 
 @pytest.fixture(scope="module")

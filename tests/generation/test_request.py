@@ -1,14 +1,18 @@
 """What people ask of a generation engine: parameters, processors, seeds, batches, limits."""
 
+import inspect
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack, get_args, get_type_hints
 
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.generation.options import GenerateOptions, SamplingOptions
 from svd_engine.generation.sampling_params import OFF, WITHOUT_EFFECT, SamplingParams
 from svd_engine.kernels import reference
 from tests.tiny import PROMPTS, tiny_peft
@@ -116,6 +120,26 @@ def test_no_field_of_transformers_is_silently_ignored():
     assert SamplingParams.from_arguments(config) == SamplingParams.from_arguments(
         GenerationConfig()
     )
+
+
+def test_typed_options_are_the_fields_of_sampling_params():
+    typed, fields = get_type_hints(SamplingOptions), get_type_hints(SamplingParams)
+    assert set(typed) == set(fields) | {"generation_config", "do_sample"}
+    for name, field in fields.items():
+        allowed = set(get_args(field) or [field]) | {type(None)}
+        if name == "stop_strings":  # None also stands for a prompt without any
+            allowed ^= {Sequence[Sequence[str]], Sequence[Sequence[str] | None]}
+        assert set(get_args(typed[name])) == allowed, name
+
+
+def test_generate_stream_and_astream_are_typed(engine):
+    for call in (engine.generate, engine.stream, engine.astream):
+        assert get_type_hints(call)["options"] == Unpack[GenerateOptions]
+    own = set(get_type_hints(GenerateOptions)) - set(get_type_hints(SamplingOptions))
+    keywords = inspect.signature(engine._request).parameters.values()
+    assert own == {p.name for p in keywords if p.kind == p.KEYWORD_ONLY}
+    with pytest.raises(TypeError, match="'is_streamed'"):
+        engine.generate(PROMPTS, is_streamed=True)
 
 
 # what transformers gives
