@@ -64,7 +64,7 @@ def _steer(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -
 
 
 def _score(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -> Outputs:
-    return (ops.score(z, b, o.target, o.mu, **_mask(o), backend=backend),)
+    return (ops.score(z, b, o.mu, o.target, **_mask(o), backend=backend),)
 
 
 def _topk(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -> Outputs:
@@ -75,7 +75,7 @@ OPERATORS: dict[str, Operator] = {
     "steer": Operator(_steer, "steer"),
     "sample greedy": Operator(_sampler(noisy=False), "sample"),
     "sample noisy": Operator(_sampler(noisy=True), "sample"),
-    "sample cut": Operator(_sampler(True, top_k=50, top_p=0.95, min_p=0.01), "sample_cut"),
+    "sample cut": Operator(_sampler(True, top_k=50, top_p=0.95, min_p=0.01), "sample"),
     "score": Operator(_score, "score"),
     "topk": Operator(_topk, "topk"),
     "project_strength": Operator(

@@ -80,7 +80,7 @@ def check(name: str, backend: str, case: Case) -> Worst:
     if name in SAMPLERS:
         _tokens_equal("token", got[0], plain[0])
         truth = ops.score(
-            *wide, got[0].clamp(min=0), o.mu, alpha=o.alpha, penalty=o.penalty, backend="reference"
+            *wide, o.mu, got[0].clamp(min=0), alpha=o.alpha, penalty=o.penalty, backend="reference"
         )
         worst.compare("logprob", got[1], plain[1], truth, scale)
         return worst

@@ -18,12 +18,13 @@ from baselines import ALPHA, STRENGTH, cancelled, eager
 
 from svd_engine import ops
 from svd_engine.kernels import reference
+from svd_engine.kernels.arguments import Draw, Mask
 from svd_engine.ops import cpu, dispatch
 
 INF = math.inf
 VOCABS = [49152, 128256, 151936]
 ROWS = [1, 4, 32, 256]
-NAMES = [*dispatch.OPERATORS, "eager", "compiled", "read", "clone"]
+NAMES = [*dispatch.OPERATORS, "sample_cut", "eager", "compiled", "read", "clone"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,19 +53,21 @@ def operators(adapted, base, wanted=""):
     token, logprob = torch.empty(len(adapted), dtype=torch.int64), torch.empty(len(adapted))
 
     def steer():
-        cpu.steer(adapted, base, STRENGTH, ALPHA, -INF, out)
+        cpu.steer(adapted, base, mask, out)
         return out
 
     def sample():
-        cpu.sample(adapted, base, STRENGTH, ALPHA, -INF, 0.0, 0, 0, token, logprob)
+        cpu.sample(adapted, base, mask, greedy, token, logprob)
         return token
 
     n, k = len(adapted), 5
-    target, draw = torch.arange(n), (0.8, 50, 0.9, 0.05, 0, 0)
+    target = torch.arange(n)
     best, tokens = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
     terms = [torch.empty(n) for _ in range(3)] + [torch.empty(n, dtype=torch.bool)]
     delta = torch.empty(adapted.shape) if "steering_vector" in wanted else None
-    mask = (ALPHA, -INF)
+    mask = Mask((STRENGTH, None), ALPHA, -INF)
+    greedy = Draw(0.0, 0, 1.0, 0.0, (0, None), (0, None))
+    cut = greedy._replace(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05)
 
     def returning(result, launcher, *arguments):
         return lambda: launcher(adapted, base, *arguments) or result
@@ -73,10 +76,10 @@ def operators(adapted, base, wanted=""):
         "steer": (steer, 3),
         "sample": (sample, 2),
         "sample_cut": (
-            returning(token, cpu.sample_cut, STRENGTH, *mask, *draw, token, logprob), 2,
+            returning(token, cpu.sample, mask, cut, token, logprob), 2,
         ),
-        "topk": (returning(best, cpu.topk, STRENGTH, k, *mask, best, tokens), 2),
-        "score": (returning(logprob, cpu.score, target, STRENGTH, *mask, logprob), 2),
+        "topk": (returning(best, cpu.topk, mask, k, best, tokens), 2),
+        "score": (returning(logprob, cpu.score, mask, target, logprob), 2),
         "project_strength": (
             returning(terms[0], cpu.project_strength, target, ALPHA, *terms), 2,
         ),
@@ -109,7 +112,7 @@ def check(name, result, adapted, base):
         return
     truth = {
         "topk": lambda: reference.topk(z, b, k=5, **options).logprob,
-        "score": lambda: reference.score(z, b, target, **options),
+        "score": lambda: reference.score(z, b, target=target, **options),
         "project_strength": lambda: reference.project_strength(z, b, target, alpha=ALPHA)[0],
         "divergence": lambda: reference.divergence(z, b),
         "steering_vector": lambda: reference.steering_vector(z, b),

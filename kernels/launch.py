@@ -29,8 +29,8 @@ ROW_WARPS = 8  # a program that walks a row's tiles one after the other
 # Registers a thread at most. Without a bound ptxas spills to come under a lower one of its choice.
 STREAM_REGISTERS, ROW_REGISTERS = 128, 168
 
-UNSTEERED = Mask(PerRow(0.0), alpha=0.0, penalty=0.0)
-GREEDY = Draw(0.0, top_k=0, top_p=1.0, min_p=0.0, seed=PerRow(0), position=PerRow(0))
+UNSTEERED = Mask((0.0, None), alpha=0.0, penalty=0.0)
+GREEDY = Draw(0.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, None), position=(0, None))
 
 
 def unavailable() -> str | None:
@@ -182,7 +182,7 @@ def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str
     # One token past an aligned address is unaligned, and so is every row if V is no multiple of 8.
     layouts = (0, 1) if vocab % 8 == 0 else (1,)
     masks = [
-        Mask(PerRow(1.0), alpha, penalty) for alpha in (0.0, 0.1) for penalty in (-math.inf, -1.0)
+        Mask((1.0, None), alpha, penalty) for alpha in (0.0, 0.1) for penalty in (-math.inf, -1.0)
     ]
     draws = [GREEDY, GREEDY._replace(temperature=1.0), GREEDY._replace(temperature=1.0, top_k=1)]
     for lead, z, b in itertools.product(layouts, buffers, buffers):
@@ -223,7 +223,7 @@ class _Rows:
         self.each_tile(measure_tiles, BASE=BASE)
 
     def steering(self, mask: Mask) -> tuple[Any, ...]:
-        return *_per_row(mask.strength, self.workspace), mask.log_alpha, mask.penalty
+        return *_per_row(mask.strength, self.workspace), log_alpha(mask.alpha), mask.penalty
 
     def each_tile(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """A program for every tile of every row."""
@@ -269,9 +269,10 @@ def aligned(*rows: Tensor) -> bool:
     )
 
 
-def _per_row(x: PerRow[Any], unread: Tensor) -> tuple[Any, Tensor, int]:
+def _per_row(value: PerRow[Any], unread: Tensor) -> tuple[Any, Tensor, int]:
     """What `triton_rows.per_row` takes; `unread` stands where there is no tensor."""
-    return (x.shared, unread, 0) if x.each is None else (x.shared, x.each.contiguous(), 1)
+    number, each = value
+    return (number, unread, 0) if each is None else (number, each.contiguous(), 1)
 
 
 def _noise(draw: Draw, unread: Tensor) -> tuple[Any, ...]:

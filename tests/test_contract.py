@@ -36,8 +36,8 @@ OPERATORS = {
         z, b, mu, alpha=0.0, temperature=1.5, top_k=9, top_p=0.8, min_p=0.01, seed=5, **k
     ),
     "topk": lambda z, b, mu, o, **k: o.topk(z, b, mu, min(5, z.shape[1]), **k),
-    "score": lambda z, b, mu, o, **k: o.score(z, b, targets(z), mu, **k),
-    "score, penalty 0": lambda z, b, mu, o, **k: o.score(z, b, targets(z), mu, penalty=0.0, **k),
+    "score": lambda z, b, mu, o, **k: o.score(z, b, mu, targets(z), **k),
+    "score, penalty 0": lambda z, b, mu, o, **k: o.score(z, b, mu, targets(z), penalty=0.0, **k),
     "project_strength": lambda z, b, mu, o, **k: o.project_strength(z, b, targets(z), **k),
     "divergence": lambda z, b, mu, o, **k: o.divergence(z, b, **k),
 }
@@ -277,7 +277,7 @@ def test_properties(backend, values, seed, strength, shift):
     drawn, best = ops.sample(z, b, strength, **on), ops.topk(z, b, strength, 1, **on)
     assert torch.equal(drawn.token, best.token[:, 0])
     torch.testing.assert_close(drawn.logprob, best.logprob[:, 0], **near)
-    scored = ops.score(z, b, drawn.token, strength, **on)
+    scored = ops.score(z, b, strength, drawn.token, **on)
     torch.testing.assert_close(scored, steered.log_softmax(-1).amax(-1), **near)
 
     order = torch.randperm(z.shape[1], generator=noise).to(DEVICE)

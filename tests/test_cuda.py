@@ -6,7 +6,7 @@ from gpu_cases import impossible
 
 from svd_engine.kernels import reference
 from svd_engine.ops import cuda
-from tests import cuda_device
+from tests import cuda_device, packed
 from tests.cuda_device import (
     BF16,
     F16,
@@ -28,7 +28,7 @@ def steer(z, b, strength, alpha=0.1, penalty=-INF, dtype=F32, lead=0):
     buffer = torch.full((n, lead + vocab + 8), POISON, dtype=dtype, device=z.device)
     before = buffer.clone()
     out = buffer[:, lead : lead + vocab]
-    with_workspace(cuda.steer, z, b, strength, alpha, penalty, out)
+    with_workspace(cuda.steer, z, b, packed.mask(strength, alpha, penalty), out)
     assert torch.equal(buffer[:, :lead], before[:, :lead])
     assert torch.equal(buffer[:, lead + vocab :], before[:, lead + vocab :])
     assert not (out == buffer.new_tensor(POISON)).any()
@@ -38,9 +38,8 @@ def steer(z, b, strength, alpha=0.1, penalty=-INF, dtype=F32, lead=0):
 def sample(z, b, strength, alpha=0.1, penalty=-INF, temperature=0.0, seed=0, position=0):
     token = torch.full(z.shape[:1], -9, device=z.device)
     logprob = torch.full(z.shape[:1], POISON, device=z.device)
-    with_workspace(
-        cuda.sample, z, b, strength, alpha, penalty, temperature, seed, position, token, logprob
-    )
+    by, draw = packed.mask(strength, alpha, penalty), packed.draw(temperature, seed, position)
+    with_workspace(cuda.sample, z, b, by, draw, token, logprob)
     assert not (token == -9).any() and not (logprob == POISON).any()
     return reference.Sampled(token, logprob)
 
@@ -115,7 +114,7 @@ def test_offsets_beyond_31_bits(device):
     far.copy_(z)
     assert sample(far, b, 2.0).token.tolist() == sample(z, b, 2.0).token.tolist()
     want = steer(z, b, 2.0, dtype=BF16)
-    cuda.steer(far, b, 2.0, 0.1, -INF, far)
+    cuda.steer(far, b, packed.mask(2.0), far)
     assert torch.equal(far, want)
 
 
@@ -125,7 +124,7 @@ def test_in_place(penalty, device):
     want = steer(z, b, 3.0, penalty=penalty)
     for rows in (z.clone(), b), (z, b.clone()):
         out = rows[0] if rows[0] is not z else rows[1]
-        cuda.steer(*rows, 3.0, 0.1, penalty, out)
+        cuda.steer(*rows, packed.mask(3.0, 0.1, penalty), out)
         assert torch.equal(out, want)
 
 
@@ -135,7 +134,7 @@ def test_no_rows_and_no_workspace(device):
     assert sample(z, b, 1.0).token.shape == (0,)
     z, b = logits(2, 300, device)
     out = torch.empty_like(z)
-    cuda.steer(z, b, 2.0, 0.1, -INF, out)
+    cuda.steer(z, b, packed.mask(2.0), out)
     assert torch.equal(out, steer(z, b, 2.0))
 
 

@@ -6,7 +6,7 @@ from gpu_cases import impossible
 
 from svd_engine.kernels import reference
 from svd_engine.ops import cuda
-from tests import cuda_device
+from tests import cuda_device, packed
 from tests.cuda_device import (
     BF16,
     F16,
@@ -30,14 +30,14 @@ def poisoned(z, *size, dtype=F32):
 
 def topk(z, b, strength, k, alpha=0.1, penalty=-INF):
     logprob, token = poisoned(z, k), poisoned(z, k, dtype=torch.int64)
-    with_workspace(cuda.topk, z, b, strength, k, alpha, penalty, logprob, token)
+    with_workspace(cuda.topk, z, b, packed.mask(strength, alpha, penalty), k, logprob, token)
     assert not (token == -9).any() and not (logprob == POISON).any()
     return reference.TopK(logprob, token)
 
 
 def score(z, b, target, strength, alpha=0.1, penalty=-INF):
     logprob = poisoned(z)
-    with_workspace(cuda.score, z, b, target, strength, alpha, penalty, logprob)
+    with_workspace(cuda.score, z, b, packed.mask(strength, alpha, penalty), target, logprob)
     return logprob
 
 
@@ -90,9 +90,9 @@ def check(z, b, strength, target=None, *, alpha=0.1, penalty=-INF, k=5):
     if penalty > -INF:
         scale = scale + mu.abs() * -penalty
 
-    truth = reference.score(*wide, target, mu.double(), **mask)
+    truth = reference.score(*wide, mu.double(), target, **mask)
     assert_earned(
-        score(z, b, target, strength, **mask), reference.score(*narrow, target, mu, **mask),
+        score(z, b, target, strength, **mask), reference.score(*narrow, mu, target, **mask),
         truth, scale,
     )  # fmt: skip
     check_topk(z, b, strength, min(k, z.shape[1]), wide, scale.max(), **mask)
@@ -272,8 +272,9 @@ def test_topk_of_the_whole_vocabulary(alpha, device):
 def cut(z, b, strength, alpha, temperature, k, p, m, seed=0, position=0, penalty=-INF):
     """The tokens; their log-probabilities are those of `score`."""
     token, logprob = poisoned(z, dtype=torch.int64), poisoned(z)
-    draw = temperature, k, p, m, seed, position
-    with_workspace(cuda.sample_cut, z, b, strength, alpha, penalty, *draw, token, logprob)
+    draw = packed.draw(temperature, seed, position, k, p, m)
+    by = packed.mask(strength, alpha, penalty)
+    with_workspace(cuda.sample, z, b, by, draw, token, logprob)
     again = score(z, b, token, strength, alpha, penalty)
     torch.testing.assert_close(logprob, again, rtol=1e-5, atol=1e-5, equal_nan=True)
     return token

@@ -5,6 +5,7 @@ import torch
 
 from svd_engine.kernels import reference
 from svd_engine.ops import cpu
+from tests import packed
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -40,7 +41,7 @@ def logits(n, vocab, seed=0, scale=3.0):
 
 def steer(adapted, base, strength=3.0, alpha=0.1, penalty=-INF, dtype=None):
     out = torch.full(adapted.shape, NAN, dtype=dtype or adapted.dtype)
-    cpu.steer(adapted, base, strength, alpha, penalty, out)
+    cpu.steer(adapted, base, packed.mask(strength, alpha, penalty), out)
     return out
 
 
@@ -49,7 +50,8 @@ def sample(
 ):
     token = torch.full(adapted.shape[:1], -7)
     logprob = torch.full(adapted.shape[:1], 7.0)
-    cpu.sample(adapted, base, strength, alpha, penalty, temperature, seed, position, token, logprob)
+    by, draw = packed.mask(strength, alpha, penalty), packed.draw(temperature, seed, position)
+    cpu.sample(adapted, base, by, draw, token, logprob)
     return token, logprob
 
 
@@ -222,11 +224,11 @@ def test_layouts():
     assert torch.equal(steer(adapted.flip(0), base.flip(0)).flip(0), want)
 
     padded = torch.full((4, 1100), 7.0)
-    cpu.steer(adapted, base, 3.0, 0.1, -INF, padded[:, 5:1008])
+    cpu.steer(adapted, base, packed.mask(3.0), padded[:, 5:1008])
     assert torch.equal(padded[:, 5:1008], want)
     assert (padded[:, :5] == 7).all() and (padded[:, 1008:] == 7).all()
     slots = torch.full((4, 2), -9)
-    cpu.sample(adapted, base, 3.0, 0.1, -INF, 0.0, 0, 0, slots[:, 1], torch.empty(4))
+    cpu.sample(adapted, base, packed.mask(3.0), packed.draw(), slots[:, 1], torch.empty(4))
     assert (slots[:, 0] == -9).all() and torch.equal(slots[:, 1], want.argmax(-1))
 
 
@@ -236,7 +238,7 @@ def test_in_place(penalty):
     want = steer(adapted, base, penalty=penalty)
     for out in (adapted.clone(), base.clone()):
         rows = (out, base) if torch.equal(out, adapted) else (adapted, out)
-        cpu.steer(*rows, 3.0, 0.1, penalty, out)
+        cpu.steer(*rows, packed.mask(3.0, 0.1, penalty), out)
         assert torch.equal(out, want)
 
 
@@ -266,7 +268,7 @@ def test_offsets_are_64_bit():
     want = steer(adapted, base)
     assert torch.equal(steer(far, base), want)
     assert torch.equal(sample(far, base)[0], sample(adapted, base)[0])
-    cpu.steer(far, base, 3.0, 0.1, -INF, far)
+    cpu.steer(far, base, packed.mask(3.0), far)
     assert torch.equal(far, want)
 
 
@@ -322,11 +324,11 @@ def test_wrong_arguments_raise():
     adapted, base = logits(2, 10)
     for rows in ((adapted[0], base[0]), (adapted, base[:, :9]), (adapted.double(), base.double())):
         with pytest.raises(RuntimeError):
-            cpu.steer(*rows, 1.0, 0.1, -INF, torch.empty(2, 10))
+            cpu.steer(*rows, packed.mask(1.0), torch.empty(2, 10))
     with pytest.raises(RuntimeError):
-        cpu.steer(adapted.t(), base.t(), 1.0, 0.1, -INF, torch.empty(10, 2))
+        cpu.steer(adapted.t(), base.t(), packed.mask(1.0), torch.empty(10, 2))
     with pytest.raises(RuntimeError):
-        cpu.steer(adapted, base, torch.ones(3), 0.1, -INF, torch.empty(2, 10))
+        cpu.steer(adapted, base, packed.mask(torch.ones(3)), torch.empty(2, 10))
 
 
 def test_says_why_it_is_unavailable(monkeypatch, tmp_path):

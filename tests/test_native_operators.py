@@ -5,7 +5,7 @@ import torch
 
 from svd_engine.kernels import reference
 from svd_engine.ops import cpu
-from tests import test_native
+from tests import packed, test_native
 from tests.test_native import BF16, F16, F32, INF, NAN, VOCABS, logits, steer
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -29,13 +29,13 @@ def steering_vector(adapted, base, dtype=F32):
 def topk(adapted, base, strength=3.0, k=5, alpha=0.1, penalty=-INF):
     shape = len(adapted), min(k, adapted.shape[1])
     out = poisoned(*shape), poisoned(*shape, dtype=torch.int64)
-    cpu.topk(adapted, base, strength, shape[1], alpha, penalty, *out)
+    cpu.topk(adapted, base, packed.mask(strength, alpha, penalty), shape[1], *out)
     return out
 
 
 def score(adapted, base, target, strength=3.0, alpha=0.1, penalty=-INF):
     out = poisoned(len(adapted))
-    cpu.score(adapted, base, target, strength, alpha, penalty, out)
+    cpu.score(adapted, base, packed.mask(strength, alpha, penalty), target, out)
     return out
 
 
@@ -56,10 +56,8 @@ def sample_cut(
     min_p=0.0, seed=0, position=0,
 ):  # fmt: skip
     token, logprob = poisoned(len(adapted), dtype=torch.int64), poisoned(len(adapted))
-    cpu.sample_cut(
-        adapted, base, strength, alpha, penalty, temperature, top_k, top_p, min_p, seed, position,
-        token, logprob,
-    )  # fmt: skip
+    draw = packed.draw(temperature, seed, position, top_k, top_p, min_p)
+    cpu.sample(adapted, base, packed.mask(strength, alpha, penalty), draw, token, logprob)
     return token, logprob
 
 
@@ -261,7 +259,7 @@ def test_layouts():
     assert_same(every(base, half[:, 3:1006]), every(base, exact.float()))
 
     logprob, token = poisoned(4, 30), poisoned(4, 30, dtype=torch.int64)
-    cpu.topk(adapted, base, 3.0, 5, 0.1, -INF, logprob[:, 3:28:5], token[:, 1:6])
+    cpu.topk(adapted, base, packed.mask(3.0), 5, logprob[:, 3:28:5], token[:, 1:6])
     assert torch.equal(logprob[:, 3:28:5], want[2]) and torch.equal(token[:, 1:6], want[3])
     assert (logprob == 7).sum() == 4 * 25 and (token == -7).sum() == 4 * 25
     columns = poisoned(4, 3)
@@ -348,7 +346,8 @@ def test_no_cut_is_sample_and_the_logprob_is_the_score(temperature):
     for options in ({}, {"alpha": 0.0}, {"penalty": -1.0}):
         plain = poisoned(20, dtype=torch.int64), poisoned(20)
         mask = options.get("alpha", 0.1), options.get("penalty", -INF)
-        cpu.sample(adapted, base, 3.0, *mask, temperature, 5, position, *plain)
+        draw = packed.draw(temperature, 5, position)
+        cpu.sample(adapted, base, packed.mask(3.0, *mask), draw, *plain)
         for cut in (NO_CUT, {"top_k": 4000}, {"top_p": 1 - 1e-12}, {"min_p": 1e-30}):
             drawn = sample_cut(
                 adapted, base, temperature=temperature, seed=5, position=position, **options, **cut
@@ -368,13 +367,13 @@ def test_wrong_arguments_raise():
         with pytest.raises(RuntimeError):
             project_strength(adapted, base, wrong)
     for call in (
-        lambda: cpu.topk(adapted, base, 1.0, 0, 0.1, -INF, torch.empty(2, 0), target[:, None]),
-        lambda: cpu.topk(adapted, base, 1.0, 1, 0.1, -INF, torch.empty(2, 2), target[:, None]),
-        lambda: cpu.topk(adapted, base, 1.0, 1, 0.1, -INF, torch.empty(2, 1), torch.empty(2, 1)),
+        lambda: cpu.topk(adapted, base, packed.mask(1.0), 0, torch.empty(2, 0), target[:, None]),
+        lambda: cpu.topk(adapted, base, packed.mask(1.0), 1, torch.empty(2, 2), target[:, None]),
+        lambda: cpu.topk(adapted, base, packed.mask(1.0), 1, torch.empty(2, 1), torch.empty(2, 1)),
         lambda: cpu.divergence(adapted, base, short),
         lambda: cpu.divergence(adapted, base[:, :9], torch.empty(2)),
         lambda: cpu.steering_vector(adapted, base, torch.empty(2, 9)),
-        lambda: cpu.score(adapted, base, target, 1.0, 0.1, -INF, short),
+        lambda: cpu.score(adapted, base, packed.mask(1.0), target, short),
     ):
         with pytest.raises(RuntimeError):
             call()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svd_engine.kernels.arguments import named
 from svd_engine.kernels.reference import Head, Projection, Sampled, Strength, TopK
 from svd_engine.ops import checks, dispatch
 from svd_engine.ops.hidden_states import (
@@ -75,8 +76,8 @@ def steer(
     mask = checks.mask(strength, alpha, penalty, adapted)
     if out is not None:
         checks.out(out, adapted)
-    dtype = adapted.dtype if out is None else out.dtype
-    return _call("steer", backend, adapted, base, mask, options=(dtype,), out=out)[0]
+    dtype = None if out is None else out.dtype
+    return _call("steer", backend, adapted, base, mask, dtype, out=out)[0]
 
 
 def sample(
@@ -103,7 +104,7 @@ def sample(
     adapted, base = _rows(adapted, base, backend)
     mask = checks.mask(strength, alpha, penalty, adapted)
     draw = checks.draw(temperature, top_k, top_p, min_p, seed, position, adapted)
-    return Sampled(*_call("sample", backend, adapted, base, mask, draw))
+    return named(Sampled, _call("sample", backend, adapted, base, mask, draw))
 
 
 def topk(
@@ -120,7 +121,7 @@ def topk(
     adapted, base = _rows(adapted, base, backend)
     mask = checks.mask(strength, alpha, penalty, adapted)
     checks.k(k, adapted.shape[1])
-    return TopK(*_call("topk", backend, adapted, base, mask, k))
+    return named(TopK, _call("topk", backend, adapted, base, mask, k))
 
 
 def project_strength(
@@ -128,9 +129,9 @@ def project_strength(
 ) -> Projection:
     """numerator, gauss_newton (20) and newton (19) denominators, in_support; `[N]` each."""
     adapted, base = _rows(adapted, base, backend)
-    checks.support(alpha)
+    checks.support(alpha, penalty=0.0)
     checks.target(target, adapted, adapted.shape[1])
-    return Projection(*_call("project_strength", backend, adapted, base, target, alpha))
+    return named(Projection, _call("project_strength", backend, adapted, base, target, alpha))
 
 
 def score(
@@ -184,15 +185,9 @@ def _rows(adapted: Tensor, base: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def _call(
-    name: str,
-    backend: str,
-    *arguments: Any,
-    options: tuple[Any, ...] = (),
-    out: Tensor | None = None,
-) -> Any:
+def _call(name: str, backend: str, *arguments: Any, out: Tensor | None = None) -> Any:
     """Traced as one node under torch.compile; else straight to the kernel."""
     if not torch.compiler.is_compiling():
-        return dispatch.launch(name, backend, arguments, options, out)
-    outputs = dispatch.traced(name, backend, (*arguments, *options))
+        return dispatch.launch(name, backend, arguments, out)
+    outputs = dispatch.traced(name, backend, arguments)
     return outputs if out is None else (out.copy_(outputs[0]),)

@@ -65,7 +65,7 @@ def capability(limit: str | None = None) -> str:
 
 def steer(adapted: Tensor, base: Tensor, mask: Mask, out: Tensor) -> None:
     """`reference.steer` into `out`, which may be `adapted` or `base` itself."""
-    _ops().steer(adapted, base, *mask.strength, mask.log_alpha, mask.penalty, out)
+    _ops().steer(adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, out)
 
 
 def steering_vector(adapted: Tensor, base: Tensor, out: Tensor) -> None:
@@ -77,23 +77,30 @@ def sample(
     adapted: Tensor, base: Tensor, mask: Mask, draw: Draw, token: Tensor, logprob: Tensor
 ) -> None:
     """`reference.sample` into `token` (int64) and `logprob` (float32)."""
-    steering = (*mask.strength, mask.log_alpha, mask.penalty)
-    outputs = (*draw.seed, *draw.position, token, logprob)
     if draw.is_cut:
-        cuts = (draw.top_k, draw.top_p, draw.min_p)
-        _ops().sample_cut(adapted, base, *steering, draw.temperature, *cuts, *outputs)
+        _ops().sample_cut(
+            adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, draw.temperature,
+            draw.top_k, draw.top_p, draw.min_p, *draw.seed, *draw.position, token, logprob,
+        )  # fmt: skip
     else:
-        _ops().sample(adapted, base, *steering, draw.temperature, *outputs)
+        _ops().sample(
+            adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, draw.temperature,
+            *draw.seed, *draw.position, token, logprob,
+        )  # fmt: skip
 
 
 def topk(adapted: Tensor, base: Tensor, mask: Mask, k: int, logprob: Tensor, token: Tensor) -> None:
     """`reference.topk` into `logprob` (float32) and `token` (int64), [N, k] each."""
-    _ops().topk(adapted, base, *mask.strength, k, mask.log_alpha, mask.penalty, logprob, token)
+    _ops().topk(
+        adapted, base, *mask.strength, k, log_alpha(mask.alpha), mask.penalty, logprob, token
+    )
 
 
 def score(adapted: Tensor, base: Tensor, mask: Mask, target: Tensor, logprob: Tensor) -> None:
     """`reference.score` into `logprob` (float32)."""
-    _ops().score(adapted, base, target, *mask.strength, mask.log_alpha, mask.penalty, logprob)
+    _ops().score(
+        adapted, base, target, *mask.strength, log_alpha(mask.alpha), mask.penalty, logprob
+    )
 
 
 def project_strength(

@@ -212,11 +212,12 @@ def _inputs(adapted: Tensor, base: Tensor) -> tuple[int, ...]:
 
 
 def _steering(mask: Mask) -> tuple[Any, ...]:
-    return *_per_row(mask.strength), mask.log_alpha, mask.penalty
+    return *_per_row(mask.strength), log_alpha(mask.alpha), mask.penalty
 
 
-def _per_row(x: PerRow[Any]) -> tuple[Tensor | None, Any]:
-    return None if x.each is None else x.each.contiguous(), x.shared
+def _per_row(value: PerRow[Any]) -> tuple[Tensor | None, Any]:
+    number, each = value
+    return None if each is None else each.contiguous(), number
 
 
 def _workspace(adapted: Tensor, given: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ each operator that it has: the operator's arguments, then its outputs, which are
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,11 @@ PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # what "auto" takes,
 class Operator(NamedTuple):
     """An operator: what it takes and returns, how its outputs are allocated, its reference."""
 
-    arguments: Fields  # of the backends, before the outputs
+    arguments: Fields
     returns: str
-    outputs: Callable[..., tuple[Tensor, ...]]  # from the arguments and options
-    reference: Callable[..., tuple[Tensor, ...]]  # of the same
-    options: Fields = MappingProxyType({})  # of the outputs alone
+    outputs: Callable[..., tuple[Tensor, ...]]  # from the arguments
+    reference: Callable[..., tuple[Tensor, ...]]
+    read: int | None = None  # so many arguments go to the kernels; the others are of the outputs
 
 
 def _floats(adapted: Tensor, *size: int) -> Tensor:
@@ -54,11 +54,11 @@ OPERATORS = {
         lambda z, b: (reference.steering_vector(z, b),),
     ),
     "steer": Operator(
-        {**ROWS, "mask": Mask},
+        {**ROWS, "mask": Mask, "dtype": torch.dtype | None},
         "Tensor",
         lambda z, b, mask, dtype: (torch.empty_like(z, dtype=dtype),),
         lambda z, b, mask, dtype: (reference.steer(z, b, **keywords(mask), dtype=dtype),),
-        {"dtype": torch.dtype},
+        read=3,
     ),
     "sample": Operator(
         {**ROWS, "mask": Mask, "draw": Draw},
@@ -131,11 +131,7 @@ def choose(operator: str, backend: str, device: torch.device) -> ModuleType:
 
 
 def launch(
-    name: str,
-    backend: str,
-    arguments: tuple[Any, ...],
-    options: tuple[Any, ...] = (),
-    out: Tensor | None = None,
+    name: str, backend: str, arguments: tuple[Any, ...], out: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Run an operator whose arguments are checked; its outputs, the first one in `out` if given."""
     adapted = arguments[0]
@@ -143,10 +139,10 @@ def launch(
     operator = OPERATORS[name]
     if module is reference or adapted.numel() == 0:
         with torch.no_grad():
-            computed = operator.reference(*arguments, *options)
+            computed = operator.reference(*arguments)
             return computed if out is None else (out.copy_(computed[0]),)
-    outputs = operator.outputs(*arguments, *options) if out is None else (out,)
-    getattr(module, name)(*arguments, *outputs)
+    outputs = operator.outputs(*arguments) if out is None else (out,)
+    getattr(module, name)(*arguments[: operator.read], *outputs)
     return outputs
 
 
@@ -181,13 +177,12 @@ def register(
 
 
 def _register(library: torch.library.Library, registered: str, name: str) -> None:
-    operator, taken = OPERATORS[name], len(OPERATORS[name].arguments)
+    operator = OPERATORS[name]
 
     def run(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return launch(name, backend, arguments[:taken], arguments[taken:])
+        return launch(name, backend, arguments)
 
-    fields = {**operator.arguments, **operator.options}
-    register(library, registered, fields, operator.returns, run, operator.outputs)
+    register(library, registered, operator.arguments, operator.returns, run, operator.outputs)
 
 
 _library = torch.library.Library("svd_engine", "DEF")

@@ -4,14 +4,14 @@ Logits are made for a few rows at a time, so memory does not grow with the numbe
 """
 
 import math
-from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svd_engine.kernels.reference import Head, Projection, Strength, TopK
-from svd_engine.ops import checks, dispatch
+from svd_engine.ops import checks, dispatch, schema
 
 INF = math.inf
 CHUNK_BYTES = 128 << 20  # logits of both models that are held at once
@@ -65,7 +65,7 @@ def linear_project_strength(
 ) -> Projection:
     """`ops.project_strength` of the head's logits of hidden states `[N, H]`."""
     head = _checked(adapted, base, head)
-    checks.support(alpha)
+    checks.support(alpha, penalty=0.0)
     checks.target(target, adapted, head.weight.shape[0])
     return Projection(*_call("project_strength", backend, adapted, base, head, target, alpha))
 
@@ -101,23 +101,16 @@ def _chunked(name: str, backend: str, adapted: Tensor, base: Tensor, head: Head,
     """The operator's outputs over all rows, from logits of `CHUNK_BYTES` at once."""
     rows, vocab = len(adapted), head.weight.shape[0]
     step = max(1, CHUNK_BYTES // (2 * vocab * adapted.element_size()))
+    leaves, fields = schema.flat(rest), dispatch.OPERATORS[name].arguments
     parts = []
     for start in range(0, max(rows, 1), step):
         part = slice(start, start + step)
         with torch.no_grad():
             z, b = head.logits(adapted[part]), head.logits(base[part])
-        parts.append(dispatch.launch(name, backend, (z, b, *_of_rows(rest, part))))
+        some = (x[part] if isinstance(x, Tensor) else x for x in leaves)
+        parts.append(dispatch.launch(name, backend, schema.packed(fields, chain((z, b), some))))
         del z, b
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def _of_rows(arguments: tuple[Any, ...], part: slice) -> Iterator[Any]:
-    """What the arguments hold of some rows."""
-    for x in arguments:
-        if isinstance(x, tuple):
-            yield type(x)(*_of_rows(x, part))
-        else:
-            yield x[part] if isinstance(x, Tensor) else x
 
 
 def _register(library: torch.library.Library, name: str) -> None:

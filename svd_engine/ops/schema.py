@@ -9,8 +9,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from svd_engine.kernels.arguments import PerRow
-
 Fields = Mapping[str, Any]  # name -> type
 TYPES = {
     Tensor: "Tensor",
@@ -18,7 +16,7 @@ TYPES = {
     float: "float",
     float | None: "float?",
     int: "SymInt",
-    torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
 }
 
 
@@ -28,7 +26,7 @@ def declared(fields: Fields) -> str:
     for name, kind in fields.items():
         if kind in TYPES:
             arguments.append(f"{TYPES[kind]} {name}")
-        elif get_origin(kind) is PerRow:
+        elif get_origin(kind) is tuple:  # PerRow
             arguments.append(f"{TYPES[get_args(kind)[0]]} {name}, Tensor? {name}s")
         else:
             arguments.append(declared(get_type_hints(kind)))
@@ -51,6 +49,6 @@ def packed(fields: Fields, leaves: Iterator[Any]) -> tuple[Any, ...]:
 def _take(kind: Any, leaves: Iterator[Any]) -> Any:
     if kind in TYPES:
         return next(leaves)
-    if get_origin(kind) is PerRow:
-        return PerRow(next(leaves), next(leaves))
+    if get_origin(kind) is tuple:
+        return next(leaves), next(leaves)
     return kind(*packed(get_type_hints(kind), leaves))

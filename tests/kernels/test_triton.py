@@ -14,6 +14,7 @@ from gpu_cases import impossible
 
 from svd_engine.kernels import launch, reference
 from svd_engine.kernels.triton_noise import gumbel_noise, random_bits
+from tests import packed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -46,7 +47,7 @@ def steer(z, b, strength, alpha=0.1, penalty=-INF, dtype=FLOAT, lead=0):
     buffer = torch.full((n, lead + vocab + 8), POISON, dtype=dtype, device=DEVICE)
     before = buffer.clone()
     out = buffer[:, lead : lead + vocab]
-    launch.steer(z, b, strength, alpha, penalty, out, workspace=poisoned(n, vocab))
+    launch.steer(z, b, packed.mask(strength, alpha, penalty), out, workspace=poisoned(n, vocab))
     assert torch.equal(buffer[:, :lead], before[:, :lead])
     assert torch.equal(buffer[:, lead + vocab :], before[:, lead + vocab :])
     assert not (out == buffer.new_tensor(POISON)).any()
@@ -57,10 +58,8 @@ def sample(z, b, strength, alpha=0.1, penalty=-INF, temperature=0.0, seed=0, pos
     n, vocab = z.shape
     token = torch.full((n,), -9, device=DEVICE)
     logprob = torch.full((n,), POISON, device=DEVICE)
-    launch.sample(
-        z, b, strength, alpha, penalty, temperature, seed, position, token, logprob,
-        workspace=poisoned(n, vocab),
-    )  # fmt: skip
+    by, draw = packed.mask(strength, alpha, penalty), packed.draw(temperature, seed, position)
+    launch.sample(z, b, by, draw, token, logprob, workspace=poisoned(n, vocab))
     assert not (token == -9).any() and not (logprob == POISON).any()
     return reference.Sampled(token, logprob)
 
@@ -153,7 +152,7 @@ def test_offsets_beyond_31_bits(monkeypatch):
     far.copy_(z)
     assert sample(far, b, 2.0).token.tolist() == sample(z, b, 2.0).token.tolist()
     assert torch.equal(steer(far, b, 2.0), steer(z, b, 2.0))
-    launch.steer(z, b, 2.0, 0.1, -INF, far)
+    launch.steer(z, b, packed.mask(2.0), far)
     assert torch.equal(far.float(), steer(z, b, 2.0, dtype=BF16).float())
 
 
@@ -167,7 +166,7 @@ def test_the_workspace_may_be_larger_and_is_optional():
     z, b = logits(2, 300)
     out = torch.empty_like(z)
     for workspace in (None, torch.full((9999,), NAN, device=DEVICE)):
-        launch.steer(z, b, 2.0, 0.1, -INF, out, workspace=workspace)
+        launch.steer(z, b, packed.mask(2.0), out, workspace=workspace)
         assert torch.equal(out, steer(z, b, 2.0))
 
 

@@ -11,6 +11,7 @@ import triton
 from gpu_cases import impossible
 
 from svd_engine.kernels import launch, reference
+from tests import packed
 from tests.kernels.test_triton import (
     BF16,
     DEVICE,
@@ -59,24 +60,23 @@ def project_strength(z, b, target, alpha=0.1):
 
 def score(z, b, target, strength, alpha=0.1, penalty=-INF):
     out = empty(len(z))
-    launch.score(z, b, target, strength, alpha, penalty, out, workspace=poisoned(*z.shape))
+    by = packed.mask(strength, alpha, penalty)
+    launch.score(z, b, by, target, out, workspace=poisoned(*z.shape))
     return out
 
 
 def topk(z, b, strength, k, alpha=0.1, penalty=-INF):
     logprob, token = empty(len(z), k), empty(len(z), k, dtype=torch.int64)
-    launch.topk(z, b, strength, k, alpha, penalty, logprob, token, workspace=poisoned(*z.shape))
+    by = packed.mask(strength, alpha, penalty)
+    launch.topk(z, b, by, k, logprob, token, workspace=poisoned(*z.shape))
     return reference.TopK(logprob, token)
 
 
 def sample_cut(z, b, strength, draw, cuts, alpha=0.1, penalty=-INF):
     """draw: temperature, seed, position. cuts: top_k, top_p, min_p."""
-    temperature, seed, position = draw
+    by, how = packed.mask(strength, alpha, penalty), packed.draw(*draw, *cuts)
     token, logprob = empty(len(z), dtype=torch.int64), empty(len(z))
-    launch.sample_cut(
-        z, b, strength, alpha, penalty, temperature, *cuts, seed, position, token, logprob,
-        workspace=poisoned(*z.shape),
-    )  # fmt: skip
+    launch.sample(z, b, by, how, token, logprob, workspace=poisoned(*z.shape))
     assert not (logprob == POISON).any()
     return reference.Sampled(token, logprob)
 
@@ -123,8 +123,8 @@ def check_steered(z, b, strength, alpha=0.1, penalty=-INF, k=4, target=None):
         scale = scale + largest(mu) * -penalty
     if target is None:
         target = torch.arange(len(z), device=DEVICE) * 7 % z.shape[1]
-    want = reference.score(z64, b64, target, mu.double(), **mask)
-    plain = reference.score(z32, b32, target, mu, **mask)
+    want = reference.score(z64, b64, mu.double(), target, **mask)
+    plain = reference.score(z32, b32, mu, target, **mask)
     assert_earned(score(z, b, target, strength, alpha, penalty), plain, want, scale)
 
     plain, got = reference.topk(z32, b32, mu, k, **mask), topk(z, b, strength, k, alpha, penalty)
