@@ -33,7 +33,7 @@ class Operator(NamedTuple):
     returns: str
     outputs: Callable[..., tuple[Tensor, ...]]  # from the arguments
     reference: Callable[..., tuple[Tensor, ...]]
-    read: int | None = None  # so many arguments go to the kernels; the others are of the outputs
+    read: int | None = None  # how many arguments backends take, None for all; the rest allocate
 
 
 def _floats(adapted: Tensor, *size: int) -> Tensor:
@@ -188,4 +188,4 @@ def _register(library: torch.library.Library, registered: str, name: str) -> Non
 _library = torch.library.Library("svd_engine", "DEF")
 for _name in OPERATORS:
     _register(_library, _name, _name)
-_register(_library, "sample_cut", "sample")  # what graphs call that were exported with cuts
+_register(_library, "sample_cut", "sample")  # exported graphs hold a sample with cuts by this name
