@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import Strength, log_alpha
+from .arguments import Draw, Mask, PerRow, log_alpha
 from .triton_cut import cut_rows
 from .triton_measure import STATISTICS, measure_tiles
 from .triton_sample import choose_tiles, sample_rows, settle_rows
@@ -28,6 +28,9 @@ STREAM_WARPS = 4  # programs that stream one tile each
 ROW_WARPS = 8  # a program that walks a row's tiles one after the other
 # Registers a thread at most. Without a bound ptxas spills to come under a lower one of its choice.
 STREAM_REGISTERS, ROW_REGISTERS = 128, 168
+
+UNSTEERED = Mask((0.0, None), alpha=0.0, penalty=0.0)
+GREEDY = Draw(0.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, None), position=(0, None))
 
 
 def unavailable() -> str | None:
@@ -48,27 +51,20 @@ def workspace_size(rows: int, vocab: int) -> int:
 
 
 # Of every operator: adapted, base: `[N, V]`, each float32, bfloat16 or float16, last stride 1.
-# strength: a number or float32 `[N]`. target: int64 `[N]`. seed, position: numbers or int64 `[N]`.
+# Of `PerRow` tensors the strength is float32, seed and position are int64. target: int64 `[N]`.
 # Results are contiguous, and float32 but for tokens (int64) and in_support (bool), unless they are
 # `[N, V]`: those may have any row stride, and of `steer` any of the three dtypes.
 # workspace: float32 `[workspace_size(N, V)]` or more.
 
 
 def steer(
-    adapted: Tensor,
-    base: Tensor,
-    strength: Strength,
-    alpha: float,
-    penalty: float,
-    out: Tensor,
-    *,
-    workspace: Tensor | None = None,
+    adapted: Tensor, base: Tensor, mask: Mask, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
     """out = reference.steer(adapted, base, strength)."""
     rows = _Rows(adapted, base, workspace)
     rows.each_tile(
-        steer_tiles, *rows.mask(strength, alpha, penalty), out, out.stride(0),
-        REMOVE=penalty == -math.inf, DELTA=False, ALIGNED=rows.aligned and aligned(out),
+        steer_tiles, *rows.steering(mask), out, out.stride(0),
+        REMOVE=mask.removes, DELTA=False, ALIGNED=rows.aligned and aligned(out),
     )  # fmt: skip
 
 
@@ -78,7 +74,7 @@ def steering_vector(
     """out = reference.steering_vector(adapted, base)."""
     rows = _Rows(adapted, base, workspace)
     rows.each_tile(
-        steer_tiles, *rows.mask(0.0, 0.0, 0.0), out, out.stride(0),
+        steer_tiles, *rows.steering(UNSTEERED), out, out.stride(0),
         REMOVE=True, DELTA=True, ALIGNED=rows.aligned and aligned(out),
     )  # fmt: skip
 
@@ -86,67 +82,37 @@ def steering_vector(
 def sample(
     adapted: Tensor,
     base: Tensor,
-    strength: Strength,
-    alpha: float,
-    penalty: float,
-    temperature: float,
-    seed: int | Tensor,
-    position: int | Tensor,
+    mask: Mask,
+    draw: Draw,
     token: Tensor,
     logprob: Tensor,
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """token, logprob = reference.sample(adapted, base, strength) without cuts.
+    """token, logprob = reference.sample(adapted, base, strength).
 
     Where a token may come from any tile, every tile gets a program and a third launch settles the
-    row; else one program walks the few tiles with support.
+    row; else, and for cuts, one program walks the tiles that it needs.
     """
     rows = _Rows(adapted, base, workspace)
-    mask, noise = rows.mask(strength, alpha, penalty), _noise(temperature, seed, position, token)
-    greedy = temperature == 0
-    if alpha == 0 or penalty > -math.inf:
-        rows.each_tile(choose_tiles, *mask, *noise, REMOVE=penalty == -math.inf, GREEDY=greedy)
+    steering, noise = rows.steering(mask), _noise(draw, token)
+    greedy = draw.temperature == 0
+    if draw.is_cut:
+        top_k, top_p, log_min_p = draw.cuts
+        cuts = min(top_k, rows.vocab), top_p, log_min_p
+        rows.each_row(cut_rows, *steering, *noise, *cuts, token, logprob, REMOVE=mask.removes)
+    elif mask.alpha == 0 or not mask.removes:
+        rows.each_tile(choose_tiles, *steering, *noise, REMOVE=mask.removes, GREEDY=greedy)
         rows.settle(settle_rows, token, logprob)
     else:
-        rows.each_row(sample_rows, *mask, *noise, token, logprob, GREEDY=greedy)
-
-
-def sample_cut(
-    adapted: Tensor,
-    base: Tensor,
-    strength: Strength,
-    alpha: float,
-    penalty: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | Tensor,
-    position: int | Tensor,
-    token: Tensor,
-    logprob: Tensor,
-    *,
-    workspace: Tensor | None = None,
-) -> None:
-    """token, logprob = reference.sample(adapted, base, strength), temperature above 0."""
-    rows = _Rows(adapted, base, workspace)
-    rows.each_row(
-        cut_rows, *rows.mask(strength, alpha, penalty), *_noise(temperature, seed, position, token),
-        min(top_k, adapted.shape[1]) or adapted.shape[1],
-        top_p if top_p < 1 else math.inf,
-        math.log(min_p) if min_p else -math.inf,
-        token, logprob, REMOVE=penalty == -math.inf,
-    )  # fmt: skip
+        rows.each_row(sample_rows, *steering, *noise, token, logprob, GREEDY=greedy)
 
 
 def topk(
     adapted: Tensor,
     base: Tensor,
-    strength: Strength,
+    mask: Mask,
     k: int,
-    alpha: float,
-    penalty: float,
     logprob: Tensor,
     token: Tensor,
     *,
@@ -154,30 +120,25 @@ def topk(
 ) -> None:
     """logprob, token `[N, k]` = reference.topk(adapted, base, strength, k)."""
     rows = _Rows(adapted, base, workspace)
-    rows.each_row(
-        topk_rows, *rows.mask(strength, alpha, penalty), k, logprob, token,
-        REMOVE=penalty == -math.inf,
-    )  # fmt: skip
+    rows.each_row(topk_rows, *rows.steering(mask), k, logprob, token, REMOVE=mask.removes)
 
 
 def score(
     adapted: Tensor,
     base: Tensor,
+    mask: Mask,
     target: Tensor,
-    strength: Strength,
-    alpha: float,
-    penalty: float,
     logprob: Tensor,
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """logprob = reference.score(adapted, base, target, strength)."""
+    """logprob = reference.score(adapted, base, strength, target)."""
     rows = _Rows(adapted, base, workspace)
-    mask, remove = rows.mask(strength, alpha, penalty), penalty == -math.inf
-    if alpha == 0:
-        noise = _noise(0.0, 0, 0, target)
-        rows.each_tile(choose_tiles, *mask, *noise, REMOVE=remove, GREEDY=True)
-    rows.each_row(score_rows, *mask, target.contiguous(), logprob, REMOVE=remove, CHOSEN=alpha == 0)
+    steering, options = rows.steering(mask), dict(REMOVE=mask.removes)
+    if mask.alpha == 0:
+        rows.each_tile(choose_tiles, *steering, *_noise(GREEDY, target), GREEDY=True, **options)
+    chosen = mask.alpha == 0
+    rows.each_row(score_rows, *steering, target.contiguous(), logprob, CHOSEN=chosen, **options)
 
 
 def project_strength(
@@ -193,11 +154,9 @@ def project_strength(
     workspace: Tensor | None = None,
 ) -> None:
     """numerator, gauss_newton, newton, in_support = reference.project_strength(...)."""
+    outputs = numerator, gauss_newton, newton, in_support
     rows = _Rows(adapted, base, workspace)
-    rows.each_row(
-        project_rows, log_alpha(alpha), target.contiguous(),
-        numerator, gauss_newton, newton, in_support,
-    )  # fmt: skip
+    rows.each_row(project_rows, log_alpha(alpha), target.contiguous(), *outputs)
 
 
 def divergence(
@@ -222,21 +181,24 @@ def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str
     delta = torch.empty(1, width, device=device)
     # One token past an aligned address is unaligned, and so is every row if V is no multiple of 8.
     layouts = (0, 1) if vocab % 8 == 0 else (1,)
+    masks = [
+        Mask((1.0, None), alpha, penalty) for alpha in (0.0, 0.1) for penalty in (-math.inf, -1.0)
+    ]
+    draws = [GREEDY, GREEDY._replace(temperature=1.0), GREEDY._replace(temperature=1.0, top_k=1)]
     for lead, z, b in itertools.product(layouts, buffers, buffers):
         z, b = z[:, lead : lead + vocab], b[:, lead : lead + vocab]
         divergence(z, b, number)
         project_strength(z, b, token, 0.1, *several)
-        for penalty in (-math.inf, -1.0):
-            topk(z, b, 1.0, 1, 0.1, penalty, number, token)
-            sample_cut(z, b, 1.0, 0.1, penalty, 1.0, 1, 1.0, 0.0, 0, 0, token, number)
-            for alpha, temperature in itertools.product((0.0, 0.1), (0.0, 1.0)):
-                sample(z, b, 1.0, alpha, penalty, temperature, 0, 0, token, number)
-                score(z, b, token, 1.0, alpha, penalty, number)
+        for mask in masks:
+            topk(z, b, mask, 1, number, token)
+            score(z, b, mask, token, number)
+            for draw in draws:
+                sample(z, b, mask, draw, token, number)
         for out_lead in layouts:
             steering_vector(z, b, delta[:, out_lead : out_lead + vocab])
-            for out, penalty in itertools.product(buffers, (-math.inf, -1.0)):
+            for mask, out in itertools.product(masks, buffers):
                 out = torch.empty_like(out)[:, out_lead : out_lead + vocab]
-                steer(z, b, 1.0, 0.1, penalty, out)
+                steer(z, b, mask, out)
 
 
 class _Rows:
@@ -260,8 +222,8 @@ class _Rows:
         self.aligned = aligned(adapted, base)
         self.each_tile(measure_tiles, BASE=BASE)
 
-    def mask(self, strength: Strength, alpha: float, penalty: float) -> tuple[Any, ...]:
-        return *_per_row(strength, self.workspace), log_alpha(alpha), penalty
+    def steering(self, mask: Mask) -> tuple[Any, ...]:
+        return *_per_row(mask.strength, self.workspace), log_alpha(mask.alpha), mask.penalty
 
     def each_tile(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """A program for every tile of every row."""
@@ -307,12 +269,11 @@ def aligned(*rows: Tensor) -> bool:
     )
 
 
-def _per_row(value: float | Tensor, unread: Tensor) -> tuple[float, Tensor, int]:
-    """One number for all rows or a tensor with one for each: what `triton_rows.per_row` takes."""
-    return (0, value.contiguous(), 1) if isinstance(value, Tensor) else (value, unread, 0)
+def _per_row(value: PerRow[Any], unread: Tensor) -> tuple[Any, Tensor, int]:
+    """What `triton_rows.per_row` takes; `unread` stands where there is no tensor."""
+    number, each = value
+    return (number, unread, 0) if each is None else (number, each.contiguous(), 1)
 
 
-def _noise(
-    temperature: float, seed: int | Tensor, position: int | Tensor, unread: Tensor
-) -> tuple[Any, ...]:
-    return temperature, *_per_row(seed, unread), *_per_row(position, unread)
+def _noise(draw: Draw, unread: Tensor) -> tuple[Any, ...]:
+    return draw.temperature, *_per_row(draw.seed, unread), *_per_row(draw.position, unread)

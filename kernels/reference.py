@@ -208,8 +208,8 @@ def topk(
 def score(
     adapted: Tensor,
     base: Tensor,
-    target: Tensor,
     strength: Strength,
+    target: Tensor,
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
@@ -322,15 +322,15 @@ def linear_score(
     adapted: Tensor,
     base: Tensor,
     head: Head,
-    target: Tensor,
     strength: Strength,
+    target: Tensor,
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
 ) -> Tensor:
     """`score` of the head's logits of two hidden states `[N, H]`."""
     z, b = head.logits(adapted), head.logits(base)
-    return score(z, b, target, strength, alpha=alpha, penalty=penalty)
+    return score(z, b, strength, target, alpha=alpha, penalty=penalty)
 
 
 def linear_project_strength(

@@ -32,7 +32,7 @@ class SteeringConfig:
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
             raise ValueError(f"strength must be finite; got {self.strength}.")
-        checks.mask(self.alpha, self.penalty)
+        checks.support(self.alpha, self.penalty)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the file into an adapter's folder and return its path."""

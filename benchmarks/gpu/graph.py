@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import capture
 from benchmarks.gpu.worker import Run, words
 from benchmarks.records import ROOT
-from svd_engine.ops import dispatch
+from svd_engine.ops import checks, dispatch
 from tests.ops.cases import BF16, INF, OPERATORS, Options, absent, logits, options
 
 VOCAB = 50257
@@ -124,6 +124,8 @@ def no_allocation(backend: str) -> str:
     kernels = import_module(dispatch.MODULES[backend])
     z, b = logits(4, VOCAB, "cuda", BF16)
     out, o = torch.empty_like(z), options(z)
+    mask = checks.mask(2.0, 0.1, -INF, z)
+    draw = checks.draw(0.8, 0, 1.0, 0.0, o.seed, o.position, z)
     token = torch.empty(4, dtype=torch.int64, device="cuda")
     logprob = torch.empty(4, device="cuda")
     space = torch.empty(kernels.workspace_size(4, VOCAB), device="cuda")
@@ -131,10 +133,8 @@ def no_allocation(backend: str) -> str:
 
     def call() -> None:
         counts.append(torch.cuda.memory_stats()["allocation.all.allocated"])
-        kernels.steer(z, b, 2.0, 0.1, -INF, out, workspace=space)
-        kernels.sample(
-            z, b, 2.0, 0.1, -INF, 0.8, o.seed, o.position, token, logprob, workspace=space
-        )
+        kernels.steer(z, b, mask, out, workspace=space)
+        kernels.sample(z, b, mask, draw, token, logprob, workspace=space)
         counts.append(torch.cuda.memory_stats()["allocation.all.allocated"])
 
     capture([call]).replay()

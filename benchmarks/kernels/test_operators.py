@@ -22,12 +22,13 @@ from benchmarks.baselines import ALPHA, STRENGTH, compiled, eager
 from benchmarks.records import machine
 from svd_engine import ops
 from svd_engine.kernels import reference
+from svd_engine.kernels.arguments import Draw, Mask
 from svd_engine.ops import cpu, dispatch
 
 INF = math.inf
 VOCABS = [49152, 128256, 151936]
 ROWS = [1, 4, 32, 256]
-NAMES = [*dispatch.OPERATORS, "eager", "compiled", "read", "clone"]
+NAMES = [*dispatch.OPERATORS, "sample_cut", "eager", "compiled", "read", "clone"]
 WRITING = ("steer", "steering_vector", "eager", "compiled")  # a row of the vocabulary's width
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,21 +45,22 @@ def operator(name: str, z: Tensor, b: Tensor) -> tuple[Callable[[], Any], Tensor
     """Return a call and the output that it fills, None where the call returns its result."""
     n, k = len(z), 5
     token, logprob = torch.empty(n, dtype=torch.int64), torch.empty(n)
-    mask, target = (ALPHA, -INF), torch.arange(n)
+    mask, target = Mask((STRENGTH, None), ALPHA, -INF), torch.arange(n)
+    greedy = Draw(0.0, 0, 1.0, 0.0, (0, None), (0, None))
+    cut = greedy._replace(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05)
     match name:
         case "steer":
             out = torch.empty_like(z)
-            return partial(cpu.steer, z, b, STRENGTH, *mask, out), out
+            return partial(cpu.steer, z, b, mask, out), out
         case "sample":
-            return partial(cpu.sample, z, b, STRENGTH, *mask, 0.0, 0, 0, token, logprob), token
+            return partial(cpu.sample, z, b, mask, greedy, token, logprob), token
         case "sample_cut":
-            start = partial(cpu.sample_cut, z, b, STRENGTH, *mask)
-            return partial(start, 0.8, 50, 0.9, 0.05, 0, 0, token, logprob), token
+            return partial(cpu.sample, z, b, mask, cut, token, logprob), token
         case "topk":
             best, tokens = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
-            return partial(cpu.topk, z, b, STRENGTH, k, *mask, best, tokens), best
+            return partial(cpu.topk, z, b, mask, k, best, tokens), best
         case "score":
-            return partial(cpu.score, z, b, target, STRENGTH, *mask, logprob), logprob
+            return partial(cpu.score, z, b, mask, target, logprob), logprob
         case "project_strength":
             terms = torch.empty(n), torch.empty(n), torch.empty(n)
             inside = torch.empty(n, dtype=torch.bool)
@@ -100,7 +102,7 @@ def check(name: str, result: Tensor, adapted: Tensor, base: Tensor) -> None:
         return
     truths: dict[str, Callable[[], Tensor]] = {
         "topk": lambda: reference.topk(z, b, k=5, **mask).logprob,
-        "score": lambda: reference.score(z, b, target, **mask),
+        "score": lambda: reference.score(z, b, target=target, **mask),
         "project_strength": lambda: reference.project_strength(z, b, target, alpha=ALPHA)[0],
         "divergence": lambda: reference.divergence(z, b),
         "steering_vector": lambda: reference.steering_vector(z, b),

@@ -107,5 +107,4 @@ def score(
 
 def scores(under: Distribution, target: Tensor) -> Tensor:
     """log P of the targets `[n]`."""
-    adapted, base, strength = under.operands
-    return ops.score(adapted, base, target, strength, **under.mask)
+    return ops.score(*under.operands, target, **under.mask)

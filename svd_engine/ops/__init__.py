@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svd_engine.kernels.arguments import named
 from svd_engine.kernels.reference import Head, Projection, Sampled, Strength, TopK
 from svd_engine.ops import checks, dispatch
 from svd_engine.ops.hidden_states import (
@@ -72,12 +73,11 @@ def steer(
     strength: a number or `[N]`. penalty <= 0; -inf removes tokens off the support at any strength.
     """
     adapted, base = _rows(adapted, base, backend)
-    mu = checks.per_row("strength", strength, adapted, torch.float32)
-    checks.mask(alpha, penalty)
+    mask = checks.mask(strength, alpha, penalty, adapted)
     if out is not None:
         checks.out(out, adapted)
-    dtype = adapted.dtype if out is None else out.dtype
-    return _call("steer", backend, adapted, base, mu, alpha, penalty, dtype, out=out)[0]
+    dtype = None if out is None else out.dtype
+    return _call("steer", backend, adapted, base, mask, dtype, out=out)[0]
 
 
 def sample(
@@ -102,17 +102,9 @@ def sample(
     taken before temperature and cuts. A row with NaN or +inf gives token -1.
     """
     adapted, base = _rows(adapted, base, backend)
-    mu = checks.per_row("strength", strength, adapted, torch.float32)
-    checks.mask(alpha, penalty)
-    checks.sampling(temperature, top_k, top_p, min_p)
-    seeds = checks.per_row("seed", seed, adapted, torch.int64)
-    positions = checks.per_row("position", position, adapted, torch.int64)
-    shared = (adapted, base, mu, alpha, penalty, temperature)
-    if temperature > 0 and (top_k > 0 or top_p < 1 or min_p > 0):
-        drawn = _call("sample_cut", backend, *shared, top_k, top_p, min_p, seeds, positions)
-    else:
-        drawn = _call("sample", backend, *shared, seeds, positions)
-    return Sampled(*drawn)
+    mask = checks.mask(strength, alpha, penalty, adapted)
+    draw = checks.draw(temperature, top_k, top_p, min_p, seed, position, adapted)
+    return named(Sampled, _call("sample", backend, adapted, base, mask, draw))
 
 
 def topk(
@@ -127,10 +119,9 @@ def topk(
 ) -> TopK:
     """The k best steered log-probabilities, descending, and their tokens: `[N, k]` each."""
     adapted, base = _rows(adapted, base, backend)
-    mu = checks.per_row("strength", strength, adapted, torch.float32)
-    checks.mask(alpha, penalty)
+    mask = checks.mask(strength, alpha, penalty, adapted)
     checks.k(k, adapted.shape[1])
-    return TopK(*_call("topk", backend, adapted, base, mu, k, alpha, penalty))
+    return named(TopK, _call("topk", backend, adapted, base, mask, k))
 
 
 def project_strength(
@@ -138,16 +129,16 @@ def project_strength(
 ) -> Projection:
     """numerator, gauss_newton (20) and newton (19) denominators, in_support; `[N]` each."""
     adapted, base = _rows(adapted, base, backend)
-    checks.mask(alpha, 0.0)
+    checks.support(alpha, penalty=0.0)
     checks.target(target, adapted, adapted.shape[1])
-    return Projection(*_call("project_strength", backend, adapted, base, target, alpha))
+    return named(Projection, _call("project_strength", backend, adapted, base, target, alpha))
 
 
 def score(
     adapted: Tensor,
     base: Tensor,
-    target: Tensor,
     strength: Strength,
+    target: Tensor,
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
@@ -155,10 +146,9 @@ def score(
 ) -> Tensor:
     """log_softmax of the steered logits at `target` int64 `[N]`: log P_hat, float32 `[N]`."""
     adapted, base = _rows(adapted, base, backend)
-    mu = checks.per_row("strength", strength, adapted, torch.float32)
-    checks.mask(alpha, penalty)
+    mask = checks.mask(strength, alpha, penalty, adapted)
     checks.target(target, adapted, adapted.shape[1])
-    return _call("score", backend, adapted, base, target, mu, alpha, penalty)[0]
+    return _call("score", backend, adapted, base, mask, target)[0]
 
 
 def divergence(adapted: Tensor, base: Tensor, *, backend: str = "auto") -> Tensor:
@@ -199,6 +189,5 @@ def _call(name: str, backend: str, *arguments: Any, out: Tensor | None = None) -
     """Traced as one node under torch.compile; else straight to the kernel."""
     if not torch.compiler.is_compiling():
         return dispatch.launch(name, backend, arguments, out)
-    traced = getattr(torch.ops.svd_engine, name)
-    outputs = dispatch.wrap(traced(*dispatch.unfold(name, arguments), backend))
+    outputs = dispatch.traced(name, backend, arguments)
     return outputs if out is None else (out.copy_(outputs[0]),)

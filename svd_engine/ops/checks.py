@@ -1,9 +1,13 @@
 """What the operators accept: each check names the argument, what came and what to do."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from svd_engine.kernels.arguments import Draw, Mask, PerRow, named
+from svd_engine.kernels.reference import Strength
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL_DTYPES = (*DTYPES, torch.float64)  # of the reference
@@ -45,33 +49,31 @@ def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
         )
 
 
-def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A finite number as it is; a tensor as contiguous `[N]` of `dtype`."""
-    if type(value) is int and -(2**63) <= value < 2**63:
-        return value
-    if not isinstance(value, Tensor):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite; got {value}.")
-        if dtype == torch.int64 and not (-(2**63) <= value < 2**63 and value == int(value)):
-            raise ValueError(f"{name} must be an integer of 64 bits; got {value}.")
-        return value
-    if value.shape not in ((), like.shape[:1]):
-        raise ValueError(
-            f"{name} must be a number or have shape [N] = {list(like.shape[:1])}; "
-            f"got {list(value.shape)}."
-        )
-    if value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, as the logits are; got {value.device}.")
-    if dtype == torch.int64 and (value.is_floating_point() or value.is_complex()):
-        raise ValueError(f"{name} must be an integer tensor; got {value.dtype}.")
-    # Looking into a device tensor would wait for the device; there a NaN gives a NaN row instead.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not value.isfinite().all():
-            raise ValueError(f"{name} must be finite; got {value.tolist()}.")
-    return value.to(dtype).expand(like.shape[0]).contiguous()
+def mask(strength: Strength, alpha: float, penalty: float, like: Tensor) -> Mask:
+    """How the rows of `like` are steered."""
+    plain = type(strength) is float and math.isfinite(strength)
+    by = (strength, None) if plain else per_row("strength", strength, like, torch.float32)
+    support(alpha, penalty)
+    return named(Mask, (by, alpha, penalty))
 
 
-def mask(alpha: float, penalty: float) -> None:
+def draw(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | Tensor,
+    position: int | Tensor,
+    like: Tensor,
+) -> Draw:
+    """How a token of each row of `like` is drawn."""
+    sampling(temperature, top_k, top_p, min_p)
+    seeds = per_row("seed", seed, like, torch.int64)
+    positions = per_row("position", position, like, torch.int64)
+    return named(Draw, (temperature, top_k, top_p, min_p, seeds, positions))
+
+
+def support(alpha: float, penalty: float) -> None:
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1]; got {alpha}. alpha=0 keeps every token.")
     if not penalty <= 0:
@@ -87,6 +89,32 @@ def sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}.")
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p must lie in [0, 1]; got {min_p}.")
+
+
+def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> PerRow[Any]:
+    """A finite number, or a tensor as contiguous `[N]` of `dtype`."""
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value, None
+    if not isinstance(value, Tensor):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite; got {value}.")
+        if dtype == torch.int64 and not (-(2**63) <= value < 2**63 and value == int(value)):
+            raise ValueError(f"{name} must be an integer of 64 bits; got {value}.")
+        return value, None
+    if value.shape not in ((), like.shape[:1]):
+        raise ValueError(
+            f"{name} must be a number or have shape [N] = {list(like.shape[:1])}; "
+            f"got {list(value.shape)}."
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, as the logits are; got {value.device}.")
+    if dtype == torch.int64 and (value.is_floating_point() or value.is_complex()):
+        raise ValueError(f"{name} must be an integer tensor; got {value.dtype}.")
+    # Looking into a device tensor would wait for the device; there a NaN gives a NaN row instead.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} must be finite; got {value.tolist()}.")
+    return 0, value.to(dtype).expand(like.shape[0]).contiguous()
 
 
 def k(k: int, vocab: int) -> None:

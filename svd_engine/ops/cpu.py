@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svd_engine.kernels import reference
+from svd_engine.kernels.arguments import Draw, Mask, log_alpha
 
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
 OPERATORS = (
@@ -63,24 +63,9 @@ def capability(limit: str | None = None) -> str:
     return CAPABILITIES[_ops().capability(-1 if limit is None else CAPABILITIES.index(limit))]
 
 
-_log_alpha = functools.lru_cache(maxsize=64)(reference.log_alpha)
-
-
-def _split(value: Any) -> tuple[Any, Tensor | None]:
-    """The operators take a number for all rows and, in its place, a tensor [N] or None."""
-    return (0, value) if isinstance(value, Tensor) else (value, None)
-
-
-def steer(
-    adapted: Tensor,
-    base: Tensor,
-    strength: float | Tensor,
-    alpha: float,
-    penalty: float,
-    out: Tensor,
-) -> None:
+def steer(adapted: Tensor, base: Tensor, mask: Mask, out: Tensor) -> None:
     """`reference.steer` into `out`, which may be `adapted` or `base` itself."""
-    _ops().steer(adapted, base, *_split(strength), _log_alpha(alpha), penalty, out)
+    _ops().steer(adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, out)
 
 
 def steering_vector(adapted: Tensor, base: Tensor, out: Tensor) -> None:
@@ -89,73 +74,33 @@ def steering_vector(adapted: Tensor, base: Tensor, out: Tensor) -> None:
 
 
 def sample(
-    adapted: Tensor,
-    base: Tensor,
-    strength: float | Tensor,
-    alpha: float,
-    penalty: float,
-    temperature: float,
-    seed: int | Tensor,
-    position: int | Tensor,
-    token: Tensor,
-    logprob: Tensor,
-) -> None:
-    """`reference.sample` without cuts into `token` (int64) and `logprob` (float32)."""
-    _ops().sample(
-        adapted, base, *_split(strength), _log_alpha(alpha), penalty, temperature,
-        *_split(seed), *_split(position), token, logprob,
-    )  # fmt: skip
-
-
-def sample_cut(
-    adapted: Tensor,
-    base: Tensor,
-    strength: float | Tensor,
-    alpha: float,
-    penalty: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | Tensor,
-    position: int | Tensor,
-    token: Tensor,
-    logprob: Tensor,
+    adapted: Tensor, base: Tensor, mask: Mask, draw: Draw, token: Tensor, logprob: Tensor
 ) -> None:
     """`reference.sample` into `token` (int64) and `logprob` (float32)."""
-    _ops().sample_cut(
-        adapted, base, *_split(strength), _log_alpha(alpha), penalty, temperature,
-        top_k, top_p, min_p, *_split(seed), *_split(position), token, logprob,
-    )  # fmt: skip
+    if draw.is_cut:
+        _ops().sample_cut(
+            adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, draw.temperature,
+            draw.top_k, draw.top_p, draw.min_p, *draw.seed, *draw.position, token, logprob,
+        )  # fmt: skip
+    else:
+        _ops().sample(
+            adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, draw.temperature,
+            *draw.seed, *draw.position, token, logprob,
+        )  # fmt: skip
 
 
-def topk(
-    adapted: Tensor,
-    base: Tensor,
-    strength: float | Tensor,
-    k: int,
-    alpha: float,
-    penalty: float,
-    logprob: Tensor,
-    token: Tensor,
-) -> None:
+def topk(adapted: Tensor, base: Tensor, mask: Mask, k: int, logprob: Tensor, token: Tensor) -> None:
     """`reference.topk` into `logprob` (float32) and `token` (int64), [N, k] each."""
     _ops().topk(
-        adapted, base, *_split(strength), k, _log_alpha(alpha), penalty, logprob, token
-    )  # fmt: skip
+        adapted, base, *mask.strength, k, log_alpha(mask.alpha), mask.penalty, logprob, token
+    )
 
 
-def score(
-    adapted: Tensor,
-    base: Tensor,
-    target: Tensor,
-    strength: float | Tensor,
-    alpha: float,
-    penalty: float,
-    logprob: Tensor,
-) -> None:
+def score(adapted: Tensor, base: Tensor, mask: Mask, target: Tensor, logprob: Tensor) -> None:
     """`reference.score` into `logprob` (float32)."""
-    _ops().score(adapted, base, target, *_split(strength), _log_alpha(alpha), penalty, logprob)
+    _ops().score(
+        adapted, base, target, *mask.strength, log_alpha(mask.alpha), mask.penalty, logprob
+    )
 
 
 def project_strength(
@@ -170,7 +115,7 @@ def project_strength(
 ) -> None:
     """`reference.project_strength` into three float32 tensors and a bool one."""
     _ops().project_strength(
-        adapted, base, target, _log_alpha(alpha), numerator, gauss_newton, newton, in_support
+        adapted, base, target, log_alpha(alpha), numerator, gauss_newton, newton, in_support
     )
 
 

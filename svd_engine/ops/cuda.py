@@ -7,7 +7,6 @@ arguments; nothing is read back from the device, so every call can be captured i
 
 import ctypes
 import functools
-import math
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svd_engine.kernels import reference
+from svd_engine.kernels.arguments import Draw, Mask, PerRow, log_alpha
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_log_alpha = functools.lru_cache(maxsize=64)(reference.log_alpha)
 
 # The functions of csrc/cuda/launch.cu: result and arguments.
 _ROWS = [c_void_p, c_int64, c_int]  # data, stride, dtype
@@ -47,8 +45,6 @@ _SIGNATURES = {
     "project_strength": (c_int, [*_INPUTS, c_float, *[c_void_p] * 5, *_WHERE]),
     "divergence": (c_int, [*_INPUTS, c_void_p, *_WHERE]),
 }  # fmt: skip
-_NO_CUTS = (0, 1.0, 0.0)
-_ALL = 2**31 - 1  # as top k
 
 
 def _bind(path: Path) -> SimpleNamespace:
@@ -115,111 +111,53 @@ def steering_vector(
 
 
 def steer(
-    adapted: Tensor,
-    base: Tensor,
-    strength: float | Tensor,
-    alpha: float,
-    penalty: float,
-    out: Tensor,
-    *,
-    workspace: Tensor | None = None,
+    adapted: Tensor, base: Tensor, mask: Mask, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
     """`reference.steer` into `out`, which may be `adapted` or `base` itself."""
-    mus, mu = _per_row(strength, 0.0)
-    steering = (_pointer(mus), mu, _log_alpha(alpha), penalty)
-    _run("steer", adapted, base, (*steering, *_rows(out)), workspace)
+    _run("steer", adapted, base, (*_steering(mask), *_rows(out)), workspace)
 
 
 def sample(
     adapted: Tensor,
     base: Tensor,
-    strength: float | Tensor,
-    alpha: float,
-    penalty: float,
-    temperature: float,
-    seed: int | Tensor,
-    position: int | Tensor,
-    token: Tensor,
-    logprob: Tensor,
-    *,
-    workspace: Tensor | None = None,
-) -> None:
-    """`reference.sample` without cuts into `token` (int64) and `logprob` (float32), contiguous."""
-    sample_cut(
-        adapted, base, strength, alpha, penalty, temperature, *_NO_CUTS, seed, position,
-        token, logprob, workspace=workspace,
-    )  # fmt: skip
-
-
-def sample_cut(
-    adapted: Tensor,
-    base: Tensor,
-    strength: float | Tensor,
-    alpha: float,
-    penalty: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | Tensor,
-    position: int | Tensor,
+    mask: Mask,
+    draw: Draw,
     token: Tensor,
     logprob: Tensor,
     *,
     workspace: Tensor | None = None,
 ) -> None:
     """`reference.sample` into `token` (int64) and `logprob` (float32), contiguous."""
-    mus, mu = _per_row(strength, 0.0)
-    seeds, seed = _per_row(seed, 0)
-    positions, position = _per_row(position, 0)
-    steering = (_pointer(mus), mu, _log_alpha(alpha), penalty)
-    cuts = (
-        min(top_k, _ALL) or _ALL,
-        top_p if top_p < 1 else math.inf,
-        math.log(min_p) if min_p else -math.inf,
-    )
-    draw = (_pointer(seeds), seed, _pointer(positions), position)
-    outputs = (token.data_ptr(), logprob.data_ptr())
-    arguments = (*steering, temperature, *cuts, *draw, *outputs)
+    noise = (*_per_row(draw.seed), *_per_row(draw.position))
+    arguments = (*_steering(mask), draw.temperature, *draw.cuts, *noise, token, logprob)
     _run("sample", adapted, base, arguments, workspace)
 
 
 def topk(
     adapted: Tensor,
     base: Tensor,
-    strength: float | Tensor,
+    mask: Mask,
     k: int,
-    alpha: float,
-    penalty: float,
     logprob: Tensor,
     token: Tensor,
     *,
     workspace: Tensor | None = None,
 ) -> None:
     """`reference.topk` into `logprob` (float32) and `token` (int64), contiguous `[N, k]`."""
-    mus, mu = _per_row(strength, 0.0)
-    steering = (_pointer(mus), mu, _log_alpha(alpha), penalty)
-    arguments = (*steering, k, logprob.data_ptr(), token.data_ptr())
-    _run("topk", adapted, base, arguments, workspace)
+    _run("topk", adapted, base, (*_steering(mask), k, logprob, token), workspace)
 
 
 def score(
     adapted: Tensor,
     base: Tensor,
+    mask: Mask,
     target: Tensor,
-    strength: float | Tensor,
-    alpha: float,
-    penalty: float,
     logprob: Tensor,
     *,
     workspace: Tensor | None = None,
 ) -> None:
     """`reference.score` into `logprob` (float32), contiguous; NaN for a target outside [0, V)."""
-    mus, mu = _per_row(strength, 0.0)
-    target = target.contiguous()
-    steering = (_pointer(mus), mu, _log_alpha(alpha), penalty)
-    arguments = (*steering, target.data_ptr(), logprob.data_ptr())
-    _run("score", adapted, base, arguments, workspace)
+    _run("score", adapted, base, (*_steering(mask), target.contiguous(), logprob), workspace)
 
 
 def project_strength(
@@ -235,9 +173,8 @@ def project_strength(
     workspace: Tensor | None = None,
 ) -> None:
     """`reference.project_strength` into float32 and bool `[N]`; a target as in `score`."""
-    target = target.contiguous()
-    tensors = (target, numerator, gauss_newton, newton, in_support)
-    arguments = (_log_alpha(alpha), *(x.data_ptr() for x in tensors))
+    outputs = (numerator, gauss_newton, newton, in_support)
+    arguments = (log_alpha(alpha), target.contiguous(), *outputs)
     _run("project_strength", adapted, base, arguments, workspace)
 
 
@@ -245,21 +182,20 @@ def divergence(
     adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
     """`reference.divergence` into `out` (float32), contiguous."""
-    _run("divergence", adapted, base, (out.data_ptr(),), workspace)
+    _run("divergence", adapted, base, (out,), workspace)
 
 
 def _run(
     name: str, adapted: Tensor, base: Tensor, arguments: tuple[Any, ...], workspace: Tensor | None
 ) -> None:
+    """Launch; of a tensor among the arguments the kernel gets the address."""
     if len(adapted) == 0:
         return
     workspace = _workspace(adapted, workspace)
     function = getattr(_library(), name)
-    code = function(
-        *_inputs(adapted, base), *arguments, workspace.data_ptr(),
-        *_device_and_stream(adapted.device),
-    )  # fmt: skip
-    _check(code)
+    own = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+    where = _device_and_stream(adapted.device)
+    _check(function(*_inputs(adapted, base), *own, workspace.data_ptr(), *where))
 
 
 def _device_and_stream(device: torch.device) -> tuple[int, int]:
@@ -275,13 +211,13 @@ def _inputs(adapted: Tensor, base: Tensor) -> tuple[int, ...]:
     return *_rows(adapted), *_rows(base), *adapted.shape
 
 
-def _per_row(value: Any, none: Any) -> tuple[Tensor | None, Any]:
-    """One for each row, or one number for all."""
-    return (value.contiguous(), none) if isinstance(value, Tensor) else (None, value)
+def _steering(mask: Mask) -> tuple[Any, ...]:
+    return *_per_row(mask.strength), log_alpha(mask.alpha), mask.penalty
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _per_row(value: PerRow[Any]) -> tuple[Tensor | None, Any]:
+    number, each = value
+    return None if each is None else each.contiguous(), number
 
 
 def _workspace(adapted: Tensor, given: Tensor | None) -> Tensor:

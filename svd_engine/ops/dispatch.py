@@ -4,7 +4,7 @@ A backend is a module with `unavailable() -> str | None`, `takes(device) -> bool
 each operator that it has: the operator's arguments, then its outputs, which are allocated here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from svd_engine.kernels import reference
+from svd_engine.kernels.arguments import Draw, Mask, keywords
+from svd_engine.ops import schema
+from svd_engine.ops.schema import Fields
 
 MODULES = {
     "triton": "svd_engine.kernels.launch",
@@ -22,19 +25,15 @@ MODULES = {
 }
 PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # what "auto" takes, by device
 
-_ROWS = "Tensor adapted, Tensor base"
-_STRENGTH = "float strength, Tensor? strengths"  # the tensor wins where it is given
-_MASK = "float alpha, float penalty"
-_DRAW = "SymInt seed, Tensor? seeds, SymInt position, Tensor? positions"
-
 
 class Operator(NamedTuple):
-    """One operator: its schema, its reference, and how its outputs are allocated."""
+    """An operator: what it takes and returns, how its outputs are allocated, its reference."""
 
-    arguments: str
+    arguments: Fields
     returns: str
     outputs: Callable[..., tuple[Tensor, ...]]  # from the arguments
     reference: Callable[..., tuple[Tensor, ...]]
+    read: int | None = None  # how many arguments backends take, None for all; the rest allocate
 
 
 def _floats(adapted: Tensor, *size: int) -> Tensor:
@@ -46,71 +45,52 @@ def _drawn(adapted: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return adapted.new_empty(n, dtype=torch.int64), adapted.new_empty(n, dtype=torch.float32)
 
 
+ROWS: Fields = {"adapted": Tensor, "base": Tensor}
 OPERATORS = {
     "steering_vector": Operator(
-        _ROWS,
+        ROWS,
         "Tensor",
         lambda z, b: (torch.empty_like(z, dtype=torch.float32),),
         lambda z, b: (reference.steering_vector(z, b),),
     ),
     "steer": Operator(
-        f"{_ROWS}, {_STRENGTH}, {_MASK}, ScalarType dtype",
+        {**ROWS, "mask": Mask, "dtype": torch.dtype | None},
         "Tensor",
-        lambda z, b, mu, alpha, penalty, dtype: (torch.empty_like(z, dtype=dtype),),
-        lambda z, b, mu, alpha, penalty, dtype: (
-            reference.steer(z, b, mu, alpha=alpha, penalty=penalty, dtype=dtype),
-        ),
+        lambda z, b, mask, dtype: (torch.empty_like(z, dtype=dtype),),
+        lambda z, b, mask, dtype: (reference.steer(z, b, **keywords(mask), dtype=dtype),),
+        read=3,
     ),
     "sample": Operator(
-        f"{_ROWS}, {_STRENGTH}, {_MASK}, float temperature, {_DRAW}",
+        {**ROWS, "mask": Mask, "draw": Draw},
         "(Tensor, Tensor)",
         _drawn,
-        lambda z, b, mu, alpha, penalty, temperature, seed, position: reference.sample(
-            z, b, mu, alpha=alpha, penalty=penalty, temperature=temperature, seed=seed,
-            position=position,
-        ),
-    ),
-    "sample_cut": Operator(
-        f"{_ROWS}, {_STRENGTH}, {_MASK}, float temperature, SymInt top_k, float top_p, "
-        f"float min_p, {_DRAW}",
-        "(Tensor, Tensor)",
-        _drawn,
-        lambda z, b, mu, alpha, penalty, temperature, k, p, m, seed, position: reference.sample(
-            z, b, mu, alpha=alpha, penalty=penalty, temperature=temperature, top_k=k, top_p=p,
-            min_p=m, seed=seed, position=position,
-        ),
+        lambda z, b, mask, draw: reference.sample(z, b, **keywords(mask), **keywords(draw)),
     ),
     "topk": Operator(
-        f"{_ROWS}, {_STRENGTH}, SymInt k, {_MASK}",
+        {**ROWS, "mask": Mask, "k": int},
         "(Tensor, Tensor)",
-        lambda z, b, mu, k, *rest: (_floats(z, k), z.new_empty(len(z), k, dtype=torch.int64)),
-        lambda z, b, mu, k, alpha, penalty: reference.topk(
-            z, b, mu, k, alpha=alpha, penalty=penalty
-        ),
+        lambda z, b, mask, k: (_floats(z, k), z.new_empty(z.shape[0], k, dtype=torch.int64)),
+        lambda z, b, mask, k: reference.topk(z, b, k=k, **keywords(mask)),
     ),
     "project_strength": Operator(
-        f"{_ROWS}, Tensor target, float alpha",
+        {**ROWS, "target": Tensor, "alpha": float},
         "(Tensor, Tensor, Tensor, Tensor)",
-        lambda z, *rest: (
-            _floats(z), _floats(z), _floats(z), z.new_empty(z.shape[0], dtype=torch.bool)
-        ),
+        lambda z, *_: (*(_floats(z) for _ in range(3)), z.new_empty(z.shape[0], dtype=torch.bool)),
         lambda z, b, target, alpha: reference.project_strength(z, b, target, alpha=alpha),
     ),
     "score": Operator(
-        f"{_ROWS}, Tensor target, {_STRENGTH}, {_MASK}",
+        {**ROWS, "mask": Mask, "target": Tensor},
         "Tensor",
-        lambda z, *rest: (_floats(z),),
-        lambda z, b, target, mu, alpha, penalty: (
-            reference.score(z, b, target, mu, alpha=alpha, penalty=penalty),
-        ),
+        lambda z, *_: (_floats(z),),
+        lambda z, b, mask, target: (reference.score(z, b, target=target, **keywords(mask)),),
     ),
     "divergence": Operator(
-        _ROWS,
+        ROWS,
         "Tensor",
         lambda z, b: (_floats(z),),
         lambda z, b: (reference.divergence(z, b),),
     ),
-}  # fmt: skip
+}
 
 
 @cache
@@ -162,75 +142,50 @@ def launch(
             computed = operator.reference(*arguments)
             return computed if out is None else (out.copy_(computed[0]),)
     outputs = operator.outputs(*arguments) if out is None else (out,)
-    if name == "steer":
-        arguments = arguments[:-1]  # the output says the dtype
-    getattr(module, name)(*arguments, *outputs)
+    getattr(module, name)(*arguments[: operator.read], *outputs)
     return outputs
 
 
-def unfold(name: str, arguments: Sequence[Any]) -> list[Any]:
-    """The arguments as the schema has them: what may be a number or a tensor is a pair there."""
-    values, unfolded = iter(arguments), []
-    for kind in _kinds(name):
-        if kind != "Tensor?":
-            unfolded.append(next(values))
-        elif isinstance(unfolded[-1], Tensor):
-            unfolded[-1:] = [0, unfolded[-1]]
-        else:
-            unfolded.append(None)
-    return unfolded
-
-
-def fold(name: str, arguments: Sequence[Any]) -> list[Any]:
-    """The arguments of the schema as `launch` takes them: the tensor of a pair, or its number."""
-    folded: list[Any] = []
-    for kind, value in zip(_kinds(name), arguments, strict=True):
-        if kind != "Tensor?":
-            folded.append(value)
-        elif value is not None:
-            folded[-1] = value
-    return folded
-
-
-def _kinds(name: str) -> list[str]:
-    return [argument.split()[0] for argument in OPERATORS[name].arguments.split(", ")]
-
-
-def unwrap(outputs: tuple[Tensor, ...]) -> Any:
-    """As an operator returns them to torch: one tensor is no tuple."""
-    return tuple(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def wrap(returned: Any) -> tuple[Tensor, ...]:
-    return returned if isinstance(returned, tuple) else (returned,)
+def traced(name: str, backend: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The outputs of torch.ops.svd_engine.<name>."""
+    outputs = getattr(torch.ops.svd_engine, name)(*schema.flat(arguments), backend)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def register(
     library: torch.library.Library,
     name: str,
-    arguments: str,
+    fields: Fields,
     returns: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
+    run: Callable[..., tuple[Tensor, ...]],
+    outputs: Callable[..., tuple[Tensor, ...]],
 ) -> None:
-    """Define torch.ops.svd_engine.<name>; `backend` is its last argument."""
-    library.define(f"{name}({arguments}, str backend) -> {returns}")
-    library.impl(name, run, "CompositeExplicitAutograd")
+    """Define torch.ops.svd_engine.<name>; `backend` is its last argument and the first of `run`."""
+
+    def real(*leaves: Any) -> Any:
+        return returned(run(leaves[-1], *schema.packed(fields, iter(leaves))))
+
+    def fake(*leaves: Any) -> Any:
+        return returned(outputs(*schema.packed(fields, iter(leaves))))
+
+    def returned(computed: tuple[Tensor, ...]) -> Any:
+        return tuple(computed) if len(computed) > 1 else computed[0]
+
+    library.define(f"{name}({schema.declared(fields)}, str backend) -> {returns}")
+    library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"svd_engine::{name}", fake, lib=library)
 
 
-def _kernels(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The operator as torch calls it, and as torch traces it."""
+def _register(library: torch.library.Library, registered: str, name: str) -> None:
+    operator = OPERATORS[name]
 
-    def run(*arguments: Any) -> Any:
-        return unwrap(launch(name, arguments[-1], tuple(fold(name, arguments[:-1]))))
+    def run(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return launch(name, backend, arguments)
 
-    def fake(*arguments: Any) -> Any:
-        return unwrap(OPERATORS[name].outputs(*fold(name, arguments[:-1])))
-
-    return run, fake
+    register(library, registered, operator.arguments, operator.returns, run, operator.outputs)
 
 
 _library = torch.library.Library("svd_engine", "DEF")
-for _name, _operator in OPERATORS.items():
-    register(_library, _name, _operator.arguments, _operator.returns, *_kernels(_name))
+for _name in OPERATORS:
+    _register(_library, _name, _name)
+_register(_library, "sample_cut", "sample")  # exported graphs hold a sample with cuts by this name

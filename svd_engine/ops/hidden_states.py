@@ -4,14 +4,14 @@ Logits are made for a few rows at a time, so memory does not grow with the numbe
 """
 
 import math
-from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svd_engine.kernels.reference import Head, Projection, Strength, TopK
-from svd_engine.ops import checks, dispatch
+from svd_engine.ops import checks, dispatch, schema
 
 INF = math.inf
 CHUNK_BYTES = 128 << 20  # logits of both models that are held at once
@@ -31,18 +31,17 @@ def linear_topk(
 ) -> TopK:
     """`ops.topk` of the head's logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
     head = _checked(adapted, base, head)
-    mu = checks.per_row("strength", strength, adapted, torch.float32)
-    checks.mask(alpha, penalty)
+    mask = checks.mask(strength, alpha, penalty, adapted)
     checks.k(k, head.weight.shape[0])
-    return TopK(*_call("topk", backend, adapted, base, head, mu, k, alpha, penalty))
+    return TopK(*_call("topk", backend, adapted, base, head, mask, k))
 
 
 def linear_score(
     adapted: Tensor,
     base: Tensor,
     head: Head | Tensor,
-    target: Tensor,
     strength: Strength,
+    target: Tensor,
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
@@ -50,10 +49,9 @@ def linear_score(
 ) -> Tensor:
     """`ops.score` of the head's logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
     head = _checked(adapted, base, head)
-    mu = checks.per_row("strength", strength, adapted, torch.float32)
-    checks.mask(alpha, penalty)
+    mask = checks.mask(strength, alpha, penalty, adapted)
     checks.target(target, adapted, head.weight.shape[0])
-    return _call("score", backend, adapted, base, head, target, mu, alpha, penalty)[0]
+    return _call("score", backend, adapted, base, head, mask, target)[0]
 
 
 def linear_project_strength(
@@ -67,7 +65,7 @@ def linear_project_strength(
 ) -> Projection:
     """`ops.project_strength` of the head's logits of hidden states `[N, H]`."""
     head = _checked(adapted, base, head)
-    checks.mask(alpha, 0.0)
+    checks.support(alpha, penalty=0.0)
     checks.target(target, adapted, head.weight.shape[0])
     return Projection(*_call("project_strength", backend, adapted, base, head, target, alpha))
 
@@ -93,57 +91,43 @@ def _checked(adapted: Tensor, base: Tensor, head: Head | Tensor) -> Head:
     return head
 
 
+def _call(name: str, backend: str, adapted: Tensor, base: Tensor, head: Head, *rest: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        return _chunked(name, backend, adapted, base, head, *rest)
+    return dispatch.traced(f"linear_{name}", backend, (adapted, base, head, *rest))
+
+
 def _chunked(name: str, backend: str, adapted: Tensor, base: Tensor, head: Head, *rest: Any) -> Any:
     """The operator's outputs over all rows, from logits of `CHUNK_BYTES` at once."""
     rows, vocab = len(adapted), head.weight.shape[0]
     step = max(1, CHUNK_BYTES // (2 * vocab * adapted.element_size()))
+    leaves, fields = schema.flat(rest), dispatch.OPERATORS[name].arguments
     parts = []
     for start in range(0, max(rows, 1), step):
         part = slice(start, start + step)
         with torch.no_grad():
             z, b = head.logits(adapted[part]), head.logits(base[part])
-        arguments = (x[part] if isinstance(x, Tensor) else x for x in rest)
-        parts.append(dispatch.launch(name, backend, (z, b, *arguments)))
+        some = (x[part] if isinstance(x, Tensor) else x for x in leaves)
+        parts.append(dispatch.launch(name, backend, schema.packed(fields, chain((z, b), some))))
         del z, b
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-_HEAD = "Tensor weight, Tensor? bias, float? softcap, float scale"
+def _register(library: torch.library.Library, name: str) -> None:
+    operator = dispatch.OPERATORS[name]
+    adapted, base, *rest = operator.arguments.items()
 
+    def run(backend: str, *arguments: Any) -> Any:
+        return _chunked(name, backend, *arguments)
 
-def _kernels(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        adapted, base, *rest, backend = arguments
-        folded = dispatch.fold(name, [adapted, base, *rest[4:]])
-        return (backend, adapted, base, Head(*rest[:4]), *folded[2:])
-
-    def run(*arguments: Any) -> Any:
-        return dispatch.unwrap(_chunked(name, *split(arguments)))
-
-    def fake(*arguments: Any) -> Any:
-        _, adapted, _base, head, *rest = split(arguments)
+    def outputs(adapted: Tensor, base: Tensor, head: Head, *rest: Any) -> tuple[Tensor, ...]:
         logits = adapted.new_empty(adapted.shape[0], head.weight.shape[0])
-        return dispatch.unwrap(dispatch.OPERATORS[name].outputs(logits, logits, *rest))
+        return operator.outputs(logits, logits, *rest)
 
-    return run, fake
+    fields = dict([adapted, base, ("head", Head), *rest])
+    dispatch.register(library, f"linear_{name}", fields, operator.returns, run, outputs)
 
 
 _library = torch.library.Library("svd_engine", "FRAGMENT")
 for _name in NAMES:
-    _operator = dispatch.OPERATORS[_name]
-    _rows, _, _rest = _operator.arguments.partition("Tensor base")
-    dispatch.register(
-        _library,
-        f"linear_{_name}",
-        f"{_rows}Tensor base, {_HEAD}{_rest}",
-        _operator.returns,
-        *_kernels(_name),
-    )
-
-
-def _call(name: str, backend: str, adapted: Tensor, base: Tensor, head: Head, *rest: Any) -> Any:
-    if not torch.compiler.is_compiling():
-        return _chunked(name, backend, adapted, base, head, *rest)
-    unfolded = dispatch.unfold(name, (adapted, base, *rest))[2:]
-    traced = getattr(torch.ops.svd_engine, f"linear_{name}")
-    return dispatch.wrap(traced(adapted, base, *head, *unfolded, backend))
+    _register(_library, _name)

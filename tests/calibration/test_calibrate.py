@@ -53,7 +53,10 @@ def dense(engine, passages):
     rows = [(*rows_of(engine, *passage), torch.tensor(passage[1])) for passage in passages]
 
     def scores(mu, alpha=0.1):
-        each = [reference.score(*row, mu, alpha=alpha, penalty=0.0).sum() for row in rows]
+        each = [
+            reference.score(z, b, mu, target, alpha=alpha, penalty=0.0).sum()
+            for z, b, target in rows
+        ]
         return np.array([float(score) for score in each])
 
     return scores

@@ -81,7 +81,7 @@ def test_logprobs_are_those_of_the_steered_distribution(model, engine):
             adapted = model(torch.tensor([ids])).logits[:, -1]
             with model.disable_adapter():
                 base = model(torch.tensor([ids])).logits[:, -1]
-        truth = reference.score(adapted, base, torch.tensor([token]), -4.0)
+        truth = reference.score(adapted, base, -4.0, torch.tensor([token]))
         assert abs(float(truth) - logprob) < 1e-4
         ids.append(token)
 
@@ -97,7 +97,7 @@ def test_score_equals_two_pass(model, engine):
             adapted = model(ids).logits[0, len(PROMPTS[0]) - 1 : -1]
             with model.disable_adapter():
                 base = model(ids).logits[0, len(PROMPTS[0]) - 1 : -1]
-        truth = reference.score(adapted, base, torch.tensor(continuation), -6.0, penalty=0.0)
+        truth = reference.score(adapted, base, -6.0, torch.tensor(continuation), penalty=0.0)
         assert abs(float(truth.sum()) - got) < 1e-4
 
 

@@ -27,7 +27,7 @@ def two_pass(model, prompt, completion):
     with model.disable_adapter():
         base = model(ids).logits[0, len(prompt) - 1 : -1]
     target = torch.tensor(completion)
-    return float(reference.score(adapted, base, target, -3.0, penalty=0.0).sum())
+    return float(reference.score(adapted, base, -3.0, target, penalty=0.0).sum())
 
 
 @pytest.mark.parametrize("form", ["paired", "sequential"])

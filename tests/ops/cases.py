@@ -75,7 +75,7 @@ def _steer(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -
 
 
 def _score(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -> Outputs:
-    return (ops.score(z, b, o.target, o.mu, **_mask(o), backend=backend),)
+    return (ops.score(z, b, o.mu, o.target, **_mask(o), backend=backend),)
 
 
 def _topk(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -> Outputs:
@@ -100,9 +100,7 @@ OPERATORS: dict[str, Operator] = {
     "steer": Operator(_steer, "steer", _STEERED),
     "sample greedy": Operator(_sampler(False, False), "sample", _STEERED),
     "sample noisy": Operator(_sampler(True, False), "sample", _NOISY),
-    "sample cut": Operator(
-        _sampler(True, True), "sample_cut", _NOISY | {"top_k", "top_p", "min_p"}
-    ),
+    "sample cut": Operator(_sampler(True, True), "sample", _NOISY | {"top_k", "top_p", "min_p"}),
     "score": Operator(_score, "score", _STEERED | {"target"}),
     "topk": Operator(_topk, "topk", _STEERED | {"k"}),
     "project_strength": Operator(_project, "project_strength", frozenset({"alpha", "target"})),

@@ -207,7 +207,7 @@ def test_no_cut_is_sample_and_the_logprob_is_the_score(given, runner):
         draw = dict(temperature=temperature, seed=5, position=torch.arange(4, device=z.device))
         with runner.running():
             plain = ops.sample(z, b, 3.0, **draw, **given, **on)
-            scored = ops.score(z, b, plain.token, 3.0, **given, **on)
+            scored = ops.score(z, b, 3.0, plain.token, **given, **on)
             torch.testing.assert_close(scored, plain.logprob, rtol=1e-6, atol=1e-6)
             for cut in ({"top_k": 160}, {"top_p": 1 - 1e-12}, {"min_p": 1e-30}):
                 drawn = ops.sample(z, b, 3.0, **draw, **given, **cut, **on)
@@ -294,7 +294,7 @@ def test_properties(backend, values, seed, strength, shift):
         unsteered = ops.steer(z, b, 0.0, **on)
         steered = ops.steer(z, b, strength, **on)
         drawn, best = ops.sample(z, b, strength, **on), ops.topk(z, b, strength, 1, **on)
-        scored = ops.score(z, b, drawn.token, strength, **on)
+        scored = ops.score(z, b, strength, drawn.token, **on)
         permuted = order[ops.sample(z[:, order], b[:, order], strength, **on).token]
     assert abs(float(delta.sum())) < 1e-4
     torch.testing.assert_close(moved, delta, **near)

@@ -8,6 +8,7 @@ import torch
 from svd_engine.kernels import reference
 from svd_engine.ops import cpu
 
+from . import packed
 from .cases import BF16, F16, F32, INF, NAN, OPERATORS, logits, options
 from .oracle import same
 from .runners import available
@@ -51,13 +52,14 @@ def assert_same(got, want):
 
 def steer(z, b, strength=3.0, alpha=0.1, penalty=-INF, dtype=None):
     out = torch.full(z.shape, NAN, dtype=dtype or z.dtype)
-    cpu.steer(z, b, strength, alpha, penalty, out)
+    cpu.steer(z, b, packed.mask(strength, alpha, penalty), out)
     return out
 
 
-def drawn(operator, z, b, *arguments):
+def drawn(z, b, alpha, penalty, *draw):
     token, logprob = torch.full(z.shape[:1], -7), torch.full(z.shape[:1], 7.0)
-    getattr(cpu, operator)(z, b, 3.0, *arguments, token, logprob)
+    mask = packed.mask(3.0, alpha, penalty)
+    cpu.sample(z, b, mask, packed.draw(*draw), token, logprob)
     return token, logprob
 
 
@@ -86,7 +88,7 @@ def test_topk_of_the_whole_vocabulary_is_in_the_order_of_the_steered_logits(dtyp
         z, b = logits(3, vocab, "cpu", dtype, base)
         z[0, ::7], b[1, ::5] = -INF, -INF
         logprob, token = torch.full(z.shape, 7.0), torch.full(z.shape, -7)
-        cpu.topk(z, b, 3.0, vocab, *given, logprob, token)
+        cpu.topk(z, b, packed.mask(3.0, *given), vocab, logprob, token)
         steered = steer(z, b, 3.0, *given, dtype=F32)
         assert torch.equal(token, steered.sort(dim=-1, descending=True, stable=True).indices)
         wanted = steered.double().log_softmax(-1).gather(-1, token)
@@ -144,16 +146,16 @@ def test_outputs_may_be_strided():
     z, b = logits(4, 1003, "cpu")
     want = steer(z, b)
     padded = torch.full((4, 1100), 7.0)
-    cpu.steer(z, b, 3.0, 0.1, -INF, padded[:, 5:1008])
+    cpu.steer(z, b, packed.mask(3.0), padded[:, 5:1008])
     assert torch.equal(padded[:, 5:1008], want)
     assert (padded[:, :5] == 7).all() and (padded[:, 1008:] == 7).all()
     slots = torch.full((4, 2), -9)
-    cpu.sample(z, b, 3.0, 0.1, -INF, 0.0, 0, 0, slots[:, 1], torch.empty(4))
+    cpu.sample(z, b, packed.mask(3.0), packed.draw(), slots[:, 1], torch.empty(4))
     assert (slots[:, 0] == -9).all() and torch.equal(slots[:, 1], want.argmax(-1))
     logprob, token = torch.full((4, 30), 7.0), torch.full((4, 30), -7)
-    cpu.topk(z, b, 3.0, 5, 0.1, -INF, logprob[:, 3:28:5], token[:, 1:6])
+    cpu.topk(z, b, packed.mask(3.0), 5, logprob[:, 3:28:5], token[:, 1:6])
     best = torch.full((4, 5), 7.0), torch.full((4, 5), -7)
-    cpu.topk(z, b, 3.0, 5, 0.1, -INF, *best)
+    cpu.topk(z, b, packed.mask(3.0), 5, *best)
     assert torch.equal(logprob[:, 3:28:5], best[0]) and torch.equal(token[:, 1:6], best[1])
     assert (logprob == 7).sum() == 4 * 25 and (token == -7).sum() == 4 * 25
     columns, alone = torch.full((4, 3), 7.0), torch.empty(4)
@@ -174,7 +176,7 @@ def test_in_place(penalty):
     cpu.steering_vector(z, b, delta)
     for at in (0, 1):
         rows = [z.clone(), b.clone()]
-        cpu.steer(*rows, 3.0, 0.1, penalty, rows[at])
+        cpu.steer(*rows, packed.mask(3.0, 0.1, penalty), rows[at])
         assert torch.equal(rows[at], want)
         rows = [z.clone(), b.clone()]
         cpu.steering_vector(*rows, rows[at])
@@ -200,7 +202,7 @@ def test_offsets_are_64_bit():
     far.copy_(z)
     assert_same(every(far, b), every(z, b))
     want = steer(z, b)
-    cpu.steer(far, b, 3.0, 0.1, -INF, far)
+    cpu.steer(far, b, packed.mask(3.0), far)
     assert torch.equal(far, want)
 
 
@@ -223,7 +225,7 @@ def test_noise_is_that_of_the_reference(alpha, temperature):
 
 def test_sampled_frequencies_follow_the_distribution():
     z, b = (x.expand(20_000, -1) for x in logits(1, 40, "cpu", spread=1.0))
-    token, _ = drawn("sample", z, b, 0.0, -INF, 1.0, 5, torch.arange(20_000))
+    token, _ = drawn(z, b, 0.0, -INF, 1.0, 5, torch.arange(20_000))
     p = reference.steer(z[:1].double(), b[:1].double(), 3.0, alpha=0.0).softmax(-1)[0]
     chi2 = ((token.bincount(minlength=40) - 20_000 * p).square() / (20_000 * p)).sum()
     assert chi2 < 39 + 4 * 78**0.5
@@ -246,7 +248,7 @@ def test_cuts_keep_the_tokens_that_the_reference_keeps(penalty, alpha, cut, temp
         z.double(), b.double(), 3.0, alpha=alpha, penalty=penalty, temperature=temperature,
         seed=11, position=position, **dict(zip(("top_k", "top_p", "min_p"), cut, strict=True)),
     )  # fmt: skip
-    token, logprob = drawn("sample_cut", z, b, alpha, penalty, temperature, *cut, 11, position)
+    token, logprob = drawn(z, b, alpha, penalty, temperature, 11, position, *cut)
     assert torch.equal(token, want.token)
     torch.testing.assert_close(logprob.double(), want.logprob, rtol=1e-6, atol=1e-5)
 
@@ -257,20 +259,20 @@ def test_ties_are_cut_to_the_lowest_ids():
     z[:, ::3] = 5.0
     position = torch.arange(400)
     for cut in ((3, 1.0, 0.0), (0, 2.5 / 334, 0.0)):
-        token, _ = drawn("sample_cut", z, z, 0.1, -INF, 1.0, *cut, 0, position)
+        token, _ = drawn(z, z, 0.1, -INF, 1.0, 0, position, *cut)
         assert set(token.tolist()) == {0, 3, 6}
-    kept, _ = drawn("sample_cut", z, z, 0.0, -INF, 1.0, 0, 1.0, 1.0, 0, position)
+    kept, _ = drawn(z, z, 0.0, -INF, 1.0, 0, position, 0, 1.0, 1.0)
     assert (kept % 3 == 0).all() and len(kept.unique()) > 100
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("given", [(0.1, -INF), (0.0, -INF), (0.1, -1.0)])
-def test_sample_cut_without_cuts_is_sample(given, temperature):
+def test_cuts_that_cut_nothing_change_nothing(given, temperature):
     z, b = logits(20, 4000, "cpu")
     draw = 5, torch.arange(20)
-    plain = drawn("sample", z, b, *given, temperature, *draw)
+    plain = drawn(z, b, *given, temperature, *draw)
     for cut in ((0, 1.0, 0.0), (4000, 1.0, 0.0), (0, 1 - 1e-12, 0.0), (0, 1.0, 1e-30)):
-        got = drawn("sample_cut", z, b, *given, temperature, *cut, *draw)
+        got = drawn(z, b, *given, temperature, *draw, *cut)
         assert torch.equal(got[0], plain[0])
         torch.testing.assert_close(got[1], plain[1], rtol=1e-6, atol=1e-6)
 
@@ -291,25 +293,25 @@ def test_wrong_arguments_raise():
     z, b = logits(2, 10, "cpu")
     out, target = torch.empty(2, 10), torch.zeros(2, dtype=torch.int64)
     short, one = torch.empty(1), torch.empty(2, 1)
-    mask = 0.1, -INF
+    mask = packed.mask(1.0)
     for rows in ((z[0], b[0]), (z, b[:, :9]), (z.double(), b.double())):
         with pytest.raises(RuntimeError):
-            cpu.steer(*rows, 1.0, *mask, out)
+            cpu.steer(*rows, mask, out)
     for wrong in (target[:1], target - 1, target + 10, target.int()):
         with pytest.raises(RuntimeError):
-            cpu.score(z, b, wrong, 1.0, *mask, torch.empty(2))
+            cpu.score(z, b, mask, wrong, torch.empty(2))
         with pytest.raises(RuntimeError):
             cpu.project_strength(z, b, wrong, 0.1, *torch.empty(3, 2), target > 0)
     for call in (
-        lambda: cpu.steer(z.t(), b.t(), 1.0, *mask, torch.empty(10, 2)),
-        lambda: cpu.steer(z, b, torch.ones(3), *mask, out),
-        lambda: cpu.topk(z, b, 1.0, 0, *mask, torch.empty(2, 0), target[:, None]),
-        lambda: cpu.topk(z, b, 1.0, 1, *mask, torch.empty(2, 2), target[:, None]),
-        lambda: cpu.topk(z, b, 1.0, 1, *mask, one, torch.empty(2, 1)),
+        lambda: cpu.steer(z.t(), b.t(), mask, torch.empty(10, 2)),
+        lambda: cpu.steer(z, b, packed.mask(torch.ones(3)), out),
+        lambda: cpu.topk(z, b, mask, 0, torch.empty(2, 0), target[:, None]),
+        lambda: cpu.topk(z, b, mask, 1, torch.empty(2, 2), target[:, None]),
+        lambda: cpu.topk(z, b, mask, 1, one, torch.empty(2, 1)),
         lambda: cpu.divergence(z, b, short),
         lambda: cpu.divergence(z, b[:, :9], torch.empty(2)),
         lambda: cpu.steering_vector(z, b, torch.empty(2, 9)),
-        lambda: cpu.score(z, b, target, 1.0, *mask, short),
+        lambda: cpu.score(z, b, mask, target, short),
     ):
         with pytest.raises(RuntimeError):
             call()

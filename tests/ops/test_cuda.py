@@ -6,6 +6,7 @@ import torch
 from svd_engine.kernels import reference
 from svd_engine.ops import cuda
 
+from . import packed
 from .cases import INF, NAN, logits
 from .oracle import POISON
 from .runners import HERE
@@ -25,7 +26,7 @@ def device(request):
 
 def steer(z, b, strength=2.0, penalty=-INF, **where):
     out = torch.full_like(z, POISON)
-    cuda.steer(z, b, strength, 0.1, penalty, out, **where)
+    cuda.steer(z, b, packed.mask(strength, 0.1, penalty), out, **where)
     return out
 
 
@@ -37,7 +38,7 @@ def test_in_place(penalty, device):
     cuda.steering_vector(z, b, delta)
     for at in (0, 1):
         rows = [z.clone(), b.clone()]
-        cuda.steer(*rows, 2.0, 0.1, penalty, rows[at])
+        cuda.steer(*rows, packed.mask(2.0, 0.1, penalty), rows[at])
         assert torch.equal(rows[at], want)
         rows = [z.clone(), b.clone()]
         cuda.steering_vector(*rows, rows[at])
@@ -69,17 +70,17 @@ def test_a_strength_or_target_that_is_none(device):
     target = torch.tensor([0, -1, 4500], device=device)
     out = [torch.zeros(3, device=device) for _ in range(4)]
     inside = torch.ones(3, dtype=torch.bool, device=device)
-    cuda.score(z, b, target, strength, 0.1, -INF, out[0])
+    cuda.score(z, b, packed.mask(strength), target, out[0])
     assert out[0].isnan().all()
     cuda.project_strength(z, b, target, 0.1, *out[1:], inside)
     assert out[1].isnan().tolist() == [False, True, True] and not inside[1:].any()
     best, token = torch.zeros(3, 3, device=device), torch.zeros(3, 3, dtype=int, device=device)
-    cuda.topk(z, b, strength, 3, 0.1, -INF, best, token)
+    cuda.topk(z, b, packed.mask(strength), 3, best, token)
     assert (token[:, 0] == -1).tolist() == [True, False, False]
 
 
 def test_without_temperature_nothing_is_cut(device):
     z, b = logits(3, 2500, device)
     token, logprob = torch.zeros(3, dtype=int, device=device), torch.zeros(3, device=device)
-    cuda.sample_cut(z, b, 2.0, 0.1, -INF, 0.0, 1, 0.1, 0.9, 0, 0, token, logprob)
+    cuda.sample(z, b, packed.mask(2.0), packed.draw(0.0, 0, 0, 1, 0.1, 0.9), token, logprob)
     assert torch.equal(token, reference.sample(z, b, 2.0).token)

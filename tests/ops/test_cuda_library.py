@@ -15,7 +15,8 @@ import torch
 from svd_engine.kernels import reference
 from svd_engine.ops import cuda, dispatch
 
-from .cases import BF16, INF, logits
+from . import packed
+from .cases import BF16, logits
 from .runners import NVCC, SOURCES, compiled
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -59,25 +60,27 @@ def test_in_a_graph_on_a_stream_of_its_own():
     strength = torch.full((4,), 2.0, device="cuda")
     seed, position, target = (torch.zeros(4, dtype=torch.int64, device="cuda") for _ in range(3))
     workspace = torch.empty(cuda.workspace_size(*z.shape), device="cuda")
-    rows, by, draw = (z, b), (0.01, -INF), (seed, position)
+    rows, by, at = (z, b), packed.mask(strength, 0.01), dict(seed=seed, position=position)
     operators = {  # and its arguments
-        "steer": (*rows, strength, *by),
+        "steer": (*rows, by),
         "steering_vector": rows,
-        "sample": (*rows, strength, *by, 2.0, *draw),
-        "sample_cut": (*rows, strength, *by, 2.0, 50, 0.95, 1e-4, *draw),
-        "topk": (*rows, strength, 9, *by),
-        "score": (*rows, target, strength, *by),
+        "sample": (*rows, by, packed.draw(2.0, **at)),
+        "sample, cut": (*rows, by, packed.draw(2.0, **at, top_k=50, top_p=0.95, min_p=1e-4)),
+        "topk": (*rows, by, 9),
+        "score": (*rows, by, target),
         "project_strength": (*rows, target, 0.01),
         "divergence": rows,
     }
     outputs = {
-        name: dispatch.OPERATORS[name].outputs(*arguments, *([BF16] if name == "steer" else []))
+        name: dispatch.OPERATORS[name.split(",")[0]].outputs(
+            *arguments, *([BF16] if name == "steer" else [])
+        )
         for name, arguments in operators.items()
     }
 
     def step():
         for name, arguments in operators.items():
-            getattr(cuda, name)(*arguments, *outputs[name], workspace=workspace)
+            getattr(cuda, name.split(",")[0])(*arguments, *outputs[name], workspace=workspace)
 
     step()
     graph = torch.cuda.CUDAGraph()

@@ -71,7 +71,7 @@ def every_operator(z, b):
     target = ops.sample(z, b, -1.0, temperature=1.0, top_k=5, seed=torch.arange(3)).token
     return (
         ops.steering_vector(z, b), ops.steer(z, b, 2.0), target, *ops.topk(z, b, 1.0, 3),
-        *ops.project_strength(z, b, target), ops.score(z, b, target, 1.0), ops.divergence(z, b),
+        *ops.project_strength(z, b, target), ops.score(z, b, 1.0, target), ops.divergence(z, b),
     )  # fmt: skip
 
 
@@ -90,13 +90,13 @@ def test_opcheck():
     calls = {
         registered.steering_vector: (z, b),
         registered.steer: (z, b, 1.0, None, *mask, torch.bfloat16),
-        registered.sample: (z, b, 0.0, torch.ones(3), *mask, 1.0, *draw),
+        registered.sample: (z, b, 0.0, torch.ones(3), *mask, 1.0, 0, 1.0, 0.0, *draw),
         registered.sample_cut: (z, b, 1.0, None, *mask, 1.0, 5, 0.9, 0.01, *draw),
-        registered.topk: (z, b, 1.0, None, 2, *mask),
+        registered.topk: (z, b, 1.0, None, *mask, 2),
         registered.project_strength: (z, b, t, 0.1),
-        registered.score: (z, b, t, 1.0, None, 0.1, 0.0),
+        registered.score: (z, b, 1.0, None, 0.1, 0.0, t),
         registered.divergence: (z, b),
     }
-    assert {op.__name__ for op in calls} == set(dispatch.OPERATORS)
+    assert {op.__name__ for op in calls} == {*dispatch.OPERATORS, "sample_cut"}
     for operator, arguments in calls.items():
         torch.library.opcheck(operator.default, (*arguments, "auto"))

@@ -33,8 +33,8 @@ def both(hidden, head):
     yield ops.linear_topk(adapted, base, head, mu, 3), ops.topk(z, b, mu, 3)
     for penalty in (-float("inf"), -1.0):
         yield (
-            ops.linear_score(adapted, base, head, target, mu, penalty=penalty),
-            ops.score(z, b, target, mu, penalty=penalty),
+            ops.linear_score(adapted, base, head, mu, target, penalty=penalty),
+            ops.score(z, b, mu, target, penalty=penalty),
         )
     yield (
         ops.linear_project_strength(adapted, base, head, target),
@@ -57,13 +57,13 @@ def test_logits_of_few_rows_are_held_at_once(hidden, monkeypatch):
     monkeypatch.setattr(ops.Head, "logits", lambda head, x: sizes.append(len(x)) or logits(head, x))
     monkeypatch.setattr(hidden_states, "CHUNK_BYTES", 10 * 2 * V * 4)
     adapted, base, weight, target, _ = hidden
-    ops.linear_score(adapted, base, weight, target, 1.0)
+    ops.linear_score(adapted, base, weight, 1.0, target)
     assert max(sizes) == 10 and sum(sizes) == 2 * N
 
 
 def test_no_rows(hidden):
     adapted, base, weight, target, _ = hidden
-    assert ops.linear_score(adapted[:0], base[:0], weight, target[:0], 1.0).shape == (0,)
+    assert ops.linear_score(adapted[:0], base[:0], weight, 1.0, target[:0]).shape == (0,)
     assert ops.linear_topk(adapted[:0], base[:0], weight, 1.0, 2).token.shape == (0, 2)
 
 
@@ -73,7 +73,7 @@ def test_traced_as_one_node_each(hidden):
     def every(adapted, base):
         return (
             ops.linear_topk(adapted, base, weight, mu, 3).logprob,
-            ops.linear_score(adapted, base, ops.Head(weight, None, 5.0), target, 1.0),
+            ops.linear_score(adapted, base, ops.Head(weight, None, 5.0), 1.0, target),
             ops.linear_project_strength(adapted, base, weight, target).newton,
             ops.linear_divergence(adapted, base, weight),
         )
@@ -88,8 +88,8 @@ def test_opcheck(hidden):
     shared = (adapted, base, weight, None, None, 1.0)
     registered = torch.ops.svd_engine
     for operator, arguments in {
-        registered.linear_topk: (0.0, mu, 3, 0.1, 0.0),
-        registered.linear_score: (target, 1.0, None, 0.1, 0.0),
+        registered.linear_topk: (0.0, mu, 0.1, 0.0, 3),
+        registered.linear_score: (1.0, None, 0.1, 0.0, target),
         registered.linear_project_strength: (target, 0.1),
         registered.linear_divergence: (),
     }.items():
@@ -103,4 +103,4 @@ def test_refusals(hidden):
     with pytest.raises(ValueError, match=r"k must lie in \[1, V = 400\]"):
         ops.linear_topk(adapted, base, weight, 1.0, 401)
     with pytest.raises(ValueError, match="target must hold"):
-        ops.linear_score(adapted, base, weight, target + V, 1.0)
+        ops.linear_score(adapted, base, weight, 1.0, target + V)

@@ -112,7 +112,7 @@ def test_a_bad_row_is_nan_alone(where, value):
     assert torch.equal(got[[0, 2]], clean[[0, 2]])
     assert ref.sample(z, b, 2.0).token[1] == -1
     assert ref.topk(z, b, 2.0, 3).token[1].tolist() == [-1] * 3
-    assert ref.score(z, b, torch.zeros(3, dtype=torch.int64), 2.0)[1].isnan()
+    assert ref.score(z, b, 2.0, torch.zeros(3, dtype=torch.int64))[1].isnan()
     assert ref.support(z, b).row.tolist().count(1) == 0
 
 
@@ -200,7 +200,7 @@ def test_properties(values, seed, strength, shift):
     sampled, best = ref.sample(z, b, strength), ref.topk(z, b, strength, 1)
     assert torch.equal(sampled.token, best.token[:, 0])
     torch.testing.assert_close(sampled.logprob, best.logprob[:, 0])
-    scored = ref.score(z, b, sampled.token, strength)
+    scored = ref.score(z, b, strength, sampled.token)
     torch.testing.assert_close(scored, steered.log_softmax(-1).amax(-1))
     order = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(seed))
     moved = order[ref.sample(z[:, order], b[:, order], strength).token]

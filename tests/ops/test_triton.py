@@ -11,6 +11,7 @@ import triton.language as tl
 from svd_engine.kernels import launch, reference
 from svd_engine.kernels.triton_noise import gumbel_noise, random_bits
 
+from . import packed
 from .cases import BF16, INF, NAN, OPERATORS, logits, options
 from .oracle import same
 from .runners import HERE, INTERPRETED
@@ -40,8 +41,9 @@ def answers(z, b, **given):
 def test_the_workspace_may_be_larger_and_is_optional():
     z, b = logits(2, 300, DEVICE)
     out, want = torch.empty_like(z), torch.empty_like(z)
-    launch.steer(z, b, 2.0, 0.1, -INF, want, workspace=torch.full((9999,), NAN, device=DEVICE))
-    launch.steer(z, b, 2.0, 0.1, -INF, out)
+    mask, larger = packed.mask(2.0), torch.full((9999,), NAN, device=DEVICE)
+    launch.steer(z, b, mask, want, workspace=larger)
+    launch.steer(z, b, mask, out)
     assert torch.equal(out, want)
 
 
@@ -69,8 +71,8 @@ def test_a_strided_target_is_read_right():
     z, b = logits(2, 136, DEVICE)
     targets = torch.arange(4, device=DEVICE)[::2]
     out, want = torch.empty(2, device=DEVICE), torch.empty(2, device=DEVICE)
-    launch.score(z, b, targets, 2.0, 0.1, -INF, out)
-    launch.score(z, b, targets.contiguous(), 2.0, 0.1, -INF, want)
+    launch.score(z, b, packed.mask(2.0), targets, out)
+    launch.score(z, b, packed.mask(2.0), targets.contiguous(), want)
     assert same(out, want)
 
 
@@ -80,7 +82,7 @@ def test_a_target_outside_the_vocabulary_reads_nothing():
     target = torch.tensor([-1, 100], device=DEVICE)
     out = [torch.zeros(2, device=DEVICE) for _ in range(4)]
     inside = torch.ones(2, dtype=torch.bool, device=DEVICE)
-    launch.score(z, b, target, 1.0, 0.1, -INF, out[0])
+    launch.score(z, b, packed.mask(1.0), target, out[0])
     launch.project_strength(z, b, target, 0.1, *out[1:], inside)
     assert out[0].isnan().all() and not inside.any()
 

@@ -12,6 +12,8 @@ import triton
 
 from svd_engine.kernels import launch
 
+from . import packed
+
 BF16, FLOAT = torch.bfloat16, torch.float32
 KERNELS = [x for x in vars(launch) if x[0] != "_" and x.endswith(("_tiles", "_rows"))]
 NUMBERS = torch.zeros(40)
@@ -59,19 +61,19 @@ def every_request(vocab, dtypes):
             for alpha, mu, penalty in itertools.product(
                 (0.0, 0.1), either(n, NUMBERS), (-math.inf, -2.0, 0.0)
             ):
+                by = packed.mask(mu, alpha, penalty)
                 launch.project_strength(z, b, token, alpha, number, number, number, number > 0)
                 for dtype in dtypes:
                     out = rows(n, vocab, dtype, lead, pad)
-                    launch.steer(z, b, mu, alpha, penalty, out)
-                launch.score(z, b, token, mu, alpha, penalty, number)
-                launch.topk(z, b, mu, 3, alpha, penalty, NUMBERS[: 3 * n], TOKENS[: 3 * n])
+                    launch.steer(z, b, by, out)
+                launch.score(z, b, by, token, number)
+                launch.topk(z, b, by, 3, NUMBERS[: 3 * n], TOKENS[: 3 * n])
                 for temperature, seed, at in itertools.product(
                     (0.0, 0.7), either(n, TOKENS), either(n, TOKENS)
                 ):
-                    draw = seed, at, token, number
-                    launch.sample(z, b, mu, alpha, penalty, temperature, *draw)
-                    if temperature > 0:
-                        launch.sample_cut(z, b, mu, alpha, penalty, 0.7, 5, 0.9, 0.1, *draw)
+                    for cuts in ((), (5, 0.9, 0.1)):
+                        draw = packed.draw(temperature, seed, at, *cuts)
+                        launch.sample(z, b, by, draw, token, number)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_after_warmup_triton_compiles_nothing(monkeypatch):
         for penalty in (-math.inf, -1.0):
             ops.steer(z, b, 1.0, penalty=penalty, **on)
             ops.topk(z, b, torch.ones(n, device="cuda"), 3, penalty=penalty, **on)
-            ops.score(z, b, target, 2.0, penalty=penalty, **on)
+            ops.score(z, b, 2.0, target, penalty=penalty, **on)
             for temperature in (0.0, 1.0):
                 ops.sample(z, b, 1.0, penalty=penalty, temperature=temperature, seed=n, **on)
         ops.sample(z, b, 1.0, temperature=1.0, top_k=n, position=n, **on)
