@@ -110,11 +110,11 @@ def test_ties_go_to_the_lowest_id():
     z = logits(64, 3000, "cpu")[0].round()
     want = reference.sample(z.double(), z.double() - 2, 3.0)
     b = z.clone()
-    assert torch.equal(drawn("sample", z, z - 2, 0.1, -INF, 0.0, 0, 0)[0], want.token)
+    assert torch.equal(drawn(z, z - 2, 0.1, -INF, 0.0, 0, 0)[0], want.token)
     for at in (2999, 256, 255, 0):
         z[:, at:] = 50.0
         b[:, at:] = 49.0
-        assert (drawn("sample", z, b, 1.0, -INF, 0.0, 0, 0)[0] == at).all()
+        assert (drawn(z, b, 1.0, -INF, 0.0, 0, 0)[0] == at).all()
 
 
 @pytest.mark.usefixtures("each_capability")
@@ -215,11 +215,11 @@ def test_noise_is_that_of_the_reference(alpha, temperature):
     position = torch.arange(48) * 2**29
     draw = {"alpha": alpha, "temperature": temperature, "seed": seed, "position": position}
     want = reference.sample(z.double(), b.double(), 3.0, **draw)
-    token, logprob = drawn("sample", z, b, alpha, -INF, temperature, seed, position)
+    token, logprob = drawn(z, b, alpha, -INF, temperature, seed, position)
     assert torch.equal(token, want.token)
     torch.testing.assert_close(logprob.double(), want.logprob, rtol=1e-6, atol=1e-5)
     one = alpha, -INF, temperature, seed[5].item(), position[5].item()
-    alone = drawn("sample", z[5:6], b[5:6], *one)
+    alone = drawn(z[5:6], b[5:6], *one)
     assert torch.equal(alone[0], token[5:6]) and torch.equal(alone[1], logprob[5:6])
 
 
