@@ -258,7 +258,8 @@ def _minus_infinity() -> Iterator[Recipe]:
                {"k": EVERY}, BOTH)  # fmt: skip
     for odd in (0, 1):
         inputs = lambda s, odd=odd: rows.impossible(*s.logits(9, s.of(4800) + odd), s.tile)  # noqa: E731
-        yield from _each(f"-inf in tiles, one row or both, V = 2.3 tiles + {odd}", inputs, *several)
+        name = f"-inf in tiles, one row or both, V = 2.3 tiles + {odd}"
+        yield from _each(name, inputs, *several, alike=bool(odd))
     more = (*strengths, {"penalty": -1.0, "k": EVERY}, {"alpha": 0.0, "k": EVERY})
     yield from _each("-inf in stretches", rows.stretches, {}, *more)
 
@@ -268,7 +269,8 @@ def _equality() -> Iterator[Recipe]:
     for odd in (0, 1):
         inputs = lambda s, odd=odd: rows.ties(s, odd)  # noqa: E731
         name = f"ties: two tokens, V = 2.3 tiles + {odd}"
-        yield from _each(name, inputs, {"mu": 3.0}, {"alpha": 0.0}, {"penalty": -1.0})
+        masks = {"mu": 3.0}, {"alpha": 0.0}, {"penalty": -1.0}
+        yield from _each(name, inputs, *masks, alike=bool(odd))
     ones = lambda s: tuple(x.expand(5, -1) for x in (  # noqa: E731
         torch.ones(1, s.of(4800), device=s.device), torch.zeros(1, s.of(4800), device=s.device)
     ))  # fmt: skip
@@ -388,7 +390,7 @@ def _cuts() -> Iterator[Recipe]:
                 (0, fours * share + 1.5 * share / math.e, 0.0), (0, 1.0, 0.9), (2, 1.0, 0.0),
                 (0, 0.4, 0.0), (150, 1.0, 0.0), (0, 0.4, 0.5),
             )
-        ))  # fmt: skip
+        ), alike=vocab > 72)  # fmt: skip
     yield from _each("cuts of large supports", rows.large_supports, *(
         _cut(*cuts) | {"alpha": 0.0} for cuts in ((133, 1.0, 0.0), (0, 0.93, 0.3))
     ), _cut(0, 0.5, 0.0) | {"alpha": 0.0, "penalty": 0.0, "temperature": 0.01})  # fmt: skip
