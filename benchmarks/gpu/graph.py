@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import capture
 from benchmarks.gpu.worker import Run, words
 from benchmarks.records import ROOT
+from svd_engine.kernels.arguments import Mask
 from svd_engine.ops import checks, dispatch
 from tests.ops.cases import BF16, INF, OPERATORS, Options, absent, logits, options
 
@@ -124,7 +125,7 @@ def no_allocation(backend: str) -> str:
     kernels = import_module(dispatch.MODULES[backend])
     z, b = logits(4, VOCAB, "cuda", BF16)
     out, o = torch.empty_like(z), options(z)
-    mask = checks.mask(2.0, 0.1, -INF, z)
+    mask = Mask((2.0, None), 0.1, -INF)
     draw = checks.draw(0.8, 0, 1.0, 0.0, o.seed, o.position, z)
     token = torch.empty(4, dtype=torch.int64, device="cuda")
     logprob = torch.empty(4, device="cuda")
