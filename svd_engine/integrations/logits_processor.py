@@ -1,19 +1,20 @@
 """Steering for decoders that accept only a logits processor."""
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import Any
 
+import peft
 import torch
+import transformers
+from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import GenerationMixin, LogitsProcessor
 
 from svd_engine import ops
 from svd_engine.generation import distribution
 from svd_engine.model.pair import PerModel, SequentialRunner, base_runner
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.steering_config import SteeringConfig
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class SteeringLogitsProcessor(LogitsProcessor):
@@ -30,13 +31,19 @@ class SteeringLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        model: "PeftModel",
+        model: PeftModel,
         steering: SteeringConfig,
         *,
         attention_mask: Tensor | None = None,
         pad_token_id: int | None = None,
     ) -> None:
         adapter = Adapter.read(model)
+        if adapter.virtual_tokens and not virtual_tokens_survive():
+            raise ValueError(
+                "model has virtual tokens, which generate loses after its first step with "
+                f"transformers {transformers.__version__} and peft {peft.__version__}. Use other "
+                "versions, or custom_generate=steered_generate."
+            )
         steering.check_vocabulary(model.config.get_text_config().vocab_size)
         if attention_mask is not None and pad_token_id is not None:
             raise ValueError("give attention_mask or pad_token_id; got both.")
@@ -96,6 +103,16 @@ class SteeringLogitsProcessor(LogitsProcessor):
             for row in rows
         )
         return [row[start:] for row, start in zip(rows, starts, strict=True)]
+
+
+def virtual_tokens_survive() -> bool:
+    """Tell whether PEFT's `generate` sees the KV cache that holds its virtual tokens.
+
+    transformers 5.24 renamed the argument; PEFT looks it up by name.
+    """
+    renamed = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    prepare: Any = PeftModelForCausalLM.prepare_inputs_for_generation
+    return not renamed or "cache" in prepare.__code__.co_consts
 
 
 def left_pads(attention_mask: Tensor) -> tuple[int, list[int]]:
