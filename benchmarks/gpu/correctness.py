@@ -5,6 +5,7 @@ rows, for compute-sanitizer.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from benchmarks.gpu.worker import Run, words
 from tests.ops.cases import BF16, INF, OPERATORS, Options, absent, cases, logits, options
 from tests.ops.oracle import Worst, WrongError, alone, check, same
 
+Check = Callable[[str, str], Worst | None]  # of an operator on a backend
 
-def _alone(vocab: int, dtype: torch.dtype, device: str) -> Callable[[str, str], None]:
+
+def _alone(vocab: int, dtype: torch.dtype, device: str) -> Check:
     def run(name: str, backend: str) -> None:
         z, b = logits(5, vocab, device, dtype)
         alone(name, backend, z, b, options(z, penalty=-1.0))
@@ -22,7 +25,7 @@ def _alone(vocab: int, dtype: torch.dtype, device: str) -> Callable[[str, str], 
     return run
 
 
-def _far(device: str) -> Callable[[str, str], None]:
+def _far(device: str) -> Check:
     """Rows 2^30 elements apart, so that the third begins beyond 2^31."""
 
     def run(name: str, backend: str) -> None:
@@ -42,7 +45,7 @@ def _far(device: str) -> Callable[[str, str], None]:
     return run
 
 
-def _live(device: str, quick: bool) -> Callable[[str, str], None]:
+def _live(device: str, quick: bool) -> Check:
     """So many rows of real data that the last ones lie beyond 2^31 elements."""
 
     def run(name: str, backend: str) -> None:
@@ -77,7 +80,7 @@ def section(run: Run) -> dict[str, Any]:
         "cases": rows,
     }
 
-    def each(case: str, call: Callable[[str], Worst | None], names: Sequence[str] = names) -> None:
+    def each(case: str, call: Check, names: Sequence[str] = names) -> None:
         if run.left() < 1:
             result.setdefault("skipped: time", []).append(case)
             return
@@ -87,7 +90,7 @@ def section(run: Run) -> dict[str, Any]:
             row[name] = "running"
             run.keep(result)
             try:
-                found = call(name)
+                found = call(name, backend)
                 row[name] = "ok" if found is None else found.ratio
                 if found and (name not in worst or found.ratio > worst[name]["ratio"]):
                     worst[name] = {"case": case, **vars(found)}
@@ -104,18 +107,15 @@ def section(run: Run) -> dict[str, Any]:
 
     for case, asked in cases(run.device, run.quick):
         here = [name for name in names if name in asked]
-        each(case.name, lambda name, case=case: check(name, backend, case), here)
+        each(case.name, partial(check, case=case), here)
     sizes = [(6000, torch.float32), (6001, torch.float32), (6000, BF16)]
     for vocab, dtype in sizes if run.quick else [*sizes, (151936, BF16)]:
-        call = _alone(vocab, dtype, run.device)
         title = f"alone or in a batch, {str(dtype)[6:]}, V = {vocab}"
-        each(title, lambda name, call=call: call(name, backend))
+        each(title, _alone(vocab, dtype, run.device))
     if not run.quick:
-        far = _far(run.device)
-        each("64-bit offsets: rows 2^30 apart", lambda name: far(name, backend))
+        each("64-bit offsets: rows 2^30 apart", _far(run.device))
     if run.device == "cuda" or run.quick:
-        live = _live(run.device, run.quick)
-        each("64-bit offsets: real rows", lambda name: live(name, backend))
+        each("64-bit offsets: real rows", _live(run.device, run.quick))
     result["compared"] = sum(len(row) - 1 for row in rows)
     return result
 
