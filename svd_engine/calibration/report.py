@@ -49,7 +49,7 @@ class CalibrationReport:
     @property
     def loss_name(self) -> str:
         """The name of the loss in tables and plots."""
-        return "NLL a token" if self.objective == "nll" else f"{self.objective} loss"
+        return "NLL per token" if self.objective == "nll" else f"{self.objective} loss"
 
     def to_steering_config(
         self,

@@ -176,8 +176,8 @@ def _times(engine: SteeredEngine, prompt: str) -> dict[str, float]:
 
 def _times_table(times: dict[str, float]) -> Group:
     alone, steered = times["adapted"], times["steered"]
-    title = f"Time a token: batch 1, {TIMED_TOKENS} tokens, median of {TIMED_RUNS} runs"
-    table = tables.grid("", "ms a token", "tokens/s")
+    title = f"Time per token: batch 1, {TIMED_TOKENS} tokens, median of {TIMED_RUNS} runs"
+    table = tables.grid("", "ms per token", "tokens/s")
     table.add_row("adapted alone, un-steered", f"{alone:.1f}", f"{1e3 / alone:.1f}")
     table.add_row("steered", f"{steered:.1f}", f"{1e3 / steered:.1f}")
     note = f"A steered token takes {steered / alone:.2f} times the time of an un-steered one."

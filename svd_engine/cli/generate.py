@@ -139,4 +139,6 @@ def _stream(engine: "SteeredEngine", options: dict[str, Any]) -> None:
     sys.stdout.write("\n")
     if len(times) > 2:
         each = (times[-1] - times[1]) / (len(times) - 2)
-        terminal.errors.print(f"{len(times) - 1} tokens, {each * 1e3:.1f} ms a token", style="dim")
+        terminal.errors.print(
+            f"{len(times) - 1} tokens, {each * 1e3:.1f} ms per token", style="dim"
+        )

@@ -54,7 +54,9 @@ def calibration(report: CalibrationReport) -> Group:
         for alpha, loss in report.alpha_losses:
             table.add_row(f"  alpha {alpha:g}", f"{loss:.4f}")
     if report.objective != "nll":
-        table.add_row("NLL a token, held out", f"{report.nll_before:.4f} -> {report.nll_after:.4f}")
+        table.add_row(
+            "NLL per token, held out", f"{report.nll_before:.4f} -> {report.nll_after:.4f}"
+        )
     table.add_row("answer tokens inside the support", f"{report.support_share:.1%}")
     table.add_row("supports of one token", f"{report.single_share:.1%}")
     table.add_row("examples, tokens", f"{report.examples}, {report.tokens}")

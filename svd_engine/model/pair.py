@@ -153,5 +153,5 @@ def pair_models(adapter: Adapter, pairing: str = "auto") -> ModelPair:
     if pairing == "paired":
         raise ValueError(f"pairing='paired' is not possible: {reason}. pairing='auto' decodes it.")
     if pairing == "auto":
-        logger.warning("Two forward passes a token, because %s.", reason)
+        logger.warning("Two forward passes per token, because %s.", reason)
     return SequentialRunner(adapted_runner(adapter), base_runner(adapter))

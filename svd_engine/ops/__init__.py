@@ -1,4 +1,4 @@
-"""The operators: arguments checked, a backend chosen, the kernel called.
+"""The operators: each checks its arguments, chooses a backend and calls its kernel.
 
 `kernels/reference.py` defines what each one computes. Rows are `[N, V]` logits of the adapted and
 the base model: float32, bfloat16 or float16 in any mix, any row stride; arithmetic is float32 and
@@ -47,7 +47,7 @@ INF = math.inf
 
 
 def steering_vector(adapted: Tensor, base: Tensor, *, backend: str = "auto") -> Tensor:
-    """delta_i = p_i (E_p[d] - d_i), d = adapted - base  (10), float32 `[N, V]`."""
+    """Return delta_i = p_i (E_p[d] - d_i), d = adapted - base  (10), float32 `[N, V]`."""
     adapted, base = _rows(adapted, base, backend)
     return _call("steering_vector", backend, adapted, base)[0]
 
@@ -62,7 +62,7 @@ def steer(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Steered logits  (12)-(14), `[N, V]` in the dtype of `out` or of `adapted`.
+    """Return steered logits  (12)-(14), `[N, V]` in the dtype of `out` or of `adapted`.
 
     for i in range(V):
         if adapted[i] >= max(adapted) + log(alpha):
@@ -95,11 +95,12 @@ def sample(
     position: int | Tensor = 0,
     backend: str = "auto",
 ) -> Sampled:
-    """One token a row from the steered distribution: `token` int64 `[N]`, `logprob` float32 `[N]`.
+    """Choose one token per row from the steered distribution.
 
-    temperature 0 is greedy, ties to the lowest id. Otherwise the noise is a function of (seed,
-    position, token id) alone: numbers or int64 `[N]`. `logprob` equals `score` of the token: it is
-    taken before temperature and cuts. A row with NaN or +inf gives token -1.
+    Returns `token` int64 `[N]` and `logprob` float32 `[N]`, the `score` of the token, before
+    temperature and cuts. temperature 0 is greedy; ties go to the lowest id. Otherwise the noise is
+    a function of seed, position (numbers or int64 `[N]`) and token id only. A row with NaN or +inf
+    gives token -1.
     """
     adapted, base = _rows(adapted, base, backend)
     mask = checks.mask(strength, alpha, penalty, adapted)
@@ -117,7 +118,7 @@ def topk(
     penalty: float = -INF,
     backend: str = "auto",
 ) -> TopK:
-    """The k best steered log-probabilities, descending, and their tokens: `[N, k]` each."""
+    """Return the k best steered log-probabilities, descending, and their tokens, `[N, k]`."""
     adapted, base = _rows(adapted, base, backend)
     mask = checks.mask(strength, alpha, penalty, adapted)
     checks.k(k, adapted.shape[1])
@@ -127,7 +128,7 @@ def topk(
 def project_strength(
     adapted: Tensor, base: Tensor, target: Tensor, *, alpha: float = 0.1, backend: str = "auto"
 ) -> Projection:
-    """numerator, gauss_newton (20) and newton (19) denominators, in_support; `[N]` each."""
+    """Return numerator, gauss_newton (20), newton (19) and in_support of each target, `[N]`."""
     adapted, base = _rows(adapted, base, backend)
     checks.support(alpha, penalty=0.0)
     checks.target(target, adapted, adapted.shape[1])
@@ -144,7 +145,7 @@ def score(
     penalty: float = -INF,
     backend: str = "auto",
 ) -> Tensor:
-    """log_softmax of the steered logits at `target` int64 `[N]`: log P_hat, float32 `[N]`."""
+    """Return log_softmax of the steered logits at `target` int64 `[N]`, float32 `[N]`."""
     adapted, base = _rows(adapted, base, backend)
     mask = checks.mask(strength, alpha, penalty, adapted)
     checks.target(target, adapted, adapted.shape[1])
@@ -152,13 +153,13 @@ def score(
 
 
 def divergence(adapted: Tensor, base: Tensor, *, backend: str = "auto") -> Tensor:
-    """KL(p || q)  (6) in nats, float32 `[N]`."""
+    """Return KL(p || q)  (6) in nats, float32 `[N]`."""
     adapted, base = _rows(adapted, base, backend)
     return _call("divergence", backend, adapted, base)[0]
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend with the reason why it cannot run here, or None where it can."""
+    """Return for every backend the reason why it cannot run here, or None if it can."""
     return {name: dispatch.unavailable(name) for name in (*dispatch.MODULES, "reference")}
 
 
@@ -167,9 +168,10 @@ def warmup(
     dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
     device: torch.device | str = "cpu",
 ) -> None:
-    """Compile all that operators on this device can need; the CPU's kernels are compiled already.
+    """Compile every kernel that operators on this device can need.
 
-    vocab and dtypes: of the logits to come. After it no batch size compiles anything.
+    vocab and dtypes: those of the logits to come. Afterwards no batch size compiles anything. The
+    CPU's kernels are compiled at install time.
     """
     device = torch.device(device)
     if device.type == "cuda" and dispatch.unavailable("triton") is None:
@@ -186,7 +188,7 @@ def _rows(adapted: Tensor, base: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _call(name: str, backend: str, *arguments: Any, out: Tensor | None = None) -> Any:
-    """Traced as one node under torch.compile; else straight to the kernel."""
+    """Call the kernel directly, or under torch.compile as one traced node."""
     if not torch.compiler.is_compiling():
         return dispatch.launch(name, backend, arguments, out)
     outputs = dispatch.traced(name, backend, arguments)

@@ -1,4 +1,4 @@
-"""What the operators accept: each check names the argument, what came and what to do."""
+"""Checks of the operators' arguments: an error names the argument, its value and a remedy."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ ALL_DTYPES = (*DTYPES, torch.float64)  # of the reference
 
 
 def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Two `[N, V]` tensors of logits on one device."""
+    """Check two `[N, V]` tensors of logits on one device."""
     if (
         type(adapted) is type(base) is Tensor
         and (shape := adapted.shape) == base.shape
@@ -50,7 +50,7 @@ def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
 def mask(strength: Strength, alpha: float, penalty: float, like: Tensor) -> Mask:
-    """How the rows of `like` are steered."""
+    """Pack how the rows of `like` are steered."""
     plain = type(strength) is float and math.isfinite(strength)
     by = (strength, None) if plain else per_row("strength", strength, like, torch.float32)
     support(alpha, penalty)
@@ -66,7 +66,7 @@ def draw(
     position: int | Tensor,
     like: Tensor,
 ) -> Draw:
-    """How a token of each row of `like` is drawn."""
+    """Pack how a token of each row of `like` is drawn."""
     sampling(temperature, top_k, top_p, min_p)
     seeds = per_row("seed", seed, like, torch.int64)
     positions = per_row("position", position, like, torch.int64)
@@ -92,7 +92,7 @@ def sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None
 
 
 def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> PerRow[Any]:
-    """A finite number, or a tensor as contiguous `[N]` of `dtype`."""
+    """Pack a finite number, or a tensor as contiguous `[N]` of `dtype`."""
     if type(value) is int and -(2**63) <= value < 2**63:
         return value, None
     if not isinstance(value, Tensor):
@@ -110,7 +110,7 @@ def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) 
         raise ValueError(f"{name} must be on {like.device}, as the logits are; got {value.device}.")
     if dtype == torch.int64 and (value.is_floating_point() or value.is_complex()):
         raise ValueError(f"{name} must be an integer tensor; got {value.dtype}.")
-    # Looking into a device tensor would wait for the device; there a NaN gives a NaN row instead.
+    # Reading a device tensor would wait for the device; there a NaN gives a NaN row instead.
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         if not value.isfinite().all():
             raise ValueError(f"{name} must be finite; got {value.tolist()}.")
@@ -123,7 +123,7 @@ def k(k: int, vocab: int) -> None:
 
 
 def target(target: Tensor, like: Tensor, vocab: int) -> None:
-    """int64 `[N]` token ids below V, for the N rows of `like`."""
+    """Check int64 `[N]` token ids below V, for the N rows of `like`."""
     if target.shape != like.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
             f"target must be int64 of shape [N] = {list(like.shape[:1])}; "

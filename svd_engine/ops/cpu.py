@@ -1,4 +1,4 @@
-"""The C++ CPU kernels (csrc/cpu), where they were built.
+"""The C++ CPU kernels (csrc/cpu), if they were built.
 
 Nothing is loaded before the first use, and importing this module cannot fail.
 """
@@ -22,7 +22,7 @@ OPERATORS = (
 
 @functools.cache
 def _load() -> SimpleNamespace | str:
-    """The operators, or why there are none."""
+    """Load the operators, or return why there are none."""
     found = sorted(Path(__file__).parents[1].glob("_cpu*.so"))
     if not found:
         return "svd_engine._cpu was not built (see the output of pip install -v)"
@@ -35,7 +35,7 @@ def _load() -> SimpleNamespace | str:
 
 
 def _called(overload: Any) -> Any:
-    """What calling an operator comes to; the wrapper around it takes a third of a microsecond."""
+    """Return what an operator's wrapper calls: the wrapper takes a third of a microsecond."""
     return getattr(overload, "_op", overload)
 
 
@@ -48,35 +48,35 @@ def _ops() -> SimpleNamespace:
 
 
 def unavailable() -> str | None:
-    """Why the kernels cannot run here; None when they can."""
+    """Return why the kernels cannot run here, or None if they can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
 def takes(device: str) -> bool:
-    """Whether tensors on this type of device can be computed on."""
+    """Tell whether the kernels compute on tensors on this type of device."""
     return device == "cpu"
 
 
 def capability(limit: str | None = None) -> str:
-    """The instruction set in use; `limit` first sets it to the best one not above."""
+    """Return the instruction set in use; `limit` first sets it to the best one not above."""
     return CAPABILITIES[_ops().capability(-1 if limit is None else CAPABILITIES.index(limit))]
 
 
 def steer(adapted: Tensor, base: Tensor, mask: Mask, out: Tensor) -> None:
-    """`reference.steer` into `out`, which may be `adapted` or `base` itself."""
+    """Write `reference.steer` to `out`, which may be `adapted` or `base` itself."""
     _ops().steer(adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, out)
 
 
 def steering_vector(adapted: Tensor, base: Tensor, out: Tensor) -> None:
-    """`reference.steering_vector` into `out`, which may be `adapted` or `base` itself."""
+    """Write `reference.steering_vector` to `out`, which may be `adapted` or `base` itself."""
     _ops().steering_vector(adapted, base, out)
 
 
 def sample(
     adapted: Tensor, base: Tensor, mask: Mask, draw: Draw, token: Tensor, logprob: Tensor
 ) -> None:
-    """`reference.sample` into `token` (int64) and `logprob` (float32)."""
+    """Write `reference.sample` to `token` (int64) and `logprob` (float32)."""
     if draw.is_cut:
         _ops().sample_cut(
             adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, draw.temperature,
@@ -90,14 +90,14 @@ def sample(
 
 
 def topk(adapted: Tensor, base: Tensor, mask: Mask, k: int, logprob: Tensor, token: Tensor) -> None:
-    """`reference.topk` into `logprob` (float32) and `token` (int64), [N, k] each."""
+    """Write `reference.topk` to `logprob` (float32) and `token` (int64), [N, k] each."""
     _ops().topk(
         adapted, base, *mask.strength, k, log_alpha(mask.alpha), mask.penalty, logprob, token
     )
 
 
 def score(adapted: Tensor, base: Tensor, mask: Mask, target: Tensor, logprob: Tensor) -> None:
-    """`reference.score` into `logprob` (float32)."""
+    """Write `reference.score` to `logprob` (float32)."""
     _ops().score(
         adapted, base, target, *mask.strength, log_alpha(mask.alpha), mask.penalty, logprob
     )
@@ -113,14 +113,14 @@ def project_strength(
     newton: Tensor,
     in_support: Tensor,
 ) -> None:
-    """`reference.project_strength` into three float32 tensors and a bool one."""
+    """Write `reference.project_strength` to three float32 tensors and a bool one."""
     _ops().project_strength(
         adapted, base, target, log_alpha(alpha), numerator, gauss_newton, newton, in_support
     )
 
 
 def divergence(adapted: Tensor, base: Tensor, out: Tensor) -> None:
-    """`reference.divergence` into `out` (float32)."""
+    """Write `reference.divergence` to `out` (float32)."""
     _ops().divergence(adapted, base, out)
 
 
@@ -134,20 +134,22 @@ def linear(
     first: int,
     out: Tensor,
 ) -> None:
-    """x W^T + bias into `out`, and up (down x) + up_bias added in the rows from `first` on."""
+    """Write x W^T + bias to `out`, plus up (down x) + up_bias in the rows from `first` on."""
     _ops().linear(x, weight, bias, down, up, up_bias, first, out)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, offset: float, rounded_between: bool, out: Tensor
 ) -> None:
-    """`norm.composed` into `out`; x is contiguous and of the weight's dtype."""
+    """Write `rms_norm.composed` to `out`; x is contiguous and of the weight's dtype."""
     _ops().rms_norm(x, weight, eps, offset, rounded_between, out)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """x cos + [-x2, x1] sin into `out` for x = [x1, x2] `[rows, heads, 1, dim]`; cos and sin are
-    `[rows, 1, 1, dim]`."""
+    """Write x cos + [-x2, x1] sin to `out` for x = [x1, x2] `[rows, heads, 1, dim]`.
+
+    cos, sin: `[rows, 1, 1, dim]`.
+    """
     _ops().rotate(x, cos, sin, out)
 
 
@@ -160,7 +162,7 @@ def attend(
     softcap: float | None,
     out: Tensor,
 ) -> None:
-    """`attention.attend` for one token a row into `out` `[rows, 1, heads, dim]`.
+    """Write `attention.attend` for one token per row to `out` `[rows, 1, heads, dim]`.
 
     query: `[rows, heads, 1, dim]`; key, value: `[rows, kv_heads, slots, dim]`; mask, added to the
     scores: `[rows, 1, 1, slots]`.

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels (csrc/cuda), where they were built.
+"""The CUDA C++ kernels (csrc/cuda), if they were built.
 
 The library is plain C and knows nothing of PyTorch: it gets pointers and a stream. Nothing is
 loaded before the first use, and importing this module cannot fail. `svd_engine.ops` has checked the
@@ -24,7 +24,7 @@ _ROWS = [c_void_p, c_int64, c_int]  # data, stride, dtype
 _INPUTS = [*_ROWS, *_ROWS, c_int64, c_int]  # adapted, base, N, V
 _STEERING = [c_void_p, c_float, c_float, c_float]  # strengths, strength, log alpha, penalty
 _CUTS = [c_int, c_float, c_float]  # top k, top p, log min p
-_INTEGERS = [c_void_p, c_int64]  # one a row, one for all
+_INTEGERS = [c_void_p, c_int64]  # one per row, one for all
 _WHERE = [c_void_p, c_int, c_void_p]  # workspace, device, stream
 _SIGNATURES = {
     "tile": (c_int, []),
@@ -59,7 +59,7 @@ def _bind(path: Path) -> SimpleNamespace:
 
 @functools.cache
 def _load() -> SimpleNamespace | str:
-    """The functions of the library, or why there are none."""
+    """Load the functions of the library, or return why there are none."""
     found = sorted(Path(__file__).parents[1].glob("_cuda*.so"))
     if not found:
         return "svd_engine._cuda was not built (see the output of pip install -v)"
@@ -78,7 +78,7 @@ def _library() -> SimpleNamespace:
 
 
 def unavailable() -> str | None:
-    """Why the kernels cannot run here; None when they can."""
+    """Return why the kernels cannot run here, or None if they can."""
     loaded = _load()
     if isinstance(loaded, str):
         return loaded
@@ -89,12 +89,12 @@ def unavailable() -> str | None:
 
 
 def takes(device: str) -> bool:
-    """Whether tensors on this type of device can be computed on."""
+    """Tell whether the kernels compute on tensors on this type of device."""
     return device == "cuda"
 
 
 def workspace_size(rows: int, vocab: int) -> int:
-    """The float32 elements that a call on `[rows, vocab]` needs as `workspace`."""
+    """Return how many float32 elements a call on `[rows, vocab]` needs as `workspace`."""
     library = _library()
     return rows * -(-vocab // library.tile_tokens) * library.tile_floats
 
@@ -102,10 +102,10 @@ def workspace_size(rows: int, vocab: int) -> int:
 def steering_vector(
     adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
-    """`reference.steering_vector` into `out`, which may be a float32 `adapted` or `base` itself.
+    """Write `reference.steering_vector` to `out`, which may be float32 `adapted` or `base`.
 
     workspace, here and below: float32 `[workspace_size(N, V)]` or more, aligned to 16 bytes; it
-    need not be set.
+    need not be initialised.
     """
     _run("steering_vector", adapted, base, _rows(out), workspace)
 
@@ -113,7 +113,7 @@ def steering_vector(
 def steer(
     adapted: Tensor, base: Tensor, mask: Mask, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
-    """`reference.steer` into `out`, which may be `adapted` or `base` itself."""
+    """Write `reference.steer` to `out`, which may be `adapted` or `base` itself."""
     _run("steer", adapted, base, (*_steering(mask), *_rows(out)), workspace)
 
 
@@ -127,7 +127,7 @@ def sample(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """`reference.sample` into `token` (int64) and `logprob` (float32), contiguous."""
+    """Write `reference.sample` to `token` (int64) and `logprob` (float32), contiguous."""
     noise = (*_per_row(draw.seed), *_per_row(draw.position))
     arguments = (*_steering(mask), draw.temperature, *draw.cuts, *noise, token, logprob)
     _run("sample", adapted, base, arguments, workspace)
@@ -143,7 +143,7 @@ def topk(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """`reference.topk` into `logprob` (float32) and `token` (int64), contiguous `[N, k]`."""
+    """Write `reference.topk` to `logprob` (float32) and `token` (int64), contiguous `[N, k]`."""
     _run("topk", adapted, base, (*_steering(mask), k, logprob, token), workspace)
 
 
@@ -156,7 +156,7 @@ def score(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """`reference.score` into `logprob` (float32), contiguous; NaN for a target outside [0, V)."""
+    """Write `reference.score` to contiguous float32 `logprob`; NaN if target is not in [0, V)."""
     _run("score", adapted, base, (*_steering(mask), target.contiguous(), logprob), workspace)
 
 
@@ -172,7 +172,7 @@ def project_strength(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """`reference.project_strength` into float32 and bool `[N]`; a target as in `score`."""
+    """Write `reference.project_strength` to float32 and bool `[N]`; a target as in `score`."""
     outputs = (numerator, gauss_newton, newton, in_support)
     arguments = (log_alpha(alpha), target.contiguous(), *outputs)
     _run("project_strength", adapted, base, arguments, workspace)
@@ -181,14 +181,14 @@ def project_strength(
 def divergence(
     adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
-    """`reference.divergence` into `out` (float32), contiguous."""
+    """Write `reference.divergence` to `out` (float32), contiguous."""
     _run("divergence", adapted, base, (out,), workspace)
 
 
 def _run(
     name: str, adapted: Tensor, base: Tensor, arguments: tuple[Any, ...], workspace: Tensor | None
 ) -> None:
-    """Launch; of a tensor among the arguments the kernel gets the address."""
+    """Launch a kernel; it gets the address of each tensor among the arguments."""
     if len(adapted) == 0:
         return
     workspace = _workspace(adapted, workspace)

@@ -1,4 +1,4 @@
-"""From a checked operator call to a backend: the choice, the launch, the registration with torch.
+"""Choose a backend for a checked operator call, launch it, and register operators with torch.
 
 A backend is a module with `unavailable() -> str | None`, `takes(device) -> bool` and a function for
 each operator that it has: the operator's arguments, then its outputs, which are allocated here.
@@ -95,7 +95,7 @@ OPERATORS = {
 
 @cache
 def unavailable(backend: str) -> str | None:
-    """Why a backend cannot run here; None where it can."""
+    """Return why a backend cannot run here, or None if it can."""
     if backend == "reference":
         return None
     try:
@@ -106,7 +106,7 @@ def unavailable(backend: str) -> str | None:
 
 @cache
 def choose(operator: str, backend: str, device: torch.device) -> ModuleType:
-    """The module that computes `operator` on tensors of a device. Raises ValueError."""
+    """Return the module that computes `operator` on a device. Raises ValueError."""
     kind = device.type
     if backend == "auto":
         modules = (
@@ -133,7 +133,7 @@ def choose(operator: str, backend: str, device: torch.device) -> ModuleType:
 def launch(
     name: str, backend: str, arguments: tuple[Any, ...], out: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Run an operator whose arguments are checked; its outputs, the first one in `out` if given."""
+    """Run an operator on checked arguments; return its outputs, the first in `out` if given."""
     adapted = arguments[0]
     module = choose(name, backend, adapted.device)
     operator = OPERATORS[name]
@@ -147,7 +147,7 @@ def launch(
 
 
 def traced(name: str, backend: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The outputs of torch.ops.svd_engine.<name>."""
+    """Return the outputs of torch.ops.svd_engine.<name>."""
     outputs = getattr(torch.ops.svd_engine, name)(*schema.flat(arguments), backend)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 

@@ -1,6 +1,6 @@
 """The operators from hidden states and the head that both models share.
 
-Logits are made for a few rows at a time, so memory does not grow with the number of positions.
+Logits are computed for a few rows at a time, so memory does not grow with the number of rows.
 """
 
 import math
@@ -29,7 +29,7 @@ def linear_topk(
     penalty: float = -INF,
     backend: str = "auto",
 ) -> TopK:
-    """`ops.topk` of the head's logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
+    """Return `ops.topk` of the logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
     head = _checked(adapted, base, head)
     mask = checks.mask(strength, alpha, penalty, adapted)
     checks.k(k, head.weight.shape[0])
@@ -47,7 +47,7 @@ def linear_score(
     penalty: float = -INF,
     backend: str = "auto",
 ) -> Tensor:
-    """`ops.score` of the head's logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
+    """Return `ops.score` of the logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
     head = _checked(adapted, base, head)
     mask = checks.mask(strength, alpha, penalty, adapted)
     checks.target(target, adapted, head.weight.shape[0])

@@ -14,7 +14,7 @@ def training(path: Path, losses: Curve) -> Path | None:
         return None
     figure, axes = _figure(6, 3.5)
     axes.plot(*zip(*losses, strict=True), marker="." if len(losses) < 50 else None)
-    axes.set(xlabel="step", ylabel="loss a token (nats)", title="Warm start")
+    axes.set(xlabel="step", ylabel="loss per token (nats)", title="Warm start")
     figure.savefig(path, dpi=150)
     return path
 

@@ -67,7 +67,7 @@ def test_the_whole_path(run, tmp_path, tiny_folder):
     assert written | {"adapter_config.json"} <= names
     options = ["--adapter", tmp_path / "adapter", "--base", base, "--max-new-tokens", 5]
     code, out, err = run("generate", "w005 w021", *options)
-    assert code == 0 and out.startswith("w") and "ms a token" in err
+    assert code == 0 and out.startswith("w") and "ms per token" in err
     assert run("generate", *options, stdin="w005 w021\n")[1] == out
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("w005 w021\n\nw005 w022\n")

@@ -105,7 +105,7 @@ def test_off_the_support_no_beam_goes_on(engine, two_pass):
         truth = two_pass(prompt, -4.0, 0.3, **options)
         check(got[:1], truth)
         assert all(c.score > -1e3 for c in got)
-    engine.steering = SteeringConfig(-4.0, alpha=1.0)  # one token a step, so one path
+    engine.steering = SteeringConfig(-4.0, alpha=1.0)  # one token per step, so one path
     got = engine.generate(PROMPTS[0], num_return_sequences=2, **options)
     assert got[0] == got[1] and got[0].score == 0.0
     assert got[0].token_ids == engine.generate(PROMPTS[0], max_new_tokens=6)[0].token_ids
