@@ -1,4 +1,4 @@
-"""The Triton backend, host side: what is launched, with how much memory and which tiles.
+"""Host side of the Triton backend: which kernels run, with how much memory and which tiles.
 
 `svd_engine.ops` has checked the arguments. Nothing is read back from the device, so every call can
 be captured in a CUDA graph.
@@ -21,12 +21,12 @@ from .triton_score import divergence_rows, project_rows, score_rows
 from .triton_steer import steer_tiles
 from .triton_topk import topk_rows
 
-# What one program takes of a row. It does not depend on the batch, so neither does a row's result,
-# to the bit.
+# Tokens of a row per program. The batch does not change it, so a row's bits do not depend on its
+# batch.
 TILE = 2048
-STREAM_WARPS = 4  # programs that stream one tile each
-ROW_WARPS = 8  # a program that walks a row's tiles one after the other
-# Registers a thread at most. Without a bound ptxas spills to come under a lower one of its choice.
+STREAM_WARPS = 4  # of a program that streams one tile
+ROW_WARPS = 8  # of a program that walks a row's tiles one after the other
+# At most so many registers per thread: without a bound ptxas chooses a lower one and spills.
 STREAM_REGISTERS, ROW_REGISTERS = 128, 168
 
 UNSTEERED = Mask((0.0, None), alpha=0.0, penalty=0.0)
@@ -34,26 +34,26 @@ GREEDY = Draw(0.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, None), position=(0, N
 
 
 def unavailable() -> str | None:
-    """Why Triton cannot run here, or None if it can. Without Triton this module does not import."""
+    """Return why Triton cannot run here, or None. Without Triton this module does not import."""
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
         return None
     return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
 
 
 def takes(device: str) -> bool:
-    """Whether tensors on this type of device can be launched on."""
+    """Tell whether the kernels compute on tensors on this type of device."""
     return device == ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
 def workspace_size(rows: int, vocab: int) -> int:
-    """The float32 elements that a call on `[rows, vocab]` needs as `workspace`."""
+    """Return how many float32 elements a call on `[rows, vocab]` needs as `workspace`."""
     return rows * STATISTICS.value * _tiles(vocab)
 
 
-# Of every operator: adapted, base: `[N, V]`, each float32, bfloat16 or float16, last stride 1.
-# Of `PerRow` tensors the strength is float32, seed and position are int64. target: int64 `[N]`.
-# Results are contiguous, and float32 but for tokens (int64) and in_support (bool), unless they are
-# `[N, V]`: those may have any row stride, and of `steer` any of the three dtypes.
+# For every operator: adapted, base: `[N, V]`, each float32, bfloat16 or float16, last stride 1.
+# `PerRow` tensors are float32 for the strength, int64 for seed and position. target: int64 `[N]`.
+# Results are contiguous float32, except tokens (int64) and in_support (bool); `[N, V]` results may
+# have any row stride, and those of `steer` any of the three dtypes.
 # workspace: float32 `[workspace_size(N, V)]` or more.
 
 
@@ -89,10 +89,10 @@ def sample(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """token, logprob = reference.sample(adapted, base, strength).
+    """token, logprob = reference.sample(adapted, base, ...).
 
-    Where a token may come from any tile, every tile gets a program and a third launch settles the
-    row; else, and for cuts, one program walks the tiles that it needs.
+    If a token may come from any tile, every tile gets a program and a third launch settles the row.
+    Otherwise, and for cuts, one program per row walks the tiles that it needs.
     """
     rows = _Rows(adapted, base, workspace)
     steering, noise = rows.steering(mask), _noise(draw, token)
@@ -167,11 +167,10 @@ def divergence(
 
 
 def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str = "cuda") -> None:
-    """Compile all that requests with this vocabulary and these dtypes, in any mix, can need.
+    """Compile every kernel that requests with this vocabulary and any mix of these dtypes can need.
 
-    `out` of `steer` counts among them; `steering_vector` writes float32.
-
-    Every operator runs on one small row for each compiled form; no later batch compiles anything.
+    The mix includes `out` of `steer`; `steering_vector` writes float32. Every operator runs on one
+    row per compiled form; later no batch size compiles anything.
     """
     token = torch.zeros(1, dtype=torch.int64, device=device)
     number = torch.zeros(1, device=device)
@@ -179,7 +178,7 @@ def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str
     width = -(-vocab // 8) * 8 + 8
     buffers = [torch.zeros(1, width, dtype=x, device=device) for x in dtypes]
     delta = torch.empty(1, width, device=device)
-    # One token past an aligned address is unaligned, and so is every row if V is no multiple of 8.
+    # One token past an aligned address is unaligned, and so are rows if V is no multiple of 8.
     layouts = (0, 1) if vocab % 8 == 0 else (1,)
     masks = [
         Mask((1.0, None), alpha, penalty) for alpha in (0.0, 0.1) for penalty in (-math.inf, -1.0)
@@ -202,10 +201,10 @@ def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str
 
 
 class _Rows:
-    """The two operands of a call and their launches; `measure_tiles` is the first. None if N = 0.
+    """The two operands of a call and their launches, of which `measure_tiles` is the first.
 
-    A kernel takes the operands, the workspace and V before, ALIGNED, LANES and TILE after its own
-    arguments.
+    Nothing is launched if N = 0. A kernel takes the operands, the workspace and V before its own
+    arguments, and ALIGNED, LANES and TILE after them.
     """
 
     def __init__(
@@ -226,21 +225,21 @@ class _Rows:
         return *_per_row(mask.strength, self.workspace), log_alpha(mask.alpha), mask.penalty
 
     def each_tile(self, kernel: Any, *arguments: Any, **options: Any) -> None:
-        """A program for every tile of every row."""
+        """Launch one program per tile of every row."""
         options = {
             "ALIGNED": self.aligned, "num_warps": STREAM_WARPS, "maxnreg": STREAM_REGISTERS,
         } | options  # fmt: skip
         self._launch(kernel, self.count * _tiles(self.vocab), *self.operands, *arguments, **options)
 
     def each_row(self, kernel: Any, *arguments: Any, **options: Any) -> None:
-        """A program for every row."""
+        """Launch one program per row."""
         options |= {
             "ALIGNED": self.aligned, "num_warps": ROW_WARPS, "maxnreg": ROW_REGISTERS,
         }  # fmt: skip
         self._launch(kernel, self.count, *self.operands, *arguments, **options)
 
     def settle(self, kernel: Any, *arguments: Any) -> None:
-        """A program for every row, of what the workspace holds of it."""
+        """Launch one program per row on what the workspace holds of it."""
         self._launch(kernel, self.count, self.workspace, self.vocab, *arguments, num_warps=1)
 
     def _launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The skinny linear, host side: its tiles, its programs, and the memory between its two passes.
+"""Host side of the few-rows linear: tiles, programs, and the memory between its two passes.
 
 The caller has checked the arguments. Nothing is read back from the device, so every call can be
 captured in a CUDA graph.
@@ -12,12 +12,11 @@ from .triton_linear import RANKS, ROWS, SPLITS, linear_rows, linear_tiles
 
 MOST_ROWS: int = ROWS.value
 EVERY = 1 << 31
-# From so many outputs on: the outputs a program takes; how many tiles of their weights it has at
-# hand or on their way; the columns after which it leaves the rest to another. Where programs are
-# few, each has more on its way, and where their sums are long too, having more programs is worth a
-# second pass. The number of rows does not enter, so it changes no row's result, to the bit.
+# (least outputs, outputs per program, tiles of weights in flight, columns per program). With few
+# programs each keeps more tiles in flight, and with long sums as well, splitting the columns is
+# worth a second pass. The number of rows does not enter, so a row's bits do not depend on it.
 TILES = ((8192, 32, 5, EVERY), (4096, 16, 5, EVERY), (2048, 16, 9, EVERY), (0, 16, 9, 3072))
-IN_BYTES = 256  # of an output's weights, in a tile
+IN_BYTES = 256  # of one output's weights, per tile
 SUM_TILE = 256
 
 
@@ -31,10 +30,10 @@ def linear(
     first: int,
     out: Tensor,
 ) -> None:
-    """out = reference.linear(x, weight, ...), rounded once, of at most MOST_ROWS rows.
+    """out = reference.linear(x, weight, ...), rounded once, for at most MOST_ROWS rows.
 
-    x `[M, in]`, weight `[out, in]` and out `[M, out]`: of one dtype, float32, bfloat16 or float16;
-    of the others each may have any of them. Matrices have last stride 1.
+    x `[M, in]`, weight `[out, in]` and out `[M, out]` share one dtype: float32, bfloat16 or
+    float16; each of the others may have any of them. Matrices have last stride 1.
     """
     (rows, fan_in), fan_out = x.shape, len(weight)
     assert rows <= MOST_ROWS, f"x: {rows} rows, {MOST_ROWS} at most"

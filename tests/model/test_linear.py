@@ -1,4 +1,4 @@
-"""The skinny linear against float64, and against PyTorch's own linear where that serves."""
+"""The few-rows linear against float64, and against PyTorch's own linear where that serves."""
 
 import pytest
 import torch

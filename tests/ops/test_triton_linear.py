@@ -1,4 +1,4 @@
-"""The skinny linear in Triton against float64: in the interpreter, or on a GPU if there is one."""
+"""The few-rows linear in Triton against float64: in the interpreter, or on a GPU if there is one."""
 
 import math
 
