@@ -100,7 +100,7 @@ def test_a_failed_native_build_is_one_line_and_no_failure(wheel):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel[0]).namelist()
-    for name in ("kernels/reference.py", "kernels/launch.py", "py.typed", "almanac.json"):
+    for name in ("kernels/reference.py", "kernels/launch.py", "py.typed", "cli/almanac.json"):
         assert f"svd_engine/{name}" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"svd_engine"}
 
