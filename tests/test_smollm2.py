@@ -8,7 +8,7 @@ from svd_engine.cli import almanac
 from svd_engine.training.warm_start import warm_start
 from tests.tiny import assert_same_tokens, teacher_forced_two_pass
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 PROMPTS = [
     "Q: What is the capital of France?\nA:",

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks.records import ROOT
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for path in (ROOT / "benchmarks").rglob("*.py")

@@ -12,6 +12,8 @@ from benchmarks.gpu import correctness, linear, supervisor, tables, worker
 from benchmarks.records import ROOT, read
 from tests.ops import cases
 
+pytestmark = pytest.mark.slow
+
 SECTIONS = [
     "machine", "bandwidth", "correctness_cpu", "correctness_reference", "graph", "latency",
     "operators", "linear", "engine", "tiles", "sanitizer",

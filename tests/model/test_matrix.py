@@ -25,6 +25,8 @@ from tests.tiny import (
     tiny_peft,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def lora(attention, feed_forward, embedding, **options):
     targets = options.pop("targets", [*attention, feed_forward])

@@ -1,4 +1,4 @@
-"""The few-rows linear in Triton against float64: in the interpreter, or on a GPU if there is one."""
+"""The few-rows linear in Triton against float64: interpreted, or on a GPU if there is one."""
 
 import math
 
@@ -22,6 +22,7 @@ from .runners import INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ULP = 2.0**-22 if INTERPRETED else 2.0**-20  # a GPU's exp is good to a few float32 roundings
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.slow,
     pytest.mark.skipif(launch.unavailable() is not None, reason=str(launch.unavailable())),
     # numpy, which the interpreter computes with, remarks on every -inf - -inf.

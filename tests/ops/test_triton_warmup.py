@@ -14,6 +14,8 @@ from svd_engine.kernels import launch
 
 from . import packed
 
+pytestmark = pytest.mark.slow
+
 BF16, FLOAT = torch.bfloat16, torch.float32
 KERNELS = [x for x in vars(launch) if x[0] != "_" and x.endswith(("_tiles", "_rows"))]
 NUMBERS = torch.zeros(40)

@@ -15,6 +15,8 @@ from svd_engine.training.warm_start import PAPER_RATE, RATES, warm_start
 from svd_engine.utils import plots
 from tests.tiny import VOCAB, tiny_base
 
+pytestmark = pytest.mark.slow
+
 
 def examples(n=24):
     rng = random.Random(0)
