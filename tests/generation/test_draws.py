@@ -33,6 +33,19 @@ def test_flat_draws_are_those_of_the_noise_alone(engine):
         assert len(set(tokens)) > NEW * 3 / 4  # of 211 tokens: the draws are independent
 
 
+def test_rows_keep_their_noise_when_others_end(engine):
+    ends = list(range(100, 115))
+    options = dict(max_new_tokens=NEW, seed=SEED, num_return_sequences=2, eos_token_id=ends)
+    completions = engine.generate(PROMPTS, temperature=1e9, **options)
+    for i, completion in enumerate(completions):
+        positions = len(PROMPTS[i // 2]) + torch.arange(NEW)
+        noise = reference.gumbel_noise(SEED + i, positions, NEW, VOCAB)
+        tokens = noise.argmax(-1).tolist()
+        last = next((at for at, token in enumerate(tokens) if token in ends), NEW)
+        assert completion.token_ids == tokens[: last + 1]
+    assert len({len(completion.token_ids) for completion in completions}) > 3
+
+
 @torch.no_grad()
 def test_every_draw_is_the_reference_s_at_its_own_position(engine):
     adapted, base = tiny_peft(), tiny_base("llama")  # which PEFT has not touched
