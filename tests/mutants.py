@@ -70,11 +70,11 @@ BY_FILE = {
             "delta = (p if projection else 1) * (mean_d - d)",
             "tests/ops/test_reference.py",
         ),
-        ("drop[:, 0] = False", "pass", f"{CPU}cut'"),
+        ("drop[:, 0] = False", "pass", "tests/ops/test_cpu.py -k cuts_keep"),
         (
             "away / max(temperature, 1.0) + min(temperature, 1.0) * noise",
-            "away / temperature + noise",
-            f"{CONTRACT} 'coldest and reference'",
+            "away / max(temperature, 1.0) + noise",
+            "tests/ops/test_reference.py -k sampling_follows",
         ),
         (
             "valid = stats.valid & strength.isfinite()",
