@@ -396,7 +396,7 @@ BY_FILE = {
         (
             "left = (1 - self._per_token(self.p)).clamp(0) * torch.exp(-top)",
             "left = 0.0 * top",
-            f"{CALIBRATE} supports",
+            f"{CALIBRATE} overflow",
         ),
     ],
     "svd_engine/training/trainer.py": [

@@ -17,6 +17,7 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.data import contamination
 from svd_engine.data.examples import encode
+from svd_engine.generation.scoring import Predictions
 from svd_engine.kernels import reference
 from svd_engine.utils import bootstrap, plots
 from tests.tiny import VOCAB, tiny_peft
@@ -70,6 +71,19 @@ def test_supports_give_the_score_at_any_strength(engine, alpha):
     for mu in (-20.0, 0.0, 3.0):
         got = stats.totals(stats.logprob(mu), len(passages)).numpy()
         np.testing.assert_allclose(got, scores(mu, alpha), atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [-64.0, -1.0, 64.0])
+def test_strengths_whose_exponentials_overflow(strength):
+    """One position is moved by hundreds of nats, the other hardly, with mass off its support."""
+    adapted = torch.tensor([[0.2, 0.0, -3.0, -4.0], [0.3, 0.0, -0.9, -0.8]])
+    base = adapted + torch.tensor([[40.0, -40.0, 0.0, 0.0], [0.02, 0.0, 0.01, -0.01]])
+    target = torch.tensor([1, 2])
+    predicted = Predictions((adapted, base), target, torch.arange(2))
+    got = support_stats.gather([predicted], 0.5).logprob(strength)
+    rows = adapted.double(), base.double()
+    truth = reference.score(*rows, strength, target, alpha=0.5, penalty=0.0)
+    torch.testing.assert_close(got, truth, atol=2e-4, rtol=1e-5)
 
 
 def test_projections_are_those_of_the_operator(engine):
