@@ -93,7 +93,7 @@ BY_FILE = {
         ),
     ],
     "kernels/triton_steer.py": [
-        ("empty = 0.0 if DELTA else -INF", "empty = 0.0", f"{TRITON}steer'"),
+        ("empty = 0.0 if DELTA else -INF", "empty = 0.0", f"{TRITON}steer and spoilt'"),
     ],
     "kernels/triton_sample.py": [
         (
@@ -109,43 +109,47 @@ BY_FILE = {
         (
             "tl.store(place + 2 * count, best_logit)",
             "tl.store(place + 2 * count, best)",
-            f"{TRITON}noisy'",
+            f"{TRITON}noisy and stretches'",
         ),
     ],
     "kernels/triton_cut.py": [
-        ("fits = (before + rank < top_k)", "fits = (rank < top_k)", f"{TRITON}cut and equals'"),
+        (
+            "fits = (before + rank < top_k)",
+            "fits = (rank < top_k)",
+            f"{TRITON}cut and equals and 72'",
+        ),
         (
             "(sum_exp < limit) & (under >= low)",
             "(sum_exp < 1.1 * limit) & (under >= low)",
-            f"{TRITON}cut'",
+            f"{TRITON}cut and equals and 72'",
         ),
     ],
     "kernels/triton_topk.py": [
         (
             "after = (logits < last) | ((logits == last) & (token > last_token))",
             "after = logits < last",
-            f"{TRITON}topk and ties'",
+            f"{TRITON}topk and rounded'",
         ),
     ],
     "kernels/triton_score.py": [
         (
             "tl.where(off_support > -INF, tl.exp(off_support - peak) * sum_exps, 0.0)",
             "tl.where(off_support > -INF, 0.0, 0.0)",
-            f"{TRITON}score'",
+            f"{TRITON}score and strengths and penalty'",
         ),
         (
             "spread += tl.sum(p * away * away) + step * step * sum_p * share",
             "spread += tl.sum(p * away * away)",
-            f"{TRITON}project'",
+            f"{TRITON}project and certain'",
         ),
         (
             "sum_exps * ((peaks - peak) - (base_peaks - base_peak))",
             "sum_exps * (peaks - peak)",
-            f"{TRITON}divergence'",
+            f"{TRITON}divergence and shifted'",
         ),
     ],
     "kernels/triton_measure.py": [
-        ("tl.sum(tl.where(in_base, e, 0.0))", "tl.sum(e)", f"{TRITON}steer and inf'"),
+        ("tl.sum(tl.where(in_base, e, 0.0))", "tl.sum(e)", f"{TRITON}steer and stretches'"),
         (
             "peak = tl.where(tl.abs(strength) < INF, peak, NAN)",
             "peak = tl.where(tl.abs(strength) <= INF, peak, NAN)",
@@ -156,7 +160,7 @@ BY_FILE = {
         (
             "return tl.where((z > -INF) & (b > -INF), z - b, 0.0)",
             "return tl.where(z > -INF, z - b, 0.0)",
-            f"{TRITON}steer and inf'",
+            f"{TRITON}steer and stretches'",
         ),
     ],
     "kernels/triton_noise.py": [
@@ -166,7 +170,7 @@ BY_FILE = {
         (
             "return rows * STATISTICS.value * _tiles(vocab)",
             "return rows * STATISTICS.value * (_tiles(vocab) - 1)",
-            f"{TRITON}greedy'",
+            f"{TRITON}greedy and stretches'",
         ),
     ],
     "kernels/launch_linear.py": [

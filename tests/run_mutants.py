@@ -2,10 +2,13 @@
 
 `python tests/run_mutants.py [word ...]` tries the mutants of which file or text holds a word, by
 default all. It starts from a tree whose tests pass, prints what happened to each mutant, and exits
-with 1 if one survived. Each runs in a fork that has the slow imports behind it.
+with 1 if one survived. Each of two processes has a copy, and runs pytest in forks that have the
+slow imports behind them.
 """
 
+import functools
 import importlib
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -15,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,7 @@ from mutants import MUTANTS, Mutant
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = (".git", ".venv", "build", "dist", "runs", "benchmarks/results", "__pycache__")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+PROCESSES = 2
 LIMIT = 300  # seconds; a mutant that hangs is caught
 CAUGHT, SURVIVED, SKIPPED, WRONG = "caught", "SURVIVED", "skipped", "WRONG"
 
@@ -37,15 +42,15 @@ def main(words: list[str]) -> int:
     chosen = [x for x in MUTANTS if not words or any(w in f"{x.file} {x.text}" for w in words)]
     chosen.sort(key=is_compiled)  # last, because they leave a broken library behind
     fates: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / ROOT.name
-        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        for mutant in chosen:
-            start = time.monotonic()
-            fate, why = attempt(mutant, copy)
+    fork = multiprocessing.get_context("fork")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(PROCESSES, mp_context=fork) as pool,
+    ):
+        tried = pool.map(functools.partial(attempt, folder=folder), chosen)
+        for mutant, (fate, why, seconds) in zip(chosen, tried, strict=True):
             fates[fate] += 1
-            seconds = time.monotonic() - start
-            print(f"{fate:8} {seconds:4.0f} s  {mutant.file}: {mutant.broken}{why}", flush=True)
+            print(f"{fate:8} {seconds:4.0f} s  {mutant.file}: {mutant.broken}: {why}", flush=True)
     print(", ".join(f"{count} {fate}" for fate, count in fates.items()))
     return int(fates[SURVIVED] + fates[WRONG] > 0)
 
@@ -54,14 +59,23 @@ def is_compiled(mutant: Mutant) -> bool:
     return mutant.file.startswith("csrc/cpu")
 
 
-def attempt(mutant: Mutant, copy: Path) -> tuple[str, str]:
-    """Break the copy, run the tests there, and mend it. Return what happened, and why."""
-    if mutant.file.startswith("csrc/cuda") and NVCC is None:
-        return SKIPPED, ": there is no nvcc"
+def attempt(mutant: Mutant, folder: str) -> tuple[str, str, float]:
+    """Return what happened to a mutant, why, and in how many seconds."""
+    start = time.monotonic()
+    if "emulated" in mutant.tests and NVCC is None:
+        return SKIPPED, "there is no nvcc", 0.0
+    copy = Path(folder) / str(os.getpid()) / ROOT.name
+    if not copy.exists():
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    return *broken(mutant, copy), time.monotonic() - start
+
+
+def broken(mutant: Mutant, copy: Path) -> tuple[str, str]:
+    """Break the copy, run the tests there, and mend it."""
     file = copy / mutant.file
     whole = file.read_text(encoding="utf-8")
     if (count := whole.count(mutant.text)) != 1:
-        return WRONG, f": its text occurs {count} times"
+        return WRONG, f"its text occurs {count} times"
     file.write_text(whole.replace(mutant.text, mutant.broken), encoding="utf-8")
     try:
         if is_compiled(mutant):
@@ -94,11 +108,12 @@ def run(mutant: Mutant, copy: Path) -> tuple[str, str]:
             os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == pytest.ExitCode.OK:
-            return SURVIVED, f": {mutant.tests}"
-        if code == pytest.ExitCode.TESTS_FAILED or code < 0:  # or it died of a signal
-            return CAUGHT, ""
+            return SURVIVED, mutant.tests
         output.seek(0)
-        return WRONG, f": {mutant.tests}\n{output.read()[-2000:]}"
+        said = output.read()
+        if code == pytest.ExitCode.TESTS_FAILED or code < 0:  # or it died of a signal
+            return CAUGHT, said.rpartition("\nFAILED ")[2].split(" - ")[0].strip()[:120]
+        return WRONG, f"{mutant.tests}\n{said[-2000:]}"
 
 
 if __name__ == "__main__":
