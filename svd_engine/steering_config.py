@@ -30,8 +30,7 @@ class SteeringConfig:
     svd_engine_version: str | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise ValueError(f"strength must be finite; got {self.strength}.")
+        checks.number("strength", self.strength)
         checks.support(self.alpha, self.penalty)
 
     def save_pretrained(self, folder: str | Path) -> Path:
