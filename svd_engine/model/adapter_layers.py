@@ -3,9 +3,11 @@
 PEFT's lora_A and lora_B are called `down` `[r, in]` and `up` `[out, r]` here.
 """
 
+import torch
 from peft.tuners.ia3 import Linear as Ia3Linear
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper as LoraParameter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -37,7 +39,9 @@ class PairedLoraLinear(AdaptedLayer):
         scale = layer.scaling[adapter]
         down: Tensor = layer.lora_A[adapter].weight  # type: ignore[assignment]
         up_bias = None if up.bias is None else up.bias.detach() * scale
-        self.low_rank = (down, up.weight.detach() * scale, up_bias)
+        # Matrices tied to those of an embedding are transposed views.
+        scaled = (up.weight.detach() * scale).contiguous()
+        self.low_rank = (_copy(down), scaled, up_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         base, first_row = self._modules["base_layer"], self.first_adapted_row(x)
@@ -57,7 +61,7 @@ class PairedLoraEmbedding(AdaptedLayer):
     def __init__(self, layer: LoraEmbedding, adapter: str, paired: bool) -> None:
         super().__init__(layer, paired)
         scale = getattr(self.base_layer, "embed_scale", 1.0)  # Gemma scales both terms
-        self.down = layer.lora_embedding_A[adapter].detach().T
+        self.down = _copy(layer.lora_embedding_A[adapter].T)
         self.up = layer.lora_embedding_B[adapter].detach() * layer.scaling[adapter] * scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ class PairedIa3(AdaptedLayer):
 
     def __init__(self, layer: Ia3Linear, adapter: str, paired: bool) -> None:
         super().__init__(layer, paired)
-        self.scale = layer.ia3_l[adapter].detach().flatten()
+        self.scale = _copy(layer.ia3_l[adapter].flatten())
         self.is_feedforward = layer.is_feedforward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,8 +92,14 @@ class PairedIa3(AdaptedLayer):
         return out
 
 
+def _copy(weight: Tensor) -> Tensor:
+    return weight.detach().clone(memory_format=torch.contiguous_format)
+
+
 def why_not(layer: BaseTunerLayer) -> str | None:
     """Return why an adapted layer has no paired form, or None where it has one."""
+    if isinstance(layer, LoraParameter):
+        return f"adapts {layer.parameter_name} itself"
     if not isinstance(layer, LoraLinear | LoraEmbedding | Ia3Linear):
         return f"is an adapted {type(layer.get_base_layer()).__name__}"
     if variants := getattr(layer, "lora_variant", None):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from svd_engine.model.adapter_layers import paired_layer
+from svd_engine.model.adapter_layers import LoraParameter, paired_layer
 from svd_engine.model.layers import attention, linear, rms_norm, rotary
 from svd_engine.model.peft_adapter import Adapter
 
@@ -30,7 +30,7 @@ def paired_tree(adapter: Adapter) -> PreTrainedModel:
 def adapted_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the adapted model's tree, without the virtual tokens of the prompt methods."""
     if adapter.reason_not_paired is not None:
-        return _tree(adapter, {})
+        return _tree(adapter, _copies(adapter))
     return _tree(adapter, {x: paired_layer(x, adapter.name, paired=False) for x in adapter.layers})
 
 
@@ -38,6 +38,15 @@ def base_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the tree of the pre-trained model under the adapter."""
     layers = {layer: layer.get_base_layer() for layer in adapter.layers}
     return _tree(adapter, layers | {x: x.original_module for x in adapter.wrappers})
+
+
+def _copies(adapter: Adapter) -> dict[Any, nn.Module]:
+    """Copy PEFT's own modules, and leave those of the base model under them as they are."""
+    own: list[Any] = [*adapter.layers, *adapter.wrappers]
+    under = [x.get_base_layer() for x in adapter.layers]
+    under += [x.original_module for x in adapter.wrappers]
+    shared = {id(x): x for x in (*under, adapter.base_model)}
+    return dict(zip(own, copy.deepcopy(own, shared), strict=True))
 
 
 def _tree(adapter: Adapter, replacements: Replacements) -> PreTrainedModel:
@@ -52,19 +61,21 @@ def clone_sharing_parameters(root: nn.Module, replacements: Replacements) -> nn.
     configs: dict[int, PretrainedConfig] = {}
     clones: dict[int, nn.Module] = {}  # by id of the module in `root`, which keeps it alive
 
-    def visit(found: nn.Module) -> nn.Module:
+    def visit(found: nn.Module, above: nn.Module | None = None) -> nn.Module:
         if id(found) in clones:
             return clones[id(found)]
         module = replacements.get(found, found)
         clone = clones[id(found)] = copy.copy(module)
+        clone._parameters = dict(module._parameters)
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             setattr(clone, hooks, OrderedDict(getattr(module, hooks)))
-        if type(clone) is nn.Linear:
+        if type(clone) is nn.Linear and not isinstance(above, LoraParameter):
             clone.__class__ = linear.Linear
         rms_norm.use_native_forward(clone)
         rotary.use_native_forward(clone)
         clone._modules = {
-            name: None if child is None else visit(child) for name, child in module._modules.items()
+            name: None if child is None else visit(child, module)
+            for name, child in module._modules.items()
         }
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
             clone.config = configs.setdefault(id(config), copy.deepcopy(config))  # type: ignore
