@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from svd_engine.model.adapter_layers import LoraParameter, paired_layer
+from svd_engine.model.adapter_layers import LoraParameter, for_second_half
 from svd_engine.model.layers import attention, linear, rms_norm, rotary
 from svd_engine.model.peft_adapter import Adapter
 
@@ -24,29 +24,18 @@ def paired_tree(adapter: Adapter) -> PreTrainedModel:
 
     Only for an adapter without a `reason_not_paired`.
     """
-    return _tree(adapter, {x: paired_layer(x, adapter.name, paired=True) for x in adapter.layers})
+    return _tree(adapter, {x: for_second_half(copied) for x, copied in adapter.copies.items()})
 
 
 def adapted_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the adapted model's tree, without the virtual tokens of the prompt methods."""
-    if adapter.reason_not_paired is not None:
-        return _tree(adapter, _copies(adapter))
-    return _tree(adapter, {x: paired_layer(x, adapter.name, paired=False) for x in adapter.layers})
+    return _tree(adapter, adapter.copies)
 
 
 def base_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the tree of the pre-trained model under the adapter."""
     layers = {layer: layer.get_base_layer() for layer in adapter.layers}
     return _tree(adapter, layers | {x: x.original_module for x in adapter.wrappers})
-
-
-def _copies(adapter: Adapter) -> dict[Any, nn.Module]:
-    """Copy PEFT's own modules, and leave those of the base model under them as they are."""
-    own: list[Any] = [*adapter.layers, *adapter.wrappers]
-    under = [x.get_base_layer() for x in adapter.layers]
-    under += [x.original_module for x in adapter.wrappers]
-    shared = {id(x): x for x in (*under, adapter.base_model)}
-    return dict(zip(own, copy.deepcopy(own, shared), strict=True))
 
 
 def _tree(adapter: Adapter, replacements: Replacements) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """PEFT models read into an `Adapter`, which holds all that the runners are built from."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,6 +73,16 @@ class Adapter:
         active = sorted({name for layer in layers for name in layer.active_adapters})
         _check_one_active(active)
         return cls._from_modules(model, active[0], model.peft_config, modules)
+
+    @functools.cached_property
+    def copies(self) -> dict[Any, nn.Module]:
+        """Copies of what PEFT put into the base model, by what is copied; made once.
+
+        Where the models pair, each adapted layer is reduced to its arithmetic for all rows.
+        """
+        if self.reason_not_paired is None:
+            return {x: adapter_layers.reduced(x, self.name) for x in self.layers}
+        return adapter_layers.copies(self.layers, self.wrappers)
 
     @classmethod
     def _from_modules(
