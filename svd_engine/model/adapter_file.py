@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."  # of a name in the base model, in an adapter's file
 SHOWN = 3  # names in a message
+_REMEDY = "Save the adapter again, or load its own base."
 
 
 def read_config(folder: str | Path) -> PeftConfig:
@@ -29,7 +30,10 @@ def load(model: PreTrainedModel, folder: str | Path, config: PeftConfig) -> Peft
         if base[_in_base(name)].shape == tensors[name].shape
         and torch.equal(tensors[name].to(base[_in_base(name)]), base[_in_base(name)])
     }
-    peft_model = PeftModel.from_pretrained(model, str(folder), config=config).eval()
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder), config=config).eval()
+    except KeyError as error:  # of a module that was trained as a whole
+        raise ValueError(f"its tensor {error} is missing. {_REMEDY}") from error
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
     unexpected = tensors.keys() - expected
     if others := (own - equal) & unexpected:
@@ -46,7 +50,7 @@ def load(model: PreTrainedModel, folder: str | Path, config: PeftConfig) -> Peft
         if names
     ]
     if faults:
-        raise ValueError(f"{'; '.join(faults)}. Save the adapter again, or load its own base.")
+        raise ValueError(f"{'; '.join(faults)}. {_REMEDY}")
     return peft_model
 
 
