@@ -180,4 +180,6 @@ def _tensors(module: nn.Module) -> Iterator[tuple[dict, str, Tensor]]:
 
 def _raise_changed(what: str | None) -> None:
     if what is not None:
-        raise ValueError(f"{what} has changed since the engine was made; make a new engine.")
+        raise ValueError(
+            f"{what} has changed since the engine or processor was made; make a new one."
+        )

@@ -28,7 +28,7 @@ def check_pair(peft_model, model, base=None):
     pair = SteeredEngine(peft_model).pair
     rows = pair.logits(pair.prefill(PROMPT.tolist()))
     for row, whole in zip(rows, (model, base or tiny_base("llama")), strict=True):
-        torch.testing.assert_close(row, whole(PROMPT).logits[:, -1], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(row, whole(PROMPT).logits[:, -1], atol=1e-4, rtol=1e-5)
 
 
 def without(name):

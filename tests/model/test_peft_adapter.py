@@ -45,7 +45,7 @@ def check_halves(model, base, form):
     pair = pair_models(Adapter.read(model), form)
     logits = pair.logits(pair.prefill(PROMPT.tolist()))
     for rows, whole in zip(logits, (model, base), strict=True):
-        torch.testing.assert_close(rows, whole(PROMPT).logits[:, -1], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(rows, whole(PROMPT).logits[:, -1], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

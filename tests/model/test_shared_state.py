@@ -171,10 +171,10 @@ def test_all_of_the_adapter_is_copied(config):
     alone = engine._decoded("adapted")[1]
     (adapted,) = alone.logits(alone.prefill([PROMPT]))
     truth = trained(torch.tensor([PROMPT])).logits[:, -1]
-    torch.testing.assert_close(steered[0], truth, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(adapted, truth, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(steered[0], truth, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(adapted, truth, atol=1e-4, rtol=1e-5)
     base = tiny_base("llama")(torch.tensor([PROMPT])).logits[:, -1]
-    torch.testing.assert_close(steered[1], base, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(steered[1], base, atol=1e-4, rtol=1e-5)
 
 
 def test_an_adapter_that_was_merged_for_a_while():
