@@ -44,7 +44,8 @@ MODELS = ("steered", "adapted", "base")
 class SteeredEngine:
     """Decodes a PEFT model, steered by its difference from its own base model.
 
-    model: a PEFT causal language model with one active adapter; it is not changed.
+    model: a PEFT causal language model with one active adapter; it is not changed. The engine
+    shares its base weights and copies its adapter, and refuses to decode once either has changed.
     steering: None decodes the adapted model alone; it may be set anew between calls.
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
@@ -62,7 +63,7 @@ class SteeredEngine:
         self._adapter = adapter = Adapter.read(model)
         self.model, self.tokenizer = model, tokenizer
         self.inputs = Inputs(adapter.base_model, tokenizer, adapter.virtual_tokens)
-        self.pair = pair_models(adapter, pairing)  # the adapted and the base model
+        self._pair = pair_models(adapter, pairing)
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
@@ -102,6 +103,12 @@ class SteeredEngine:
         if value is not None:
             value.check_vocabulary(self.inputs.vocab_size)
         self._steering = value
+
+    @property
+    def pair(self) -> ModelPair:
+        """The adapted and the base model. Raise ValueError if the PEFT model has changed."""
+        self._adapter.state.check()
+        return self._pair
 
     def generate(
         self,
@@ -227,6 +234,7 @@ class SteeredEngine:
                 raise ValueError("model='steered' needs engine.steering; set it or calibrate.")
             steering.check_vocabulary(self.inputs.vocab_size)
             return model, self.pair, steering
+        self._adapter.state.check()
         if model not in self._single:
             runner = adapted_runner if model == "adapted" else base_runner
             self._single[model] = SequentialRunner(runner(self._adapter))

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from svd_engine import steering_config
-from svd_engine.model import peft_adapter
+from svd_engine.model import adapter_file, peft_methods
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -104,7 +104,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     if not path.is_dir() and (path.is_absolute() or str(folder).startswith((".", "~"))):
         raise ValueError(f"adapter {str(path)!r} does not exist. Train one: svd-engine warm-start.")
     try:
-        return peft_adapter.load(model, folder)
+        config = adapter_file.read_config(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"adapter {str(folder)!r} cannot be loaded: {error}") from error
+    peft_methods.check({str(folder): config})
+    try:
+        return adapter_file.load(model, folder, config)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ValueError(
             f"adapter {str(folder)!r} does not fit the base {model.name_or_path!r} "

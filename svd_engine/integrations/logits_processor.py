@@ -49,6 +49,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
             raise ValueError("give attention_mask or pad_token_id; got both.")
         self.steering, self.pad_token_id = steering, pad_token_id
         self._pads = None if attention_mask is None else left_pads(attention_mask)
+        self._state = adapter.state
         self._base = SequentialRunner(base_runner(adapter))
         self._rows: list[list[int]] = []  # token ids that the KV cache holds
         self._max_rows = self._steps = 0  # rows and further steps that fit the KV cache
@@ -81,7 +82,11 @@ class SteeringLogitsProcessor(LogitsProcessor):
         return self._base.step(torch.tensor([row[-1] for row in rows], device=self._base.device))
 
     def _prefill(self, rows: list[list[int]]) -> PerModel:
-        """Prefill the rows anew, with slots for as many tokens again."""
+        """Prefill the rows anew, with slots for as many tokens again.
+
+        Raise ValueError if the base model is not what it was.
+        """
+        self._state.check_base()
         self._max_rows, self._steps = len(rows), max(256, *map(len, rows))
         return self._base.logits(self._base.prefill(rows, self._steps))
 

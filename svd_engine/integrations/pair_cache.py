@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from svd_engine.model import cuda_graphs
@@ -50,23 +49,16 @@ def _read(model: PreTrainedModel) -> Adapter:
 def _fingerprint(adapter: Adapter) -> Fingerprint:
     """Return a value that differs once a pair built from the adapter would differ.
 
-    Contents are compared: some optimizers write to weights without telling autograd.
+    Contents are compared too: some optimizers write to weights without telling autograd.
     """
-    weights: list[Tensor] = [
-        weight
-        for layer in adapter.layers
-        for name, part in layer.named_children()  # type: ignore[attr-defined]
-        if name != "base_layer"
-        for weight in part.parameters()
-    ]
+    weights = adapter.state.adapter_tensors
     if adapter.prompt_embeddings is not None:
         weights.append(adapter.prompt_embeddings)
     weights += [tensor for layer in adapter.prefix or () for tensor in layer]
     sums = [weight.sum(dtype=torch.float64) for weight in weights]
     return (
-        adapter.name,
+        adapter.state.identity,
         [id(module) for module in adapter.base_model.modules()],
-        [repr(getattr(layer, "scaling", None)) for layer in adapter.layers],
         [(weight.dtype, weight.device) for weight in weights],
         torch.stack([x.to(sums[0].device) for x in sums]).tolist(),
     )

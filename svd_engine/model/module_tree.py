@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from svd_engine.model.adapter_layers import paired_layer
+from svd_engine.model.adapter_layers import LoraParameter, for_second_half
 from svd_engine.model.layers import attention, linear, rms_norm, rotary
 from svd_engine.model.peft_adapter import Adapter
 
@@ -24,14 +24,12 @@ def paired_tree(adapter: Adapter) -> PreTrainedModel:
 
     Only for an adapter without a `reason_not_paired`.
     """
-    return _tree(adapter, {x: paired_layer(x, adapter.name, paired=True) for x in adapter.layers})
+    return _tree(adapter, {x: for_second_half(copied) for x, copied in adapter.copies.items()})
 
 
 def adapted_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the adapted model's tree, without the virtual tokens of the prompt methods."""
-    if adapter.reason_not_paired is not None:
-        return _tree(adapter, {})
-    return _tree(adapter, {x: paired_layer(x, adapter.name, paired=False) for x in adapter.layers})
+    return _tree(adapter, adapter.copies)
 
 
 def base_tree(adapter: Adapter) -> PreTrainedModel:
@@ -52,19 +50,21 @@ def clone_sharing_parameters(root: nn.Module, replacements: Replacements) -> nn.
     configs: dict[int, PretrainedConfig] = {}
     clones: dict[int, nn.Module] = {}  # by id of the module in `root`, which keeps it alive
 
-    def visit(found: nn.Module) -> nn.Module:
+    def visit(found: nn.Module, above: nn.Module | None = None) -> nn.Module:
         if id(found) in clones:
             return clones[id(found)]
         module = replacements.get(found, found)
         clone = clones[id(found)] = copy.copy(module)
+        clone._parameters = dict(module._parameters)
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             setattr(clone, hooks, OrderedDict(getattr(module, hooks)))
-        if type(clone) is nn.Linear:
+        if type(clone) is nn.Linear and not isinstance(above, LoraParameter):
             clone.__class__ = linear.Linear
         rms_norm.use_native_forward(clone)
         rotary.use_native_forward(clone)
         clone._modules = {
-            name: None if child is None else visit(child) for name, child in module._modules.items()
+            name: None if child is None else visit(child, module)
+            for name, child in module._modules.items()
         }
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
             clone.config = configs.setdefault(id(config), copy.deepcopy(config))  # type: ignore
