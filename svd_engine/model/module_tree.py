@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from svd_engine.model.adapter_layers import paired_layer
-from svd_engine.model.layers import attention, linear, rms_norm, rotary
+from svd_engine.model.layers import attention, linear, longrope, rms_norm, rotary
 from svd_engine.model.peft_adapter import Adapter
 
 Replacements = Mapping[Any, nn.Module]  # by the module to be replaced
@@ -74,7 +74,7 @@ def clone_sharing_parameters(
 ) -> nn.Module:
     """Build a tree like `root`, in evaluation mode, with the replacements in it.
 
-    native: also replace the layers that have a native kernel.
+    native: also replace the layers that have a form of ours.
     """
     configs: dict[int, PretrainedConfig] = {}
     clones: dict[int, nn.Module] = {}  # by id of the module in `root`, which keeps it alive
@@ -91,6 +91,7 @@ def clone_sharing_parameters(
                 clone.__class__ = linear.Linear
             rms_norm.use_native_forward(clone)
             rotary.use_native_forward(clone)
+            longrope.choose_per_row(clone)
         clone._modules = {
             name: None if child is None else visit(child) for name, child in module._modules.items()
         }
