@@ -52,7 +52,8 @@ def check(pair: ModelPair, adapter: Adapter, model: PeftModel) -> None:
         raise
     except Exception as error:
         told = (str(error).strip() or "no message").splitlines()[0]
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        known = isinstance(error, ValueError | AttributeError)
+        kind = "" if known else f"{type(error).__name__}: "
         raise ValueError(f"{name} cannot be decoded: {kind}{told}") from error
     if size > allowed:
         raise ValueError(
