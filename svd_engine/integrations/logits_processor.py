@@ -12,8 +12,9 @@ from transformers import GenerationMixin, LogitsProcessor
 
 from svd_engine import ops
 from svd_engine.generation import distribution
+from svd_engine.model import probe
 from svd_engine.model.layers import longrope
-from svd_engine.model.pair import PerModel, SequentialRunner, base_runner
+from svd_engine.model.pair import PerModel, SequentialRunner, adapted_runner, base_runner
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.steering_config import SteeringConfig
 
@@ -51,6 +52,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         self.steering, self.pad_token_id = steering, pad_token_id
         self._pads = None if attention_mask is None else left_pads(attention_mask)
         self._base = SequentialRunner(base_runner(adapter))
+        probe.check(SequentialRunner(adapted_runner(adapter), *self._base.runners), adapter, model)
         self._rows: list[list[int]] = []  # token ids that the KV cache holds
         self._max_rows = self._steps = 0  # rows and further steps that fit the KV cache
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from svd_engine.model import masks
@@ -30,9 +29,10 @@ SCALARS = (bool, int, float, str, type(None))
 
 
 @torch.inference_mode()
-def check(pair: ModelPair, adapter: Adapter, model: PeftModel) -> None:
+def check(pair: ModelPair, adapter: Adapter, model: nn.Module) -> None:
     """Compare both halves of a pair with the plain models, forward without a cache.
 
+    model: what the adapter was read from: a PEFT model, or one that PEFT put layers into.
     The pair reads two prompts of different length and takes a step. Raise ValueError if it fails or
     its logits differ by more than rounding explains. Windows and position rules that begin beyond
     the trial are not seen, except windows that stand in masks.
@@ -64,7 +64,7 @@ def check(pair: ModelPair, adapter: Adapter, model: PeftModel) -> None:
 
 
 def _short_trial(
-    pair: ModelPair, adapter: Adapter, model: PeftModel
+    pair: ModelPair, adapter: Adapter, model: nn.Module
 ) -> tuple[ModelPair, Adapter, tuple[nn.Module, nn.Module]]:
     short = shortened(adapter)
     trial: ModelPair = (

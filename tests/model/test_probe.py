@@ -20,7 +20,8 @@ from transformers import (
     T5Config,
 )
 
-from svd_engine import SteeredEngine
+from svd_engine import SteeredEngine, SteeringConfig, steered_generate
+from svd_engine.integrations.logits_processor import SteeringLogitsProcessor
 from svd_engine.model import probe
 from svd_engine.model.layers import attention
 from svd_engine.model.pair import pair_models
@@ -71,6 +72,17 @@ def test_what_is_refused(kind):
     with pytest.raises(ValueError, match=message) as refusal:
         SteeredEngine(model)
     assert type(model.get_base_model()).__name__ in str(refusal.value)
+
+
+def test_the_ways_into_hugging_face_refuse_too():
+    torch.manual_seed(0)
+    model = random_adapter(AutoModelForCausalLM.from_config(BERT), ["query"])
+    with pytest.raises(ValueError, match="BertLMHeadModel cannot be decoded"):
+        SteeringLogitsProcessor(model, SteeringConfig(-2.0))
+    options = dict(custom_generate=steered_generate, max_new_tokens=2)
+    for whole in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="BertLMHeadModel cannot be decoded"):
+            whole.generate(torch.tensor([[5, 6]]), steering=SteeringConfig(-2.0), **options)
 
 
 @pytest.mark.parametrize("config, targets", [(BartConfig(**BART), ["q_proj"]), (T5, ["q"])])
