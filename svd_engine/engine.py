@@ -32,6 +32,7 @@ from svd_engine.model.pair import (
     pair_models,
 )
 from svd_engine.model.peft_adapter import Adapter
+from svd_engine.model.probe import check as check_pair
 from svd_engine.steering_config import SteeringConfig
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class SteeredEngine:
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
     cuda_graphs: on a GPU, replay decode steps from CUDA graphs.
+    probe: try a few tokens and raise ValueError unless both models give what they give without the
+    engine.
     """
 
     def __init__(
@@ -59,11 +62,14 @@ class SteeredEngine:
         steering: SteeringConfig | None = None,
         pairing: str = "auto",
         cuda_graphs: bool = True,
+        probe: bool = True,
     ) -> None:
         self._adapter = adapter = Adapter.read(model)
         self.model, self.tokenizer = model, tokenizer
         self.inputs = Inputs(adapter.base_model, tokenizer, adapter.virtual_tokens)
         self._pair = pair_models(adapter, pairing)
+        if probe:
+            check_pair(self._pair, adapter, model)
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
@@ -82,6 +88,7 @@ class SteeredEngine:
         device: str | torch.device = "cpu",
         pairing: str = "auto",
         cuda_graphs: bool = True,
+        probe: bool = True,
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
@@ -92,7 +99,7 @@ class SteeredEngine:
         peft_model = loading.load_adapter(model, adapter)
         if steering is None and loading.has_steering(adapter):
             steering = SteeringConfig.from_pretrained(adapter)
-        return cls(peft_model, tokenizer, steering, pairing, cuda_graphs)
+        return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
 
     @property
     def steering(self) -> SteeringConfig | None:

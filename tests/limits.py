@@ -1,11 +1,13 @@
 """The tables of docs/limits.md, made of what the tests find: python -m tests.limits"""
 
+import functools
 import re
 from pathlib import Path
 
 import peft
+import transformers
 
-from tests.model import peft_cases
+from tests.model import architecture_cases, peft_cases
 
 PAGE = Path(__file__).parents[1] / "docs" / "limits.md"
 
@@ -20,12 +22,38 @@ def peft_methods():
     )
 
 
-TABLES = {"peft methods": peft_methods}
+@functools.cache
+def found_architectures():
+    """What becomes of each architecture of which a tiny model can be built."""
+    found = (architecture_cases.found(name) for name in architecture_cases.buildable())
+    return sorted({row.architecture: row for row in found if row is not None}.values())
+
+
+def architectures():
+    """Which architectures are paired, decoded in two passes, or refused, and why."""
+    lines = ["| architecture | outcome | why |", "| --- | --- | --- |"]
+    found = found_architectures()
+    for outcome in ("paired", "two passes", "refused"):
+        reasons = {}
+        for row in found:
+            if row.outcome == outcome:
+                reasons.setdefault(row.reason, []).append(row.architecture)
+        for reason, names in reasons.items():
+            lines.append(f"| {', '.join(names)} | {outcome} ({len(names)}) | {reason} |")
+    return "\n".join(lines)
+
+
+TABLES = {"peft methods": peft_methods, "architectures": architectures}
 
 
 def is_documented_peft():
     """Whether the installed PEFT is the version that the page was made with."""
     return f"peft {peft.__version__}" in PAGE.read_text(encoding="utf-8")
+
+
+def is_documented_transformers():
+    """Whether the installed transformers is the version that the page was made with."""
+    return f"transformers {transformers.__version__}" in PAGE.read_text(encoding="utf-8")
 
 
 def table(name):

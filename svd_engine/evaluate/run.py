@@ -58,7 +58,7 @@ def by_likelihood(
             name = f"{item.where}: the answer {answer!r}"
             if not completion:
                 raise ValueError(f"{name} has no tokens.")
-            engine.inputs.check_room(name, len(prompt) + len(completion))
+            engine.inputs.check_room(name, len(prompt), completion=len(completion))
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         found = _scores(engine, [passage for i in numbers for passage in passages[i]])

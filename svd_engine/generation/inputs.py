@@ -12,6 +12,7 @@ from svd_engine.generation import sequence
 from svd_engine.generation.detokenizer import Detokenizer
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scoring import Passage
+from svd_engine.model.layers import longrope
 
 Prompt = Text
 Message = Mapping[str, str]  # role and content
@@ -106,25 +107,31 @@ class Inputs:
         self.check_room(f"prompts[{i}]", len(prompt_ids), limit)
         return limit
 
-    def check_room(self, name: str, length: int, new: int = 0) -> None:
-        """Raise ValueError unless `length` tokens and `new` more fit the model's context."""
+    def check_room(self, name: str, length: int, new: int = 0, completion: int = 0) -> None:
+        """Raise ValueError unless a prompt and what follows it fit the model's context.
+
+        new: tokens to be generated; completion: tokens that are given.
+        """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        total = self.virtual_tokens + length + new
+        total = self.virtual_tokens + length + completion + new
         if context is not None and total > context:
-            parts = [f"{length} tokens"]
+            parts = [f"{length + completion} tokens"]
             parts += [f"{self.virtual_tokens} virtual tokens"] if self.virtual_tokens else []
             parts += [f"max_new_tokens = {new}"] if new else []
             raise ValueError(
                 f"{name} does not fit: {' and '.join(parts)} make {total}; the model's context is "
                 f"{context}. Shorten the prompt{' or lower max_new_tokens' if new else ''}."
             )
+        for virtual in {self.virtual_tokens, 0}:  # the base's rows have none
+            start = virtual + length
+            longrope.check_constant(name, self.model.config, start, start + completion + new)
 
     def check_passages(self, passages: Sequence[Passage]) -> None:
         """Raise ValueError for an empty prompt or completion, or one beyond the context."""
         for i, (prompt, completion) in enumerate(passages):
             if not prompt or not completion:
                 raise ValueError(f"passage {i} has an empty prompt or completion.")
-            self.check_room(f"passage {i}", len(prompt) + len(completion))
+            self.check_room(f"passage {i}", len(prompt), completion=len(completion))
 
     def _eos_token_ids(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         """The ids that end a sequence; by default the model's own."""

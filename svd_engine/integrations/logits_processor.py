@@ -12,7 +12,9 @@ from transformers import GenerationMixin, LogitsProcessor
 
 from svd_engine import ops
 from svd_engine.generation import distribution
-from svd_engine.model.pair import PerModel, SequentialRunner, base_runner
+from svd_engine.model import probe
+from svd_engine.model.layers import longrope
+from svd_engine.model.pair import PerModel, SequentialRunner, adapted_runner, base_runner
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.steering_config import SteeringConfig
 
@@ -51,6 +53,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         self._pads = None if attention_mask is None else left_pads(attention_mask)
         self._state = adapter.state
         self._base = SequentialRunner(base_runner(adapter))
+        probe.check(SequentialRunner(adapted_runner(adapter), *self._base.runners), adapter, model)
         self._rows: list[list[int]] = []  # token ids that the KV cache holds
         self._max_rows = self._steps = 0  # rows and further steps that fit the KV cache
 
@@ -71,6 +74,9 @@ class SteeringLogitsProcessor(LogitsProcessor):
         """Decode one more token per row, or return None unless every row continues a cached row."""
         before = [row[:-1] for row in rows]
         if not self._steps or len(rows) > self._max_rows:
+            return None
+        config = self._base.runners[0].model.config
+        if any(longrope.changes(config, len(row) - 1, len(row)) for row in rows):
             return None
         if before != self._rows:
             place = {tuple(row): i for i, row in enumerate(self._rows)}

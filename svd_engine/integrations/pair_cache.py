@@ -7,9 +7,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
-from svd_engine.model import cuda_graphs
+from svd_engine.model import cuda_graphs, probe
 from svd_engine.model.pair import Decoder, PairedRunner, pair_models
 from svd_engine.model.peft_adapter import Adapter
 
@@ -22,13 +23,16 @@ def borrow(model: PreTrainedModel) -> Iterator[Decoder]:
     """Lend the pair behind `model`, which `generate` runs; a call in another thread gets another.
 
     The pair is built once, and again whenever the adapter's weights, scale or name have changed.
-    Raises ValueError where there is no PEFT model or its base model cannot be recovered.
+    Raises ValueError where there is no PEFT model, its base model cannot be recovered, or the first
+    pair does not give what the plain models give.
     """
-    adapter = _read(model)
+    owner, adapter = _read(model)
     fingerprint = _fingerprint(adapter)
     kept, decoder = _pairs.pop(model, (None, None))
     if decoder is None or kept != fingerprint:
         pair = pair_models(adapter)
+        if decoder is None:
+            probe.check(pair, adapter, owner)
         for runner in (pair.runner,) if isinstance(pair, PairedRunner) else pair.runners:
             # PEFT puts a bound method here, which would keep the model alive for ever.
             vars(runner.model).pop("prepare_inputs_for_generation", None)
@@ -39,10 +43,13 @@ def borrow(model: PreTrainedModel) -> Iterator[Decoder]:
         _pairs[model] = fingerprint, decoder
 
 
-def _read(model: PreTrainedModel) -> Adapter:
+def _read(model: PreTrainedModel) -> tuple[nn.Module, Adapter]:
+    """Return the adapter, and the model that it was read from."""
     # While a prompt method generates, PEFT puts its own method in the model's place.
     owner = getattr(model.prepare_inputs_for_generation, "__self__", None)
-    return Adapter.read(owner) if isinstance(owner, PeftModel) else Adapter.read_injected(model)
+    if isinstance(owner, PeftModel):
+        return owner, Adapter.read(owner)
+    return model, Adapter.read_injected(model)
 
 
 @torch.no_grad()

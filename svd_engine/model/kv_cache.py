@@ -1,6 +1,7 @@
 """A KV cache in which every row has its own position."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,9 @@ class KVCache:
         for pair in self._layers.values():
             for buffer in pair:
                 buffer[moved, :, :kv_length] = buffer[index[moved], :, :kv_length]
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a cache of keys and values has no {name}, which the model asks for")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._kv_length

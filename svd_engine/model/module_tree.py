@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from svd_engine.model.adapter_layers import LoraParameter, for_second_half
-from svd_engine.model.layers import attention, linear, rms_norm, rotary
+from svd_engine.model.layers import attention, linear, longrope, rms_norm, rotary
 from svd_engine.model.peft_adapter import Adapter
 
 Replacements = Mapping[Any, nn.Module]  # by the module to be replaced
@@ -34,8 +34,30 @@ def adapted_tree(adapter: Adapter) -> PreTrainedModel:
 
 def base_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the tree of the pre-trained model under the adapter."""
+    return _tree(adapter, _originals(adapter))
+
+
+def plain_trees(
+    model: nn.Module, adapter: Adapter, replacements: Replacements
+) -> tuple[nn.Module, nn.Module]:
+    """Build the adapted and the base model as PEFT and transformers compute them.
+
+    model: the PEFT model that the adapter was read from, taken with the replacements. Attention is
+    eager, the one that defines an architecture; nothing is replaced by layers of ours.
+    """
+    adapted = clone_sharing_parameters(model, replacements, native=False)
+    base = clone_sharing_parameters(adapter.base_model, _originals(adapter), native=False)
+    for tree in (adapted, base):
+        for module in tree.modules():
+            if isinstance(module, PreTrainedModel):
+                module.set_attn_implementation("eager")
+                break
+    return adapted, base
+
+
+def _originals(adapter: Adapter) -> dict[Any, nn.Module]:
     layers = {layer: layer.get_base_layer() for layer in adapter.layers}
-    return _tree(adapter, layers | {x: x.original_module for x in adapter.wrappers})
+    return layers | {x: x.original_module for x in adapter.wrappers}
 
 
 def _tree(adapter: Adapter, replacements: Replacements) -> PreTrainedModel:
@@ -45,8 +67,13 @@ def _tree(adapter: Adapter, replacements: Replacements) -> PreTrainedModel:
     return tree
 
 
-def clone_sharing_parameters(root: nn.Module, replacements: Replacements) -> nn.Module:
-    """Build a tree like `root`, in evaluation mode, with the replacements in it."""
+def clone_sharing_parameters(
+    root: nn.Module, replacements: Replacements, native: bool = True
+) -> nn.Module:
+    """Build a tree like `root`, in evaluation mode, with the replacements in it.
+
+    native: also replace the layers that have a form of ours.
+    """
     configs: dict[int, PretrainedConfig] = {}
     clones: dict[int, nn.Module] = {}  # by id of the module in `root`, which keeps it alive
 
@@ -58,10 +85,12 @@ def clone_sharing_parameters(root: nn.Module, replacements: Replacements) -> nn.
         clone._parameters = dict(module._parameters)
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             setattr(clone, hooks, OrderedDict(getattr(module, hooks)))
-        if type(clone) is nn.Linear and not isinstance(above, LoraParameter):
-            clone.__class__ = linear.Linear
-        rms_norm.use_native_forward(clone)
-        rotary.use_native_forward(clone)
+        if native:
+            if type(clone) is nn.Linear and not isinstance(above, LoraParameter):
+                clone.__class__ = linear.Linear
+            rms_norm.use_native_forward(clone)
+            rotary.use_native_forward(clone)
+            longrope.choose_per_row(clone)
         clone._modules = {
             name: None if child is None else visit(child, module)
             for name, child in module._modules.items()

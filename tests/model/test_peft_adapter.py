@@ -77,7 +77,7 @@ def test_the_peft_model_is_walked_once(config, monkeypatch):
         return named_modules(self, memo, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "named_modules", counted)
-    engine = SteeredEngine(model)
+    engine = SteeredEngine(model, probe=False)
     for alone in ("adapted", "base"):
         engine.generate([5, 6], model=alone, max_new_tokens=2)
     assert walked == [model]
