@@ -13,7 +13,6 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
-from svd_engine.data.tokenization import encode_text
 from svd_engine.generation import logits_processors, scoring
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
@@ -172,12 +171,7 @@ class SteeredEngine:
         penalty 0 leaves tokens off the support as they are, so that an answer is not ranked by how
         many of its tokens fall outside.
         """
-        start = self.inputs.prompts([prompt])[0]
-        passages = [
-            scoring.Passage(start, encode_text(c, self.tokenizer, add_special_tokens=False))
-            for c in continuations
-        ]
-        self.inputs.check_passages(passages)
+        passages = self.inputs.passages(prompt, continuations)
         _, pair, steering = self._decoded(model)
         with self._lock.hold():
             return scoring.score(pair, passages, steering, penalty)
@@ -198,8 +192,9 @@ class SteeredEngine:
         interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """
-        answers = Answers(example_files.encode(examples, self.tokenizer))
-        self.inputs.check_passages(answers.passages)
+        answers = Answers(example_files.encode(examples, self.tokenizer, self.inputs.vocab_size))
+        places = [example_files.place(example, i) for i, example in enumerate(examples)]
+        self.inputs.check_passages(answers.passages, [places[i] for i in answers.example_of()])
         checked = CalibrationOptions.checked(answers, **options)
         with self._lock.hold():
             report = calibrate(self.pair, answers, checked, progress)

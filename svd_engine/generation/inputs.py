@@ -7,7 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svd_engine.data.tokenization import Text, encode_chat, encode_text
+from svd_engine.data.checks import check_messages
+from svd_engine.data.tokenization import (
+    Text,
+    encode_answers,
+    encode_chat,
+    encode_prompt,
+    is_chat,
+    located,
+)
 from svd_engine.generation import sequence
 from svd_engine.generation.detokenizer import Detokenizer
 from svd_engine.generation.sampling_params import SamplingParams
@@ -41,30 +49,39 @@ class Inputs:
         for i, ids in enumerate(encoded):
             if not ids:
                 raise ValueError(f"prompts[{i}] is empty; give at least one token.")
-            if min(ids) < 0 or max(ids) >= self.vocab_size:
-                raise ValueError(
-                    f"prompts[{i}] has token ids from {min(ids)} to {max(ids)}; the vocabulary has "
-                    f"{self.vocab_size}."
-                )
+            self._check_ids(f"prompts[{i}]", ids)
         return encoded
 
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise ValueError(
+                f"{name} has token ids from {min(ids)} to {max(ids)}; the vocabulary has "
+                f"{self.vocab_size}."
+            )
+
     def _texts(self, prompts: Any) -> list[list[int]]:
+        if not hasattr(prompts, "__len__"):
+            raise ValueError(f"prompts must be text, token ids or a list of them; got {prompts!r}.")
         if isinstance(prompts, str) or (len(prompts) > 0 and _is_id(prompts[0])):
             prompts = [prompts]
-        return [encode_text(prompt, self.tokenizer, add_special_tokens=True) for prompt in prompts]
+        encoded = []
+        for i, prompt in enumerate(prompts):
+            with located(f"prompts[{i}]"):
+                encoded.append(encode_prompt(prompt, self.tokenizer))
+        return encoded
 
     def _conversations(self, messages: Any) -> list[list[int]]:
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise ValueError("the engine has no chat template for messages; give prompts.")
-        if len(messages) > 0 and isinstance(messages[0], Mapping):
-            messages = [messages]
         encoded = []
-        for i, conversation in enumerate(messages):
-            if not conversation or not all({"role", "content"} <= set(m) for m in conversation):
+        for i, conversation in enumerate([messages] if is_chat(messages) else messages):
+            if not is_chat(conversation):
                 raise ValueError(
                     f"messages[{i}] must be a list of {{'role': ..., 'content': ...}}."
                 )
-            encoded.append(encode_chat(conversation, self.tokenizer))
+            check_messages(conversation, f"messages[{i}]")
+            with located(f"messages[{i}]"):
+                encoded.append(encode_chat(conversation, self.tokenizer))
         return encoded
 
     def sequences(
@@ -119,12 +136,25 @@ class Inputs:
                 f"{context}. Shorten the prompt{' or lower max_new_tokens' if new else ''}."
             )
 
-    def check_passages(self, passages: Sequence[Passage]) -> None:
-        """Raise ValueError for an empty prompt or completion, or one beyond the context."""
-        for i, (prompt, completion) in enumerate(passages):
-            if not prompt or not completion:
-                raise ValueError(f"passage {i} has an empty prompt or completion.")
-            self.check_room(f"passage {i}", len(prompt) + len(completion))
+    def passages(self, prompt: Prompt, answers: Sequence[Prompt]) -> list[Passage]:
+        """A prompt with each of its answers; every one begins where the prompt ends."""
+        with located("prompt"):
+            start, encoded = encode_answers(prompt, answers, self.tokenizer)
+        passages = [Passage(start, ids) for ids in encoded]
+        names = [f"the answer {a!r}" if isinstance(a, str) else "an answer" for a in answers]
+        self.check_passages(passages, names)
+        return passages
+
+    def check_passages(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
+        """Raise ValueError for a passage without tokens, or with one too many for the model."""
+        for name, (prompt, completion) in zip(names, passages, strict=True):
+            if not prompt:
+                raise ValueError(f"the prompt of {name} has no tokens of its own.")
+            if not completion:
+                raise ValueError(f"{name} has no tokens.")
+            self._check_ids(f"the prompt of {name}", prompt)
+            self._check_ids(name, completion)
+            self.check_room(name, len(prompt) + len(completion))
 
     def _eos_token_ids(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         """The ids that end a sequence; by default the model's own."""

@@ -49,7 +49,9 @@ BAD = {
     '{"prompt": "a", "completion": "b", "rejected": "c"}': "rejected must be a list",
     '{"prompt": "a", "completion": "b", "rejected": [""]}': "an answer is empty",
     '{"messages": []}': "messages must hold",
-    '{"messages": [{"role": "user"}, {"role": "user"}]}': "must be the assistant's",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}': (
+        "must be the assistant's"
+    ),
 }
 
 

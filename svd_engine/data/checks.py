@@ -1,0 +1,63 @@
+"""Checks of texts, token ids and messages, before anything is made of them."""
+
+from collections.abc import Mapping
+from reprlib import repr as short  # of what may be long or deep
+from typing import Any
+
+from svd_engine.data.tokenization import check_unicode, is_chat
+
+
+def check_text(value: Any, name: str) -> None:
+    """Raise ValueError unless the value is text or a list of token ids, and not empty."""
+    if not isinstance(value, str | list | tuple):
+        raise ValueError(f"{name} is text or token ids; got {short(value)}.")
+    if not value:
+        raise ValueError(f"{name} is empty.")
+    if isinstance(value, str):
+        check_unicode(value)
+        return
+    for token in value:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ValueError(
+                f"{name} is text or token ids; one of its token ids is {short(token)}."
+            )
+
+
+def check_messages(messages: Any, name: str) -> None:
+    """Raise ValueError unless every message has a role and, as content, text or a list of parts.
+
+    A message that calls tools may have no content.
+    """
+    for i, message in enumerate(messages):
+        where = f"{name}[{i}]"
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"{where} must be {{'role': ..., 'content': ...}}; got {short(message)}."
+            )
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            raise ValueError(f"{where}: role must be text; got {short(role)}.")
+        if content is None and message.get("tool_calls"):
+            continue
+        if isinstance(content, str):
+            check_unicode(content)
+        elif not isinstance(content, list | tuple) or not is_chat(content):
+            raise ValueError(f"{where}: content must be text; got {short(content)}.")
+
+
+def check_answer(answer: Any, after_messages: bool) -> None:
+    """Raise ValueError unless the answer is text, token ids or one message of the assistant.
+
+    Only an answer `after_messages` may be a message.
+    """
+    if not is_chat(answer):
+        check_text(answer, "an answer")
+        return
+    if not after_messages:
+        raise ValueError("an answer of messages needs a prompt of messages.")
+    check_messages(answer, "an answer")
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in answer)
+        raise ValueError(f"an answer is one message of the assistant; got {roles}.")
+    if not isinstance(answer[0]["content"], str) or not answer[0]["content"]:
+        raise ValueError("an answer is empty: the assistant's content must be text.")
