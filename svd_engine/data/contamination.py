@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from svd_engine.data.tokenization import Text, is_chat
 from svd_engine.utils.files import write_text
 
 FILE_NAME = "seen_prompts.json"
 KINDS = ("training", "calibration")
 SHOWN = 3
-Text = str | Sequence[int]
 
 
 def prompt_key(text: Text) -> str:
@@ -29,8 +29,8 @@ def prompt_key(text: Text) -> str:
 
 
 def prompts(examples: Sequence[Mapping[str, Any]]) -> list[Text]:
-    """Return the prompt of each example; for chats, the last message before the answer."""
-    return [e["messages"][-2]["content"] if "messages" in e else e["prompt"] for e in examples]
+    """Return the prompt of each example; for chats, what was said last before the assistant."""
+    return [_asked(e["messages"][:-1] if "messages" in e else e["prompt"]) for e in examples]
 
 
 def record(folder: str | Path, kind: str, prompts: Sequence[Text]) -> Path:
@@ -89,6 +89,21 @@ def _question(prompt: str) -> str:
     if last == "A:" and "\nQ:" in before:
         return before.rpartition("\nQ:")[2]
     return prompt
+
+
+def _asked(prompt: Any) -> Text:
+    """Text or token ids of a prompt; of messages, the last text that is not the assistant's."""
+    if not is_chat(prompt):
+        return prompt
+    said = [_content(m) for m in prompt if m["role"] != "assistant"]
+    return next((text for text in reversed(said) if text), json.dumps(prompt))
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return " ".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
 
 
 def _digest(text: str) -> str:
