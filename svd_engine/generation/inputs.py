@@ -17,7 +17,7 @@ from svd_engine.data.tokenization import (
     located,
 )
 from svd_engine.generation import sequence
-from svd_engine.generation.detokenizer import Detokenizer
+from svd_engine.generation.detokenizer import Detokenizer, special_in
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scoring import Passage
 
@@ -97,6 +97,7 @@ class Inputs:
             )
         eos_token_ids = self._eos_token_ids(sampling.eos_token_id)
         stop_strings = self._stop_strings(sampling.stop_strings, len(prompts))
+        special = {stops: special_in(stops, self.tokenizer) for stops in set(stop_strings)}
         searches_for_stops = any(stop_strings) and sampling.num_beams == 1
         copies = sampling.num_return_sequences
         return [
@@ -106,7 +107,7 @@ class Inputs:
                 max_new_tokens=limits[i],
                 seed=seeds[i] + copy,
                 eos_token_ids=eos_token_ids,
-                detokenizer=Detokenizer(self._decode, stop_strings[i]),
+                detokenizer=Detokenizer(self._decode, stop_strings[i], special[stop_strings[i]]),
                 is_text_incremental=is_streamed or searches_for_stops,
             )
             for i in range(len(prompts))
@@ -168,14 +169,14 @@ class Inputs:
         ids: Any = [eos_token_id] if _is_id(eos_token_id) else eos_token_id
         return frozenset(int(token) for token in ids)
 
-    def _stop_strings(self, stop_strings: Any, prompts: int) -> list[list[str]]:
+    def _stop_strings(self, stop_strings: Any, prompts: int) -> list[tuple[str, ...]]:
         """Stop strings per prompt, from one, a list for all prompts, or a list of lists."""
         if isinstance(stop_strings, str):
             stop_strings = [stop_strings]
         if all(isinstance(stop, str) for stop in stop_strings):
-            each = [list(stop_strings)] * prompts
+            each = [tuple(stop_strings)] * prompts
         else:
-            each = [[s] if isinstance(s, str) else list(s or ()) for s in stop_strings]
+            each = [(s,) if isinstance(s, str) else tuple(s or ()) for s in stop_strings]
         if len(each) != prompts:
             raise ValueError(
                 f"stop_strings has {len(each)} lists for {prompts} prompts; give one list for all "
