@@ -1,10 +1,53 @@
-"""Checks of texts, token ids and messages, before anything is made of them."""
+"""Checks of examples: texts, token ids and messages, before anything is made of them."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from reprlib import repr as short  # of what may be long or deep
 from typing import Any
 
-from svd_engine.data.tokenization import check_unicode, is_chat
+from svd_engine.data.tokenization import check_unicode, is_chat, located
+
+ANSWERS = ("accepted", "rejected")
+
+
+def check_example(example: Any, where: str) -> None:
+    """Raise ValueError, prefixed with `where`, unless `example` is well-formed."""
+    if not isinstance(example, Mapping):
+        raise ValueError(f"{where}: an example is an object; got {type(example).__name__}.")
+    try:
+        json.dumps(dict(example), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: an example must hold JSON values: {error}.") from error
+    with located(where):
+        if "messages" in example:
+            messages = example["messages"]
+            if not isinstance(messages, list | tuple) or len(messages) < 2:
+                raise ValueError("messages must hold a question and an answer at least.")
+            check_messages(messages, "messages")
+            if messages[-1]["role"] != "assistant":
+                raise ValueError("the last of messages must be the assistant's answer.")
+            prompt, answers = messages[:-1], [messages[-1:]]
+        else:
+            for key in ("prompt", "completion"):
+                if key not in example:
+                    raise ValueError(f"{key!r} is missing; got {sorted(example)}.")
+            prompt, answers = example["prompt"], [example["completion"]]
+            if is_chat(prompt):
+                check_messages(prompt, "prompt")
+            else:
+                check_text(prompt, "prompt")
+        for key in ANSWERS:
+            more = example.get(key, [])
+            if not isinstance(more, list | tuple):
+                raise ValueError(f"{key} must be a list of answers; got {short(more)}.")
+            answers += answers_of(more)
+        for answer in answers:
+            check_answer(answer, after_messages=is_chat(prompt))
+
+
+def answers_of(value: Sequence[Any]) -> list[Any]:
+    """Return a list of answers; a list of messages is one answer."""
+    return [value] if is_chat(value) else list(value)
 
 
 def check_text(value: Any, name: str) -> None:

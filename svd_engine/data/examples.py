@@ -11,12 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from svd_engine.data.checks import check_answer, check_messages, check_text
+from svd_engine.data.checks import ANSWERS, answers_of, check_example
 from svd_engine.data.text_files import read_lines
 from svd_engine.data.tokenization import (
     Text,
@@ -26,8 +25,6 @@ from svd_engine.data.tokenization import (
     render_answer,
     render_chat,
 )
-
-ANSWERS = ("accepted", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ def read(path: str | Path) -> list[Line]:
             example = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
-        check(example, where)
+        check_example(example, where)
         line = Line(example)
         line.where = where
         examples.append(line)
@@ -72,41 +69,6 @@ def read(path: str | Path) -> list[Line]:
 def place(example: Mapping[str, Any], number: int) -> str:
     """Return where an example comes from: its file and line, or its index."""
     return example.where if isinstance(example, Line) else f"examples[{number}]"
-
-
-def check(example: Any, where: str) -> None:
-    """Raise ValueError, prefixed with `where`, unless `example` is well-formed."""
-    if not isinstance(example, Mapping):
-        raise ValueError(f"{where}: an example is an object; got {type(example).__name__}.")
-    try:
-        json.dumps(dict(example), sort_keys=True)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: an example must hold JSON values: {error}.") from error
-    with located(where):
-        if "messages" in example:
-            messages = example["messages"]
-            if not isinstance(messages, list | tuple) or len(messages) < 2:
-                raise ValueError("messages must hold a question and an answer at least.")
-            check_messages(messages, "messages")
-            if messages[-1]["role"] != "assistant":
-                raise ValueError("the last of messages must be the assistant's answer.")
-            prompt, answers = messages[:-1], [messages[-1:]]
-        else:
-            for key in ("prompt", "completion"):
-                if key not in example:
-                    raise ValueError(f"{key!r} is missing; got {sorted(example)}.")
-            prompt, answers = example["prompt"], [example["completion"]]
-            if is_chat(prompt):
-                check_messages(prompt, "prompt")
-            else:
-                check_text(prompt, "prompt")
-        for key in ANSWERS:
-            more = example.get(key, [])
-            if not isinstance(more, list | tuple):
-                raise ValueError(f"{key} must be a list of answers; got {short(more)}.")
-            answers += _answers(more)
-        for answer in answers:
-            check_answer(answer, after_messages=is_chat(prompt))
 
 
 def encode(
@@ -123,7 +85,7 @@ def encode(
     if not len(examples):
         raise ValueError("examples is empty; give at least one.")
     for i, example in enumerate(examples):
-        check(example, place(example, i))
+        check_example(example, place(example, i))
     encoded = []
     for i, example in enumerate(examples):
         with located(place(example, i)):
@@ -146,7 +108,7 @@ def _encode(
         completion = [last]
     else:
         prompt, completion = example["prompt"], example["completion"]
-    more = [_answers(example.get(key, [])) for key in ANSWERS]
+    more = [answers_of(example.get(key, [])) for key in ANSWERS]
     answers: list[Text] = [_text(answer) for answer in (completion, *more[0], *more[1])]
     if is_chat(prompt):
         # `messages` are whole turns; a `prompt` may end in the beginning of the answer.
@@ -168,11 +130,6 @@ def _encode(
             )
     accepted = len(more[0])
     return Example(ids, first, tuple(rest[:accepted]), tuple(rest[accepted:]))
-
-
-def _answers(value: Sequence[Any]) -> list[Any]:
-    """A list of answers; a list of messages is one answer."""
-    return [value] if is_chat(value) else list(value)
 
 
 def _text(answer: Any) -> Text:
