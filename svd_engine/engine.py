@@ -84,10 +84,12 @@ class SteeredEngine:
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
         base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
-        model alone until `steering` is set.
+        model alone until `steering` is set. A tokenizer or chat template beside the adapter is used
+        where its vocabulary fits the base; the log says so.
         """
         model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
         peft_model = loading.load_adapter(model, adapter)
+        tokenizer = loading.adapter_tokenizer(adapter, model, tokenizer)
         if steering is None and loading.has_steering(adapter):
             steering = SteeringConfig.from_pretrained(adapter)
         return cls(peft_model, tokenizer, steering, pairing, cuda_graphs)
