@@ -121,9 +121,12 @@ def adapter_tokenizer(
     if _beside(folder, "tokenizer_config.json") is None:
         if template is None:
             return tokenizer
-        logger.warning("The chat template beside the adapter is used (%s).", folder)
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{template} is not UTF-8: {error.reason}.") from error
+        logger.warning("The chat template beside the adapter is used (%s).", folder)
         return tokenizer
     try:
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

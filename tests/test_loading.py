@@ -47,6 +47,12 @@ def test_a_chat_template_alone_goes_with_the_bases_tokenizer(folder, caplog):
     assert got.token_ids == truth.token_ids and got.prompt_tokens == 3
 
 
+def test_a_template_that_is_no_text_is_named(folder, caplog):
+    (folder / "adapter" / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template.jinja is not UTF-8: invalid start byte"):
+        load(folder, caplog)
+
+
 def test_a_tokenizer_that_fits_is_used(folder, caplog, words):
     """Another template, beginning-of-sequence and end-of-sequence token than the base's."""
     own = loading.AutoTokenizer.from_pretrained(folder / "base")
