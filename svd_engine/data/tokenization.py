@@ -29,7 +29,7 @@ def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase | None) -> li
     token. What it puts after a text is left out: the text goes on.
     """
     if not isinstance(prompt, str):
-        return _token_ids(prompt)
+        return token_ids(prompt)
     return _prefix(prompt, tokenizer) + _encode([prompt], tokenizer)[0]
 
 
@@ -47,9 +47,9 @@ def encode_answers(
     at the same place for all answers, so that their log-probabilities can be compared.
     add_special_tokens: begin a text as `encode_prompt` does; False for a rendered chat.
     """
-    ids = None if isinstance(prompt, str) else _token_ids(prompt)
+    ids = None if isinstance(prompt, str) else token_ids(prompt)
     if ids is not None and not any(isinstance(answer, str) for answer in answers):
-        return ids, [_token_ids(a) for a in answers if not isinstance(a, str)]
+        return ids, [token_ids(a) for a in answers if not isinstance(a, str)]
     text, start = (prompt, []) if isinstance(prompt, str) else _text_of(ids or [], tokenizer)
     if ids is None and add_special_tokens:
         start = _prefix(text, tokenizer)
@@ -61,7 +61,7 @@ def encode_answers(
             "encoded with it; give prompt and answers both as text or both as token ids."
         )
     rest = iter(together)
-    wholes = [next(rest) if isinstance(a, str) else [*own, *_token_ids(a)] for a in answers]
+    wholes = [next(rest) if isinstance(a, str) else [*own, *token_ids(a)] for a in answers]
     end = min((_shared(own, whole) for whole in wholes), default=len(own))
     return own[:end], [whole[end:] for whole in wholes]
 
@@ -140,7 +140,7 @@ def _prefix(text: str, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Token ids that the tokenizer puts before a text."""
     if tokenizer is None:
         raise ValueError("text needs a tokenizer; pass one to the engine or give token ids.")
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         whole = tokenizer.build_inputs_with_special_tokens([-1])
         return whole[: whole.index(-1)]
     check_unicode(text)
@@ -160,14 +160,30 @@ def _text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> tuple
     return str(text), start
 
 
-def _token_ids(values: Sequence[int]) -> list[int]:
+def token_ids(values: Sequence[int]) -> list[int]:
     """Plain integers of token ids. Raises ValueError for anything else."""
     try:
-        if any(isinstance(value, bool) for value in values):
-            raise TypeError("a bool is none")
-        return [index(value) for value in values]
+        return [index(value) for value in as_list(values, "token ids")]
     except TypeError as error:
-        raise ValueError(f"token ids must be integers; got {short(values)}: {error}.") from error
+        raise ValueError(f"token ids must be integers; got {_line(values)}.") from error
+
+
+def as_list(values: Any, name: str) -> list[Any]:
+    """Return the items of a list, tuple, array or tensor. Raises ValueError for anything else."""
+    try:
+        if isinstance(values, str | bytes | bytearray | Mapping) or not len(values) >= 0:
+            raise TypeError
+        items = list(values)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a list; got {_line(values)}.") from error
+    if any(isinstance(item, bool) for item in items):
+        raise ValueError(f"{name} must hold no booleans; got {_line(values)}.")
+    return items
+
+
+def _line(value: Any) -> str:
+    """A short representation of a value in one line."""
+    return " ".join(short(value).split())
 
 
 def _shared(one: list[int], other: list[int]) -> int:

@@ -1,6 +1,7 @@
 """Incremental detokenization: whole characters, cut before a stop string."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import compress
 
 from transformers import PreTrainedTokenizerBase
@@ -83,9 +84,9 @@ def special_in(
     """Id -> text of the special tokens that stop strings hold; decoding would leave them out."""
     if tokenizer is None or not stop_strings:
         return {}
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    texts = {id: str(token) for id, token in added.items()}
-    texts |= zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True)
+    texts = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    with suppress(NotImplementedError):  # Mistral's own tokenizers have no others
+        texts |= {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
     return {
         id: text
         for id, text in texts.items()

@@ -10,11 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from svd_engine.data.checks import check_messages
 from svd_engine.data.tokenization import (
     Text,
+    as_list,
     encode_answers,
     encode_chat,
     encode_prompt,
     is_chat,
     located,
+    token_ids,
 )
 from svd_engine.generation import sequence
 from svd_engine.generation.detokenizer import Detokenizer, special_in
@@ -60,9 +62,10 @@ class Inputs:
             )
 
     def _texts(self, prompts: Any) -> list[list[int]]:
-        if not hasattr(prompts, "__len__"):
-            raise ValueError(f"prompts must be text, token ids or a list of them; got {prompts!r}.")
-        if isinstance(prompts, str) or (len(prompts) > 0 and _is_id(prompts[0])):
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        prompts = as_list(prompts, "prompts")
+        if len(prompts) > 0 and _is_id(prompts[0]):
             prompts = [prompts]
         encoded = []
         for i, prompt in enumerate(prompts):
@@ -74,7 +77,8 @@ class Inputs:
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise ValueError("the engine has no chat template for messages; give prompts.")
         encoded = []
-        for i, conversation in enumerate([messages] if is_chat(messages) else messages):
+        conversations = [messages] if is_chat(messages) else as_list(messages, "messages")
+        for i, conversation in enumerate(conversations):
             if not is_chat(conversation):
                 raise ValueError(
                     f"messages[{i}] must be a list of {{'role': ..., 'content': ...}}."
@@ -139,7 +143,8 @@ class Inputs:
 
     def passages(self, prompt: Prompt, answers: Sequence[Prompt]) -> list[Passage]:
         """A prompt with each of its answers; every one begins where the prompt ends."""
-        with located("prompt"):
+        answers = as_list(answers, "the answers")
+        with located("prompt or answers"):
             start, encoded = encode_answers(prompt, answers, self.tokenizer)
         passages = [Passage(start, ids) for ids in encoded]
         names = [f"the answer {a!r}" if isinstance(a, str) else "an answer" for a in answers]
@@ -167,16 +172,21 @@ class Inputs:
         if eos_token_id is None:
             return frozenset()
         ids: Any = [eos_token_id] if _is_id(eos_token_id) else eos_token_id
-        return frozenset(int(token) for token in ids)
+        with located("eos_token_id"):
+            return frozenset(token_ids(ids))
 
     def _stop_strings(self, stop_strings: Any, prompts: int) -> list[tuple[str, ...]]:
         """Stop strings per prompt, from one, a list for all prompts, or a list of lists."""
         if isinstance(stop_strings, str):
             stop_strings = [stop_strings]
+        stop_strings = as_list(stop_strings, "stop_strings")
         if all(isinstance(stop, str) for stop in stop_strings):
             each = [tuple(stop_strings)] * prompts
         else:
-            each = [(s,) if isinstance(s, str) else tuple(s or ()) for s in stop_strings]
+            each = [
+                (s,) if isinstance(s, str) else tuple(as_list(s or (), "each of stop_strings"))
+                for s in stop_strings
+            ]
         if len(each) != prompts:
             raise ValueError(
                 f"stop_strings has {len(each)} lists for {prompts} prompts; give one list for all "

@@ -86,7 +86,7 @@ def test_answers_cannot_be_encoded_with_token_ids_that_no_text_has(form):
 def test_what_is_no_text_and_no_token_ids():
     tokenizer = forms.build("byte-level")
     for bad in ([1.5], [True], ["a"], torch.tensor([0.5]), 3):
-        with pytest.raises(ValueError, match="token ids must be integers"):
+        with pytest.raises(ValueError, match="token ids must"):
             encode_prompt(bad, tokenizer)
     with pytest.raises(ValueError, match="is not Unicode: surrogates not allowed"):
         encode_prompt("a\ud800", tokenizer)
