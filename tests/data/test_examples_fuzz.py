@@ -26,20 +26,36 @@ values = st.recursive(
     ),
     max_leaves=8,
 )
-contents = st.sampled_from(["Why?", " Yes", "It is", "", "\ud800"]) | values
-messages = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant"]) | values, "content": contents}
-)
-chats = st.lists(messages, max_size=3)
-ids = st.lists(st.integers(0, 380) | scalars, max_size=3)
-answers = contents | ids | chats
-lines = (
-    st.fixed_dictionaries(
-        {"prompt": contents | ids | chats, "completion": answers},
-        optional={key: st.lists(answers, max_size=2) | values for key in ("accepted", "rejected")},
-    )
-    | st.fixed_dictionaries({"messages": chats}, optional={"rejected": st.lists(answers)})
-    | values
+
+
+def joined(lists):
+    """Both as one list if they are lists."""
+    first, last = lists
+    return [*first, *last] if isinstance(first, list) and isinstance(last, list) else first
+
+
+def mostly(good, bad=values):
+    return st.sampled_from([good] * 11 + [bad]).flatmap(lambda chosen: chosen)
+
+
+texts = st.sampled_from(["Why?", " Yes", "It is", "\u2028 2 + 2"])
+contents = mostly(texts)
+ids = mostly(st.lists(st.integers(0, 360), min_size=1, max_size=3), st.lists(scalars, max_size=3))
+
+
+def message(roles):
+    return st.fixed_dictionaries({"role": mostly(st.sampled_from(roles)), "content": contents})
+
+
+asked = mostly(st.lists(message(["system", "user", "assistant"]), min_size=1, max_size=3))
+said = mostly(st.lists(message(["assistant"]), min_size=1, max_size=1))
+answers = mostly(contents, ids | said)
+more = {key: mostly(st.lists(answers, max_size=2)) for key in ("accepted", "rejected")}
+lines = st.one_of(
+    st.fixed_dictionaries({"prompt": mostly(contents, ids), "completion": answers}, optional=more),
+    st.fixed_dictionaries({"prompt": asked, "completion": answers}, optional=more),
+    st.fixed_dictionaries({"messages": st.tuples(asked, said).map(joined)}, optional=more),
+    values,
 )
 
 
