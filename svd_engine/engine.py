@@ -13,7 +13,6 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
-from svd_engine.data.tokenization import encode_text
 from svd_engine.generation import logits_processors, scoring
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
@@ -93,10 +92,12 @@ class SteeredEngine:
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
         base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
-        model alone until `steering` is set.
+        model alone until `steering` is set. A tokenizer or chat template beside the adapter is used
+        where its vocabulary fits the base; the log says so.
         """
         model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
         peft_model = loading.load_adapter(model, adapter)
+        tokenizer = loading.adapter_tokenizer(adapter, model, tokenizer)
         if steering is None and loading.has_steering(adapter):
             steering = SteeringConfig.from_pretrained(adapter)
         return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
@@ -186,12 +187,7 @@ class SteeredEngine:
         penalty 0 leaves tokens off the support as they are, so that an answer is not ranked by how
         many of its tokens fall outside.
         """
-        start = self.inputs.prompts([prompt])[0]
-        passages = [
-            scoring.Passage(start, encode_text(c, self.tokenizer, add_special_tokens=False))
-            for c in continuations
-        ]
-        self.inputs.check_passages(passages)
+        passages = self.inputs.passages(prompt, continuations)
         _, pair, steering = self._decoded(model)
         with self._lock.hold():
             return scoring.score(pair, passages, steering, penalty)
@@ -212,8 +208,9 @@ class SteeredEngine:
         interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """
-        answers = Answers(example_files.encode(examples, self.tokenizer))
-        self.inputs.check_passages(answers.passages)
+        answers = Answers(example_files.encode(examples, self.tokenizer, self.inputs.vocab_size))
+        places = [example_files.place(example, i) for i, example in enumerate(examples)]
+        self.inputs.check_passages(answers.passages, [places[i] for i in answers.example_of()])
         checked = CalibrationOptions.checked(answers, **options)
         with self._lock.hold():
             report = calibrate(self.pair, answers, checked, progress)

@@ -1,9 +1,12 @@
 """Load base models, the embedded SmolLM2 and adapters; errors say what to do."""
 
+import copy
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from svd_engine import steering_config
 from svd_engine.model import adapter_file, peft_methods
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SMOLLM2 = "smollm2"
+logger = logging.getLogger(__name__)
 
 
 def smollm2_file() -> Path | None:
@@ -116,6 +121,71 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
             f"({type(model).__name__}, hidden size {model.config.get_text_config().hidden_size}, "
             f"vocabulary {model.config.get_text_config().vocab_size}): {_first_line(error)}"
         ) from error
+
+
+def adapter_tokenizer(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved beside the adapter, or else the base's own, `tokenizer`.
+
+    The adapter was trained with it. It is left aside where its vocabulary does not fit the base;
+    either is logged. A chat template alone goes with the base's tokenizer.
+    """
+    template = _beside(folder, "chat_template.jinja")
+    if _beside(folder, "tokenizer_config.json") is None:
+        if template is None:
+            return tokenizer
+        tokenizer = copy.deepcopy(tokenizer)
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{template} is not UTF-8: {error.reason}.") from error
+        logger.warning("The chat template beside the adapter is used (%s).", folder)
+        return tokenizer
+    try:
+        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        reason = _misfit(own, tokenizer, model.config.get_text_config().vocab_size)
+    except Exception as error:  # libraries raise what they like for a broken file
+        reason = f"it cannot be loaded: {_first_line(error)}"
+    if reason is not None:
+        logger.warning(
+            "The tokenizer beside the adapter is not used (%s): %s. The base's is.", folder, reason
+        )
+        return tokenizer
+    if own.chat_template is None:
+        own.chat_template = tokenizer.chat_template
+        logger.warning("The tokenizer beside the adapter is used (%s).", folder)
+    else:
+        logger.warning("The tokenizer and chat template beside the adapter are used (%s).", folder)
+    return own
+
+
+def _beside(folder: str | Path, name: str) -> Path | None:
+    """Find a file in the adapter's folder or Hub repository."""
+    found = cached_file(
+        str(folder),
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _misfit(
+    own: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, vocab_size: int
+) -> str | None:
+    """Say why the adapter's tokenizer does not fit the base; tokens added to it may differ."""
+    vocabulary = own.get_vocab()
+    highest = max(vocabulary.values(), default=0)
+    if highest >= vocab_size:
+        return f"it has token ids up to {highest}, and the model a vocabulary of {vocab_size}"
+    added = {*own.added_tokens_decoder, *base.added_tokens_decoder}
+    for token, number in sorted(base.get_vocab().items(), key=itemgetter(1)):
+        if number not in added and vocabulary.get(token) != number:
+            other = vocabulary.get(token, "missing")
+            return f"its token {token!r} is {other}, and {number} in the base's"
+    return None
 
 
 def has_steering(folder: str | Path) -> bool:

@@ -53,7 +53,7 @@ class SteeringConfig:
         if not path.is_file():
             raise ValueError(f"{path} does not exist. Write it with `svd-engine calibrate`.")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
             values["penalty"] = float(values.get("penalty", -math.inf))
             if values.get("interval") is not None:
                 values["interval"] = tuple(values["interval"])

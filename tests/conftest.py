@@ -18,14 +18,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def words():
-    """A tokenizer of one token a word: w000 is token 0, w001 token 1, ..."""
-    from tokenizers import Tokenizer
+    """A tokenizer of one token a word: w000 is token 0, w001 token 1, ... Spaces do not matter."""
+    from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(WordLevel({f"w{i:03}": i for i in range(VOCAB)}, unk_token="w000"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Split(Regex(r"w\d{3}"), "isolated")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="w000", bos_token="w001", eos_token="w002"
     )

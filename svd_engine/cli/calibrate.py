@@ -64,7 +64,8 @@ def calibrate(
     if not allow_overlap:
         contamination.check(adapter, contamination.prompts(examples), against=("training",))
     model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
-    engine = SteeredEngine(loading.load_adapter(model, adapter), tokenizer)
+    peft_model = loading.load_adapter(model, adapter)
+    engine = SteeredEngine(peft_model, loading.adapter_tokenizer(adapter, model, tokenizer))
     report = engine.calibrate(
         examples, objective=objective, estimator=estimator, hessian=hessian, alpha=alpha or 0.1,
         length_normalised=length_normalised, projection=projection, folds=folds, seed=seed,

@@ -88,17 +88,19 @@ def generate(
 
 
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    from svd_engine.data import text_files
+
     if prompts and file:
         raise ValueError("give prompts as arguments or with --file, not both.")
     if file is not None:
         if not file.is_file():
             raise ValueError(f"--file {file} does not exist.")
-        prompts = file.read_text(encoding="utf-8").splitlines()
+        prompts = text_files.read_lines(file)
     elif not prompts:
         if sys.stdin.isatty():
             hint = "Prompts from standard input, one a line; end with Ctrl-D."
             terminal.errors.print(hint, style="dim")
-        prompts = sys.stdin.read().splitlines()
+        prompts = text_files.lines(sys.stdin.buffer.read(), "standard input")
     texts = [_newlines(prompt) for prompt in prompts if prompt.strip()]
     if not texts:
         raise ValueError("no prompts came; give them as arguments, with --file or on stdin.")

@@ -1,36 +1,22 @@
 """Contamination: hashes of the prompts an adapter has seen, so that a test can refuse them."""
 
-import hashlib
 import json
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from svd_engine.data.prompt_keys import prompt_key, words_key
+from svd_engine.data.tokenization import Text, is_chat
 from svd_engine.utils.files import write_text
 
 FILE_NAME = "seen_prompts.json"
 KINDS = ("training", "calibration")
 SHOWN = 3
-Text = str | Sequence[int]
-
-
-def prompt_key(text: Text) -> str:
-    """Return 16 hex digits of sha256 of the question, without case, spaces and punctuation.
-
-    A question has the same key inside `Q: ... A:`, after solved examples, and in a template with
-    `### Instruction:`. Token ids are hashed as they are.
-    """
-    if not isinstance(text, str):
-        return _digest(json.dumps([int(token) for token in text]))
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", _question(text)).casefold())
-    return _digest(" ".join(words) or text)  # a prompt may be only punctuation
 
 
 def prompts(examples: Sequence[Mapping[str, Any]]) -> list[Text]:
-    """Return the prompt of each example; for chats, the last message before the answer."""
-    return [e["messages"][-2]["content"] if "messages" in e else e["prompt"] for e in examples]
+    """Return the prompt of each example; for chats, what was said last before the assistant."""
+    return [_asked(e["messages"][:-1] if "messages" in e else e["prompt"]) for e in examples]
 
 
 def record(folder: str | Path, kind: str, prompts: Sequence[Text]) -> Path:
@@ -52,19 +38,28 @@ def seen(folder: str | Path) -> dict[str, set[str]]:
     if not path.is_file():
         return {}
     try:
-        return {kind: set(keys) for kind, keys in json.loads(path.read_text("utf-8")).items()}
-    except (AttributeError, TypeError, ValueError) as error:
+        record = json.loads(path.read_text("utf-8-sig"))
+        keys = [key for kind in record.values() for key in kind]
+        if not all(isinstance(kind, list) for kind in record.values()):
+            raise ValueError("it must map each kind to a list of keys.")
+        if not all(isinstance(key, str) for key in keys):
+            raise ValueError("its keys must be texts.")
+    except (AttributeError, TypeError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a record of prompts: {error}") from error
+    return {kind: set(keys) for kind, keys in record.items()}
 
 
 def found(
     folder: str | Path, prompts: Sequence[Text], against: Sequence[str] = KINDS
 ) -> dict[str, list[int]]:
-    """Return kind -> indices of the prompts seen in it; kinds without a record are omitted."""
+    """Return kind -> indices of the prompts seen in it; kinds without a record are omitted.
+
+    A record of an earlier version holds keys of words alone; they are compared as such.
+    """
     keys = seen(folder)
-    wanted = [prompt_key(prompt) for prompt in prompts]
+    wanted = [{prompt_key(prompt), words_key(prompt)} for prompt in prompts]
     return {
-        kind: [i for i, key in enumerate(wanted) if key in keys[kind]]
+        kind: [i for i, either in enumerate(wanted) if either & keys[kind]]
         for kind in against
         if kind in keys
     }
@@ -81,15 +76,16 @@ def check(folder: str | Path, prompts: Sequence[Text], against: Sequence[str] = 
             )
 
 
-def _question(prompt: str) -> str:
-    """Strip an instruction template or solved examples from around the question."""
-    if "### Instruction:" in prompt:
-        prompt = prompt.partition("### Instruction:")[2].partition("### Response:")[0]
-    before, _, last = ("\n" + prompt.strip()).rpartition("\n")
-    if last == "A:" and "\nQ:" in before:
-        return before.rpartition("\nQ:")[2]
-    return prompt
+def _asked(prompt: Any) -> Text:
+    """Text or token ids of a prompt; of messages, the last text that is not the assistant's."""
+    if not is_chat(prompt):
+        return prompt
+    said = [_content(m) for m in prompt if m["role"] != "assistant"]
+    return next((text for text in reversed(said) if text), json.dumps(prompt))
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return " ".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))

@@ -61,7 +61,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     if whole < len(content):
         os.truncate(path, whole)
     lines = []
-    for number, line in enumerate(content[:whole].decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(content[:whole].decode("utf-8").split("\n")[:-1], 1):
         try:
             lines.append(json.loads(line))
             if not isinstance(lines[-1], dict):

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from svd_engine.data.tokenization import encode_text
+from svd_engine.data.tokenization import located
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.journal import Journal
 from svd_engine.generation import scoring
@@ -39,26 +39,11 @@ def by_likelihood(
 
     The penalty is 0, which keeps answers with tokens off the support comparable.
     """
-    passages = [
-        [
-            scoring.Passage(
-                encode_text(
-                    template.format(question=item.question),
-                    engine.tokenizer,
-                    add_special_tokens=True,
-                ),
-                encode_text(answer, engine.tokenizer, add_special_tokens=False),
-            )
-            for answer in item.answers
-        ]
-        for item in items
-    ]
-    for item, group in zip(items, passages, strict=True):
-        for answer, (prompt, completion) in zip(item.answers, group, strict=True):
-            name = f"{item.where}: the answer {answer!r}"
-            if not completion:
-                raise ValueError(f"{name} has no tokens.")
-            engine.inputs.check_room(name, len(prompt), completion=len(completion))
+    passages = []
+    for item in items:
+        with located(item.where):
+            prompt = template.format(question=item.question)
+            passages.append(engine.inputs.passages(prompt, item.answers))
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         found = _scores(engine, [passage for i in numbers for passage in passages[i]])
@@ -90,8 +75,9 @@ def by_generation(
     """
     prompts = [template.format(question=item.question) for item in items]
     for item, prompt in zip(items, prompts, strict=True):
-        length = len(encode_text(prompt, engine.tokenizer, add_special_tokens=True))
-        engine.inputs.check_room(f"{item.where}: the question", length, max_new_tokens)
+        with located(item.where):
+            (ids,) = engine.inputs.prompts([prompt])
+            engine.inputs.check_room("the question", len(ids), max_new_tokens)
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         texts = {

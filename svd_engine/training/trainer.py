@@ -100,18 +100,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def labelled(
-    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vocab_size: int | None = None,
 ) -> list[Labelled]:
     """Return one sequence per answer, labelled on the answer and its end-of-sequence token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = []
-    for i, example in enumerate(example_files.encode(examples, tokenizer)):
+    for i, example in enumerate(example_files.encode(examples, tokenizer, vocab_size)):
         for answer in (example.completion, *example.accepted):
             ids = [*example.prompt, *answer, *end]
             if len(ids) > max_length:
                 raise ValueError(
-                    f"examples[{i}] has {len(ids)} tokens; max_length is {max_length}. "
-                    "Shorten it or raise max_length."
+                    f"{example_files.place(examples[i], i)} has {len(ids)} tokens; max_length is "
+                    f"{max_length}. Shorten it or raise max_length."
                 )
             labels = [-100] * len(example.prompt) + [*answer, *end]
             found.append({"input_ids": ids, "labels": labels})

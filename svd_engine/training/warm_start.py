@@ -79,7 +79,8 @@ def warm_start(
             raise ValueError(f"{name} must be above 0; got {value}.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
-    sequences = trainer.labelled(examples, tokenizer, max_length)
+    vocab_size = model.config.get_text_config().vocab_size
+    sequences = trainer.labelled(examples, tokenizer, max_length, vocab_size)
     settings = dict(
         method=method, rank=rank, lora_alpha=lora_alpha, dropout=dropout,
         virtual_tokens=virtual_tokens, steps=steps, epochs=epochs, batch_size=batch_size,

@@ -18,7 +18,7 @@ def run(monkeypatch, capsys):
 
     def call(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["svd-engine", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         # rich looks for the terminal when a console is made, before pytest takes it over
         monkeypatch.setattr(terminal, "console", Console(width=100))
         monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=200))
