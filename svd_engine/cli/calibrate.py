@@ -72,7 +72,7 @@ def calibrate(
     )  # fmt: skip
     assert engine.steering is not None
     path = calibration.save(adapter, report, engine.steering, examples)
-    terminal.console.print(tables.calibration(report))
+    terminal.show(tables.calibration(report))
     if not report.worthwhile and not force:
-        terminal.console.print("Strength 0 is written; --force keeps the estimate.")
-    terminal.console.print(f"Written to {path}")
+        terminal.say("Strength 0 is written; --force keeps the estimate.")
+    terminal.say(f"Written to {path}")

@@ -223,5 +223,5 @@ def _finish(
     for row in rows:
         table.add_row(*row)
     title = f"{name}: {result['questions']} questions"
-    terminal.console.print(tables.section(title, table, report.note(result)), highlight=False)
+    terminal.show(tables.section(title, table, report.note(result)), highlight=False)
     say(f"Written to {' and '.join(map(str, report.save(result, folder, name)))}")

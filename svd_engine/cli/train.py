@@ -37,7 +37,9 @@ def warm_start(
         int,
         typer.Option(help="Steps between checkpoints; the same command resumes from the last one."),
     ] = 20,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the adapter in the output folder.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="Dtype of the base; the adapter is float32.")
     ] = "bfloat16",
@@ -49,8 +51,10 @@ def warm_start(
     """
     from svd_engine import loading
     from svd_engine.data import examples as example_files
+    from svd_engine.training import checks
     from svd_engine.training.warm_start import warm_start as train_adapter
 
+    checks.output(output, overwrite)
     examples = example_files.read(train)
     model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
     folder = train_adapter(
@@ -59,7 +63,7 @@ def warm_start(
         batch_size=batch_size, accumulation=accumulation, learning_rate=_rate(learning_rate),
         max_length=max_length, seed=seed, checkpoint_every=checkpoint_every, overwrite=overwrite,
     )  # fmt: skip
-    terminal.console.print(f"Adapter written to {folder}")
+    terminal.say(f"Adapter written to {folder}")
 
 
 def _rate(text: str) -> float | str:

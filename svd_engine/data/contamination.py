@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svd_engine.utils.files import write_text
+from svd_engine.utils.files import read_object, write_text
 
 FILE_NAME = "seen_prompts.json"
 KINDS = ("training", "calibration")
@@ -34,16 +34,21 @@ def prompts(examples: Sequence[Mapping[str, Any]]) -> list[Text]:
 
 
 def record(folder: str | Path, kind: str, prompts: Sequence[Text]) -> Path:
-    """Record the keys of the prompts that the adapter in `folder` saw; return the path.
+    """Record the keys of the prompts that the adapter in `folder` saw; return the path."""
+    path = Path(folder) / FILE_NAME
+    write_text(path, with_kind(folder, kind, prompts))
+    return path
+
+
+def with_kind(folder: str | Path, kind: str, prompts: Sequence[Text]) -> str:
+    """Return the record of `folder` with the keys of these prompts, as the text of its file.
 
     kind: "training" or "calibration"; keys recorded earlier for the same kind are replaced.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
     keys = {**seen(folder), kind: {prompt_key(prompt) for prompt in prompts}}
-    path = Path(folder) / FILE_NAME
-    write_text(path, json.dumps({k: sorted(v) for k, v in keys.items()}, indent=1) + "\n")
-    return path
+    return json.dumps({k: sorted(v) for k, v in keys.items()}, indent=1) + "\n"
 
 
 def seen(folder: str | Path) -> dict[str, set[str]]:
@@ -51,10 +56,11 @@ def seen(folder: str | Path) -> dict[str, set[str]]:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return {}
-    try:
-        return {kind: set(keys) for kind, keys in json.loads(path.read_text("utf-8")).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a record of prompts: {error}") from error
+    keys = read_object(path, "a record of prompts")
+    for kind, found in keys.items():
+        if not isinstance(found, list) or not all(isinstance(key, str) for key in found):
+            raise ValueError(f"{path} is not a record of prompts: {kind} must be a list of texts.")
+    return {kind: set(found) for kind, found in keys.items()}
 
 
 def found(
