@@ -81,13 +81,17 @@ class SteeredEngine:
         device: str | torch.device = "cpu",
         pairing: str = "auto",
         cuda_graphs: bool = True,
+        trust_remote_code: bool = False,
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
         base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
-        model alone until `steering` is set.
+        model alone until `steering` is set. trust_remote_code: run Python code that comes with the
+        base.
         """
-        model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
+        model, tokenizer = loading.load_base(
+            base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         peft_model = loading.load_adapter(model, adapter)
         if steering is None and loading.has_steering(adapter):
             steering = SteeringConfig.from_pretrained(adapter)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.options import Base, Device, DType
+from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
 
 
 def calibrate(
@@ -49,6 +49,7 @@ def calibrate(
     ] = False,
     dtype: DType = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fit the strength, report what it is worth and write steering_config.json to the adapter.
 
@@ -63,7 +64,9 @@ def calibrate(
     examples = example_files.read(data)
     if not allow_overlap:
         contamination.check(adapter, contamination.prompts(examples), against=("training",))
-    model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
+    model, tokenizer = loading.load_base(
+        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     engine = SteeredEngine(loading.load_adapter(model, adapter), tokenizer)
     report = engine.calibrate(
         examples, objective=objective, estimator=estimator, hessian=hessian, alpha=alpha or 0.1,

@@ -11,7 +11,7 @@ import typer
 from rich.rule import Rule
 
 from svd_engine.cli import terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength
+from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
 
 if TYPE_CHECKING:
     from svd_engine import SteeredEngine, SteeringConfig
@@ -50,12 +50,15 @@ def generate(
     ] = False,
     dtype: DType = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts, steered, streamed to the terminal or as JSON lines."""
     texts = _prompts(prompts, file)
     from svd_engine.engine import SteeredEngine
 
-    engine = SteeredEngine.from_pretrained(base, adapter, dtype=dtype, device=device)
+    engine = SteeredEngine.from_pretrained(
+        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     engine.steering = _steering(engine.steering, strength, alpha)
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.options import Base, Device
+from svd_engine.cli.options import Base, Device, TrustRemoteCode
 
 
 def warm_start(
@@ -44,6 +44,7 @@ def warm_start(
         str, typer.Option(help="Dtype of the base; the adapter is float32.")
     ] = "bfloat16",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train an adapter briefly: the warm start that steering continues.
 
@@ -56,7 +57,9 @@ def warm_start(
 
     checks.output(output, overwrite)
     examples = example_files.read(train)
-    model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
+    model, tokenizer = loading.load_base(
+        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     folder = train_adapter(
         model, tokenizer, examples, output, method=method, rank=rank, lora_alpha=lora_alpha,
         dropout=dropout, virtual_tokens=virtual_tokens, steps=steps, epochs=epochs,
