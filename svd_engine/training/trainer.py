@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def train(
     weights as an uninterrupted run.
     """
     device = next(model.parameters()).device
+    bar = _Progress()
     trainer = AdapterTrainer(
         model=model,
         args=TrainingArguments(
@@ -84,7 +85,7 @@ def train(
         ),
         train_dataset=sequences,  # type: ignore[arg-type]
         data_collator=pad,
-        callbacks=[_Progress()] if progress else [],
+        callbacks=[bar] if progress else [],
     )
     trainer.remove_callback(PrinterCallback)  # it would print every log as a dictionary
     start = newest_checkpoint(folder)
@@ -93,7 +94,8 @@ def train(
         trainer._load_from_checkpoint(str(start))  # the Trainer would take one step more
         history = state["log_history"]
     else:
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        with closing(bar):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
         history = trainer.state.log_history
     return [(int(log["step"]), float(log["loss"])) for log in history if "loss" in log]
 
@@ -165,6 +167,9 @@ def pad(sequences: Sequence[Labelled]) -> dict[str, torch.Tensor]:
 class _Progress(TrainerCallback):
     """A progress bar that shows the loss."""
 
+    def __init__(self) -> None:
+        self.bar = tqdm(disable=True)
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="warm start", unit="step"
@@ -177,5 +182,5 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
         self.bar.close()

@@ -14,7 +14,6 @@ from svd_engine.training import checks, partial_folder, trainer, warm_start
 from svd_engine.training.warm_start import warm_start as train
 from tests.tiny import VOCAB, tiny_base
 
-
 pytestmark = pytest.mark.slow
 
 
