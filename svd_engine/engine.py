@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -96,6 +96,12 @@ class SteeredEngine:
         if steering is None and loading.has_steering(adapter):
             steering = SteeringConfig.from_pretrained(adapter)
         return cls(peft_model, tokenizer, steering, pairing, cuda_graphs)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a SteeredEngine cannot be pickled or copied: in another process, make one there with "
+            "SteeredEngine.from_pretrained; in this one, share it, since one call runs at a time."
+        )
 
     @property
     def steering(self) -> SteeringConfig | None:
