@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -88,19 +88,29 @@ class SteeredEngine:
         pairing: str = "auto",
         cuda_graphs: bool = True,
         probe: bool = True,
+        trust_remote_code: bool = False,
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
         base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
         model alone until `steering` is set. A tokenizer or chat template beside the adapter is used
-        where its vocabulary fits the base; the log says so.
+        where its vocabulary fits the base; the log says so. trust_remote_code: run Python code that
+        comes with the base.
         """
-        model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
+        model, tokenizer = loading.load_base(
+            base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         peft_model = loading.load_adapter(model, adapter)
         tokenizer = loading.adapter_tokenizer(adapter, model, tokenizer)
         if steering is None and loading.has_steering(adapter):
             steering = SteeringConfig.from_pretrained(adapter)
         return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a SteeredEngine cannot be pickled or copied: in another process, make one there with "
+            "SteeredEngine.from_pretrained; in this one, share it, since one call runs at a time."
+        )
 
     @property
     def steering(self) -> SteeringConfig | None:

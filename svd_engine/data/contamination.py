@@ -7,7 +7,7 @@ from typing import Any
 
 from svd_engine.data.prompt_keys import prompt_key, words_key
 from svd_engine.data.tokenization import Text, is_chat
-from svd_engine.utils.files import write_text
+from svd_engine.utils.files import read_object, write_text
 
 FILE_NAME = "seen_prompts.json"
 KINDS = ("training", "calibration")
@@ -20,16 +20,21 @@ def prompts(examples: Sequence[Mapping[str, Any]]) -> list[Text]:
 
 
 def record(folder: str | Path, kind: str, prompts: Sequence[Text]) -> Path:
-    """Record the keys of the prompts that the adapter in `folder` saw; return the path.
+    """Record the keys of the prompts that the adapter in `folder` saw; return the path."""
+    path = Path(folder) / FILE_NAME
+    write_text(path, with_kind(folder, kind, prompts))
+    return path
+
+
+def with_kind(folder: str | Path, kind: str, prompts: Sequence[Text]) -> str:
+    """Return the record of `folder` with the keys of these prompts, as the text of its file.
 
     kind: "training" or "calibration"; keys recorded earlier for the same kind are replaced.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
     keys = {**seen(folder), kind: {prompt_key(prompt) for prompt in prompts}}
-    path = Path(folder) / FILE_NAME
-    write_text(path, json.dumps({k: sorted(v) for k, v in keys.items()}, indent=1) + "\n")
-    return path
+    return json.dumps({k: sorted(v) for k, v in keys.items()}, indent=1) + "\n"
 
 
 def seen(folder: str | Path) -> dict[str, set[str]]:
@@ -37,16 +42,11 @@ def seen(folder: str | Path) -> dict[str, set[str]]:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return {}
-    try:
-        record = json.loads(path.read_text("utf-8-sig"))
-        keys = [key for kind in record.values() for key in kind]
-        if not all(isinstance(kind, list) for kind in record.values()):
-            raise ValueError("it must map each kind to a list of keys.")
-        if not all(isinstance(key, str) for key in keys):
-            raise ValueError("its keys must be texts.")
-    except (AttributeError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is not a record of prompts: {error}") from error
-    return {kind: set(keys) for kind, keys in record.items()}
+    keys = read_object(path, "a record of prompts")
+    for kind, found in keys.items():
+        if not isinstance(found, list) or not all(isinstance(key, str) for key in found):
+            raise ValueError(f"{path} is not a record of prompts: {kind} must be a list of texts.")
+    return {kind: set(found) for kind, found in keys.items()}
 
 
 def found(
