@@ -188,7 +188,11 @@ BY_FILE = {
         ),
     ],
     "csrc/cuda/choose.h": [
-        ("return before.count < to.top_k &&", "return before.count <= to.top_k &&", f"{CUDA}cut'"),
+        (
+            "return before.count < to.top_k &&",
+            "return before.count <= to.top_k &&",
+            f"{CUDA}cut and equals and 72'",
+        ),
         (
             "(b.merit == a.merit && b.token < a.token)",
             "(b.merit == a.merit && b.token > a.token)",
@@ -199,19 +203,19 @@ BY_FILE = {
         (
             "sums.sum_exp_in_base += base[j] > -INFINITY ? e : 0.0f;",
             "sums.sum_exp_in_base += e;",
-            f"{CUDA}steer and inf'",
+            f"{CUDA}steer and stretches'",
         ),
     ],
     "csrc/cuda/score.h": [
         (
             "to.in_support[row.index] = valid && kept;",
             "to.in_support[row.index] = kept;",
-            f"{CUDA}project'",
+            f"{CUDA}project and spoilt'",
         ),
         (
             "a.spread + b.spread + a.sum_exp * share * step * step",
             "a.spread + b.spread",
-            f"{CUDA}project'",
+            f"{CUDA}project and certain'",
         ),
     ],
     "csrc/cuda/kernels.h": [
@@ -225,7 +229,7 @@ BY_FILE = {
         (
             "sum_exp_in_base += b > -INFINITY ? e : Vec{};",
             "sum_exp_in_base += e;",
-            f"{CPU}steer and inf'",
+            f"{CPU}steer and stretches'",
         ),
     ],
     "csrc/cpu/row_ops.h": [
@@ -244,7 +248,7 @@ BY_FILE = {
         (
             "return data ? data[i * stride] : scalar;",
             "return data ? data[0] : scalar;",
-            f"{CPU}steer'",
+            f"{CPU}steer and seventh'",
         ),
     ],
     "svd_engine/generation/decode_loop.py": [

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 LEFT_OUT = (".git", ".venv", "build", "dist", "runs", "benchmarks/results", "__pycache__")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 PROCESSES = 2
-LIMIT = 300  # seconds; a mutant that hangs is caught
+LIMIT = 600  # seconds
 CAUGHT, SURVIVED, SKIPPED, WRONG = "caught", "SURVIVED", "skipped", "WRONG"
 
 
@@ -111,7 +111,9 @@ def run(mutant: Mutant, copy: Path) -> tuple[str, str]:
             return SURVIVED, mutant.tests
         output.seek(0)
         said = output.read()
-        if code == pytest.ExitCode.TESTS_FAILED or code < 0:  # or it died of a signal
+        if code == -signal.SIGALRM:
+            return WRONG, f"more than {LIMIT} s: {mutant.tests}"
+        if code == pytest.ExitCode.TESTS_FAILED or code < 0:  # or it crashed
             return CAUGHT, said.rpartition("\nFAILED ")[2].split(" - ")[0].strip()[:120]
         return WRONG, f"{mutant.tests}\n{said[-2000:]}"
 
