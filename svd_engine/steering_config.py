@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +98,6 @@ class SteeringConfig:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number; got {value!r}.")
-    checks.number(name, float(value))
+    checks.number(name, value)

@@ -8,7 +8,6 @@ import pytest
 
 from svd_engine import SteeredEngine, SteeringConfig, loading
 from svd_engine.data.tokenization import encode_chat
-from tests.cli.test_main import run  # noqa: F401
 from tests.data import forms
 from tests.tiny import VOCAB
 
@@ -102,7 +101,7 @@ def test_one_that_does_not_fit_is_left_aside_with_the_reason(folder, caplog):
     assert "it cannot be loaded: " in said
 
 
-def test_the_commands_use_it_too(folder, caplog, run):  # noqa: F811
+def test_the_commands_use_it_too(folder, caplog, run):
     (folder / "adapter" / "chat_template.jinja").write_text(OWN)
     at = ["--base", folder / "base"]
     options = [*at, "--adapter", folder / "adapter", "--strength", -1, "--max-new-tokens", 3]
