@@ -118,11 +118,6 @@ BY_FILE = {
             "fits = (rank < top_k)",
             f"{TRITON}cut and equals and 72'",
         ),
-        (
-            "(sum_exp < limit) & (under >= low)",
-            "(under >= low)",
-            f"{TRITON}cut and wide'",
-        ),
     ],
     "kernels/triton_topk.py": [
         (
