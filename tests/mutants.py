@@ -118,11 +118,6 @@ BY_FILE = {
             "fits = (rank < top_k)",
             f"{TRITON}cut and equals and 72'",
         ),
-        (
-            "(sum_exp < limit) & (under >= low)",
-            "(sum_exp < 1.1 * limit) & (under >= low)",
-            f"{TRITON}cut and equals and 72'",
-        ),
     ],
     "kernels/triton_topk.py": [
         (
@@ -135,7 +130,7 @@ BY_FILE = {
         (
             "tl.where(off_support > -INF, tl.exp(off_support - peak) * sum_exps, 0.0)",
             "tl.where(off_support > -INF, 0.0, 0.0)",
-            f"{TRITON}score and strengths and penalty'",
+            f"{TRITON}score and pushed'",
         ),
         (
             "spread += tl.sum(p * away * away) + step * step * sum_p * share",
