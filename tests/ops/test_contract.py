@@ -18,7 +18,7 @@ from .runners import HERE, RUNNERS, Runner
 
 # numpy, which Triton's interpreter computes with, remarks on every -inf - -inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-FAST = range(0, len(RECIPES), 80)  # the recipes that every runner takes in the fast lane
+FAST = range(0, len(RECIPES), 160)  # the recipes that every runner takes in the fast lane
 
 
 @pytest.fixture(autouse=True, scope="module")
