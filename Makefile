@@ -20,7 +20,7 @@ help:
 	@echo "make demo         warm start, calibrate and steer SmolLM2-135M; compare with un-steered"
 	@echo "make test         the test suite"
 	@echo "make test-fast    its quick tests"
-	@echo "make mutants      break the program one line at a time: the tests must notice; 30 minutes"
+	@echo "make mutants      break the program one line at a time: the tests must notice"
 	@echo "make test-oldest  what depends on transformers, with the oldest one supported"
 	@echo "make test-newest  the same, with the newest transformers, peft and triton supported"
 	@echo "make test-oldest-triton  that the oldest Triton compiles every kernel without spills"
