@@ -47,6 +47,7 @@ def test_compiles_without_spills(target):
         assert kernel["stack"] == kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["registers"] <= REGISTERS[kernel["name"]], kernel
         assert kernel["specialised"] == [], "a request could compile this anew"
+        assert kernel["changed"] == [], "each launch compares these globals and would raise"
         if kernel["aligned"] and kernel["reads"]:
             assert kernel["vectors"], f"no 16-byte loads: {kernel}"
         # 164 KiB or more are there for the programs of a multiprocessor: two at once at least.
@@ -145,6 +146,11 @@ def main(target: int) -> None:
                         x.name
                         for x in kernel.params
                         if not x.is_constexpr and not x.do_not_specialize
+                    ],
+                    "changed": [
+                        name
+                        for (name, _), (value, scope) in kernel.used_global_vals.items()
+                        if scope[name] != value
                     ],
                     "signature": " ".join(signature.values()),
                     "constants": [str(x) for x in constants.values()],
