@@ -2,7 +2,7 @@
 
 Correctness on the device, CUDA graphs, bandwidth, the operators' speed and latency, the engine
 beside its rivals, the linear layers of decode steps, other splits of the vocabulary,
-compute-sanitizer: under eight minutes (`--seconds`), into `benchmarks/results/<device>.json`, which
+compute-sanitizer: under eight minutes (`--seconds`), into `benchmarks/results/gpu.json`, which
 is rewritten after every section and often within one, so a kill loses little.
 
 Sections run in a worker process. A section that fails is recorded; so is one that crashes the
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=worker.BACKENDS, default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the plumbing")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.json")
     parser.add_argument(
         "--only", action="append", metavar="SECTION", help="only sections that begin with this"
     )
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--only must begin one of {', '.join(known)}")
     device = device_name(given.device)
     folder = ROOT / "runs" if given.device == "cpu" else RESULTS
-    path = (given.out or folder / f"{device.replace(' ', '-')}.json").resolve()
+    path = (given.out or folder / "gpu.json").resolve()
     options = ["--device", given.device] if given.device != "cuda" else []
     options += ["--quick"] if given.quick else []
     chosen = [word for section in given.only or () for word in ("--only", section)]
