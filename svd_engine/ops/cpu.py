@@ -20,6 +20,9 @@ OPERATORS = (
 )  # fmt: skip
 
 
+DIRECTIONS = ("projected",)
+
+
 @functools.cache
 def _load() -> SimpleNamespace | str:
     """Load the operators, or return why there are none."""
@@ -65,11 +68,13 @@ def capability(limit: str | None = None) -> str:
 
 def steer(adapted: Tensor, base: Tensor, mask: Mask, out: Tensor) -> None:
     """Write `reference.steer` to `out`, which may be `adapted` or `base` itself."""
+    assert not mask.is_difference
     _ops().steer(adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, out)
 
 
-def steering_vector(adapted: Tensor, base: Tensor, out: Tensor) -> None:
+def steering_vector(adapted: Tensor, base: Tensor, direction: str, out: Tensor) -> None:
     """Write `reference.steering_vector` to `out`, which may be `adapted` or `base` itself."""
+    assert direction == "projected"
     _ops().steering_vector(adapted, base, out)
 
 
@@ -77,6 +82,7 @@ def sample(
     adapted: Tensor, base: Tensor, mask: Mask, draw: Draw, token: Tensor, logprob: Tensor
 ) -> None:
     """Write `reference.sample` to `token` (int64) and `logprob` (float32)."""
+    assert not mask.is_difference
     if draw.is_cut:
         _ops().sample_cut(
             adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, draw.temperature,
@@ -91,6 +97,7 @@ def sample(
 
 def topk(adapted: Tensor, base: Tensor, mask: Mask, k: int, logprob: Tensor, token: Tensor) -> None:
     """Write `reference.topk` to `logprob` (float32) and `token` (int64), [N, k] each."""
+    assert not mask.is_difference
     _ops().topk(
         adapted, base, *mask.strength, k, log_alpha(mask.alpha), mask.penalty, logprob, token
     )
@@ -98,6 +105,7 @@ def topk(adapted: Tensor, base: Tensor, mask: Mask, k: int, logprob: Tensor, tok
 
 def score(adapted: Tensor, base: Tensor, mask: Mask, target: Tensor, logprob: Tensor) -> None:
     """Write `reference.score` to `logprob` (float32)."""
+    assert not mask.is_difference
     _ops().score(
         adapted, base, target, *mask.strength, log_alpha(mask.alpha), mask.penalty, logprob
     )
@@ -108,12 +116,14 @@ def project_strength(
     base: Tensor,
     target: Tensor,
     alpha: float,
+    direction: str,
     numerator: Tensor,
     gauss_newton: Tensor,
     newton: Tensor,
     in_support: Tensor,
 ) -> None:
     """Write `reference.project_strength` to three float32 tensors and a bool one."""
+    assert direction == "projected"
     _ops().project_strength(
         adapted, base, target, log_alpha(alpha), numerator, gauss_newton, newton, in_support
     )

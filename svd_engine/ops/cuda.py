@@ -57,6 +57,9 @@ def _bind(path: Path) -> SimpleNamespace:
     return functions
 
 
+DIRECTIONS = ("projected",)
+
+
 @functools.cache
 def _load() -> SimpleNamespace | str:
     """Load the functions of the library, or return why there are none."""
@@ -100,7 +103,7 @@ def workspace_size(rows: int, vocab: int) -> int:
 
 
 def steering_vector(
-    adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
+    adapted: Tensor, base: Tensor, direction: str, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
     """Write `reference.steering_vector` to `out`, which may be float32 `adapted` or `base`.
 
@@ -165,6 +168,7 @@ def project_strength(
     base: Tensor,
     target: Tensor,
     alpha: float,
+    direction: str,
     numerator: Tensor,
     gauss_newton: Tensor,
     newton: Tensor,
@@ -212,6 +216,7 @@ def _inputs(adapted: Tensor, base: Tensor) -> tuple[int, ...]:
 
 
 def _steering(mask: Mask) -> tuple[Any, ...]:
+    assert not mask.is_difference
     return *_per_row(mask.strength), log_alpha(mask.alpha), mask.penalty
 
 

@@ -42,7 +42,7 @@ def every(z, b, rows=slice(None), **given):
     o = options(z, **given)
     if rows != slice(None):
         o = o.row(rows.start)
-    runs = (run(z[rows], b[rows], o, "cpu", None) for run, _, _ in OPERATORS.values())
+    runs = (run(z[rows], b[rows], o, "cpu", None) for run, *_ in OPERATORS.values())
     return list(itertools.chain(*runs))
 
 
@@ -164,8 +164,8 @@ def test_outputs_may_be_strided():
     assert torch.equal(columns[:, 1], alone) and (columns[:, ::2] == 7).all()
     for dtype in (BF16, F16):
         narrow, vector = torch.empty(4, 1003, dtype=dtype), torch.empty(4, 1003)
-        cpu.steering_vector(z, b, narrow)
-        cpu.steering_vector(z, b, vector)
+        cpu.steering_vector(z, b, "projected", narrow)
+        cpu.steering_vector(z, b, "projected", vector)
         assert torch.equal(narrow, vector.to(dtype))
 
 
@@ -173,13 +173,13 @@ def test_outputs_may_be_strided():
 def test_in_place(penalty):
     z, b = logits(3, 70_000, "cpu")
     want, delta = steer(z, b, penalty=penalty), torch.empty_like(z)
-    cpu.steering_vector(z, b, delta)
+    cpu.steering_vector(z, b, "projected", delta)
     for at in (0, 1):
         rows = [z.clone(), b.clone()]
         cpu.steer(*rows, packed.mask(3.0, 0.1, penalty), rows[at])
         assert torch.equal(rows[at], want)
         rows = [z.clone(), b.clone()]
-        cpu.steering_vector(*rows, rows[at])
+        cpu.steering_vector(*rows, "projected", rows[at])
         assert torch.equal(rows[at], delta)
 
 
@@ -310,7 +310,7 @@ def test_wrong_arguments_raise():
         lambda: cpu.topk(z, b, mask, 1, one, torch.empty(2, 1)),
         lambda: cpu.divergence(z, b, short),
         lambda: cpu.divergence(z, b[:, :9], torch.empty(2)),
-        lambda: cpu.steering_vector(z, b, torch.empty(2, 9)),
+        lambda: cpu.steering_vector(z, b, "projected", torch.empty(2, 9)),
         lambda: cpu.score(z, b, mask, target, short),
     ):
         with pytest.raises(RuntimeError):
