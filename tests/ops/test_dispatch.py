@@ -127,10 +127,10 @@ def test_one_compilation_serves_every_batch_size(operator):
 def test_opcheck():
     z, b = rows()
     t, registered = torch.tensor([1, 2, 3]), torch.ops.svd_engine
-    mask, along = (0.1, -math.inf, "projected"), "projected"
+    mask, along = (0.1, -math.inf, "difference"), "projected"
     draw = (0, t, 0, None)
     calls = {
-        registered.steering_vector: (z, b, along),
+        registered.steering_vector: (z, b, "difference"),
         registered.steer: (z, b, 1.0, None, *mask, torch.bfloat16),
         registered.sample: (z, b, 0.0, torch.ones(3), *mask, 1.0, 0, 1.0, 0.0, *draw),
         registered.sample_cut: (z, b, 1.0, None, *mask, 1.0, 5, 0.9, 0.01, *draw),
