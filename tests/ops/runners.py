@@ -88,8 +88,8 @@ class Runner:
         if not self.has(operator):
             return False
         share = self.alike if recipe.alike else self.others
-        if recipe.alike and OPERATORS[operator].direction != "projected":
-            share = min(share, 1)  # which changes a line of a kernel
+        if (recipe.alike or self.slow) and OPERATORS[operator].direction != "projected":
+            share = min(share, 1)  # the direction changes one line of a kernel
         return (recipe.number + list(OPERATORS).index(operator)) % 5 < share
 
 
