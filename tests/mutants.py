@@ -325,9 +325,14 @@ BY_FILE = {
     ],
     "svd_engine/generation/distribution.py": [
         (
-            "adapted, base, strength = logits[0], logits[-1]",
-            "base, adapted, strength = logits[0], logits[-1]",
+            "(logits[0], logits[-1], steering.strength)",
+            "(logits[-1], logits[0], steering.strength)",
             f"{GENERATE} ragged",
+        ),
+        (
+            "direction=steering.direction",
+            'direction="projected"',
+            "tests/calibration/test_direction.py -k greedy",
         ),
     ],
     "svd_engine/model/adapter_layers.py": [

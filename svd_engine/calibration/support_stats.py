@@ -86,9 +86,9 @@ class SupportStats:
         entries = {name: getattr(self, name)[kept] for name in ("position", "p", "delta")}
         return replace(self, **entries, on_target=self.on_target[kept])
 
-    def unprojected(self) -> "SupportStats":
-        """Replace delta (10) by g - E_p[g], the gradient (7) minus its mean, which is delta / p."""
-        return replace(self, delta=self.delta / self.p)
+    def along(self, direction: str) -> "SupportStats":
+        """Replace delta (10) by that of a direction: the difference is delta / p."""
+        return self if direction == "projected" else replace(self, delta=self.delta / self.p)
 
     def _per_token(self, entries: Tensor) -> Tensor:
         return torch.zeros_like(self.adapted).index_add_(0, self.position, entries)
