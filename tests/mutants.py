@@ -354,7 +354,7 @@ BY_FILE = {
     "svd_engine/model/runner.py": [
         ("self.positions += length", "self.positions += 0", f"{GENERATE} ragged"),
     ],
-    "svd_engine/model/layers/softcap.py": [
+    "svd_engine/ops/head.py": [
         (
             "softcap * torch.tanh(x / softcap)",
             "softcap * torch.tanh(x)",

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from svd_engine.kernels.arguments import named
-from svd_engine.kernels.reference import Head, Projection, Sampled, Strength, Support, TopK
+from svd_engine.kernels.reference import Projection, Sampled, Strength, Support, TopK
 from svd_engine.ops import checks, dispatch
+from svd_engine.ops.head import Head
 from svd_engine.ops.hidden_states import (
     linear_divergence,
     linear_project_strength,

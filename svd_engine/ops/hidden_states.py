@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svd_engine.kernels.reference import Head, Projection, Strength, TopK
+from svd_engine.kernels.reference import Projection, Strength, TopK
 from svd_engine.ops import checks, dispatch, schema
+from svd_engine.ops.head import Head
 
 INF = math.inf
 CHUNK_BYTES = 128 << 20  # logits of both models that are held at once
