@@ -214,7 +214,7 @@ class SteeredEngine:
 
         examples: mappings with `prompt` and `completion`, and `rejected` to fit right against wrong
         answers, each text or token ids. options: objective, estimator, hessian, alpha (one or
-        several), length_normalised, projection, folds and seed; see `CalibrationOptions`. If the
+        several), length_normalised, direction, folds and seed; see `CalibrationOptions`. If the
         interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """

@@ -23,7 +23,7 @@ class SteeringConfig:
     strength: float
     alpha: float = 0.1
     penalty: float = -math.inf
-    projection: bool = True  # False: the gradient (7) minus its mean instead of delta (10)
+    direction: str = "projected"  # delta (10), or "difference": the gradient (7) less its mean
     objective: str | None = None
     estimator: str | None = None
     interval: tuple[float, float] | None = None  # 95 % bootstrap interval of the strength
@@ -45,8 +45,7 @@ class SteeringConfig:
         checks.support(self.alpha, self.penalty)
         if self.interval is not None and len(self.interval) != 2:
             raise ValueError(f"interval must be a pair of numbers; got {self.interval!r}.")
-        if not isinstance(self.projection, bool):
-            raise ValueError(f"projection must be True or False; got {self.projection!r}.")
+        checks.check_direction(self.direction)
         if self.vocab_size is not None and not isinstance(self.vocab_size, int):
             raise ValueError(f"vocab_size must be an integer; got {self.vocab_size!r}.")
         for name in TEXTS:
@@ -83,6 +82,8 @@ class SteeringConfig:
         try:
             if values.get("interval") is not None:
                 values["interval"] = tuple(values["interval"])
+            if "projection" in values:  # of files from before there was a direction
+                values.setdefault("direction", _direction(values["projection"]))
             known = {field.name for field in fields(cls)}
             return cls(**{k: v for k, v in values.items() if k in known})
         except (TypeError, ValueError) as error:
@@ -95,6 +96,12 @@ class SteeringConfig:
                 f"{FILE_NAME} was calibrated for a vocabulary of {self.vocab_size} tokens; the "
                 f"model has {vocab_size}. Calibrate again with this model."
             )
+
+
+def _direction(projection: Any) -> str:
+    if not isinstance(projection, bool):
+        raise ValueError(f"projection must be true or false; got {projection!r}.")
+    return "projected" if projection else "difference"
 
 
 def _check_number(name: str, value: Any) -> None:

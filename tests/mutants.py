@@ -66,8 +66,8 @@ BY_FILE = {
     ],
     "kernels/reference.py": [
         (
-            "delta = torch.where(in_base, (p if projection else 1) * (mean_d - d), 0.0)",
-            "delta = (p if projection else 1) * (mean_d - d)",
+            'torch.where(both, (p if direction == "projected" else 1) * (mean_d - d), 0.0)',
+            '(p if direction == "projected" else 1) * (mean_d - d)',
             "tests/ops/test_reference.py",
         ),
         ("drop[:, 0] = False", "pass", "tests/ops/test_cpu.py -k cuts_keep"),
@@ -325,9 +325,14 @@ BY_FILE = {
     ],
     "svd_engine/generation/distribution.py": [
         (
-            "adapted, base, strength = logits[0], logits[-1]",
-            "base, adapted, strength = logits[0], logits[-1]",
+            "(logits[0], logits[-1], steering.strength)",
+            "(logits[-1], logits[0], steering.strength)",
             f"{GENERATE} ragged",
+        ),
+        (
+            "direction=steering.direction",
+            'direction="projected"',
+            "tests/calibration/test_direction.py -k greedy",
         ),
     ],
     "svd_engine/model/adapter_layers.py": [
@@ -349,7 +354,7 @@ BY_FILE = {
     "svd_engine/model/runner.py": [
         ("self.positions += length", "self.positions += 0", f"{GENERATE} ragged"),
     ],
-    "svd_engine/model/layers/softcap.py": [
+    "svd_engine/ops/head.py": [
         (
             "softcap * torch.tanh(x / softcap)",
             "softcap * torch.tanh(x)",

@@ -49,6 +49,7 @@ def test_refusals(tmp_path):
         dict(strength=10**400),
         dict(strength=1.0, alpha=2),
         dict(strength=1, penalty=1),
+        dict(strength=1, direction="raw"),
     ):
         with pytest.raises(ValueError):
             SteeringConfig(**bad)
@@ -61,3 +62,20 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "new")
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({}, "projected"),
+        ({"projection": True}, "projected"),
+        ({"projection": False}, "difference"),
+        ({"projection": False, "direction": "projected"}, "projected"),
+    ],
+)
+def test_files_of_before_directions_are_read(tmp_path, written, read):
+    (tmp_path / "steering_config.json").write_text(json.dumps({"strength": -2.0} | written))
+    config = SteeringConfig.from_pretrained(tmp_path)
+    assert config == SteeringConfig(-2.0, direction=read)
+    kept = json.loads(config.save_pretrained(tmp_path).read_text())
+    assert kept["direction"] == read and "projection" not in kept

@@ -14,14 +14,14 @@ from svd_engine.calibration.cross_validation import AlphaFit, best_fit
 from svd_engine.calibration.options import CalibrationOptions
 from svd_engine.calibration.support_stats import SupportStats
 
-# (objective, length-normalised, steered by the projection)
+# (objective, length-normalised, direction)
 OBJECTIVES = (
-    ("ranking", False, True),
-    ("ranking", True, True),
-    ("preference", False, True),
-    ("preference", True, True),
-    ("ranking", False, False),
-    ("ranking", True, False),
+    ("ranking", False, "projected"),
+    ("ranking", True, "projected"),
+    ("preference", False, "projected"),
+    ("preference", True, "projected"),
+    ("ranking", False, "difference"),
+    ("ranking", True, "difference"),
 )
 FOLDS = 5
 Questions = NDArray[np.bool_]
@@ -34,8 +34,8 @@ def compared(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
     """
     part, fold = task.calibration, folds(task.calibration)
     cases = []
-    for objective, per_token, projection in OBJECTIVES:
-        options = CalibrationOptions(objective, length_normalised=per_token, projection=projection)
+    for objective, per_token, direction in OBJECTIVES:
+        options = CalibrationOptions(objective, length_normalised=per_token, direction=direction)
         fits = [AlphaFit(alpha, part.answers, calibration.entries, options) for alpha in ALPHAS]
 
         def choose(inside: Questions, fits: list[AlphaFit] = fits) -> tuple[float, float]:
@@ -43,19 +43,18 @@ def compared(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
             return chosen.estimate(inside), chosen.alpha
 
         def steered(
-            part: Part, made: Pass, chosen: tuple[float, float], projection: bool = projection
+            part: Part, made: Pass, chosen: tuple[float, float], direction: str = direction
         ) -> Table:
             mu, alpha = chosen
-            return at(part, kept(made, alpha, projection), mu)
+            return at(part, kept(made, alpha, direction), mu)
 
         found = judge(task, calibration, test, choose, steered)
-        cases.append({"objective": words(objective, per_token, projection)} | found)
+        cases.append({"objective": words(objective, per_token, direction)} | found)
     return cases
 
 
-def kept(made: Pass, alpha: float, projection: bool) -> SupportStats:
-    entries = made.entries.at(alpha)
-    return entries if projection else entries.unprojected()
+def kept(made: Pass, alpha: float, direction: str) -> SupportStats:
+    return made.entries.at(alpha).along(direction)
 
 
 def judge(
@@ -89,9 +88,9 @@ def folds(part: Part) -> NDArray[np.int64]:
     return np.random.default_rng(0).permutation(len(part.items)) % FOLDS
 
 
-def words(objective: str, per_token: bool, projection: bool) -> str:
+def words(objective: str, per_token: bool, direction: str) -> str:
     name = objective + (" a token" if per_token else "")
-    return name if projection else f"{name}, without the projection"
+    return name if direction == "projected" else f"{name}, without the projection"
 
 
 def grid(part: Part, scores: Tensor, objective: str, per_token: bool) -> Table:

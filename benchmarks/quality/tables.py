@@ -65,7 +65,7 @@ def gain(result: Result) -> str:
         [words, span(result["objective_gain"][f"ranking a token{variant}"])]
         for words, variant in (
             ("the paper's direction", ""),
-            ("without the projection (`projection=False`)", ", without the projection"),
+            ('without the projection (`direction="difference"`)', ", without the projection"),
         )
     ]
     methods, splits = (len({case[key] for case in result["cases"]}) for key in ("method", "seed"))

@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int kStreamThreads = 128;
+constexpr int kStreamBlocks = 6;  // resident at once: they get 80 registers a thread
 
 // A per-row argument: one number per row in `each`, or `shared` for all rows if `each` is null.
 template <class T>
@@ -45,6 +46,7 @@ struct Steered {
   PerRow<float> strength;
   float log_alpha;
   float penalty;
+  bool projected;
 };
 
 struct Steer {
@@ -73,7 +75,7 @@ SVD_DEVICE void wait_for_first_pass() {
 
 // First pass, one thread block per tile; S is Sums or PairSums.
 template <class A, class B, bool kAligned, class S>
-__global__ void __launch_bounds__(kStreamThreads) measure_tiles(const Rows rows) {
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) measure_tiles(const Rows rows) {
   let_second_pass_start();
   const int row = blockIdx.x / rows.tiles, begin = blockIdx.x % rows.tiles * kTile;
   float z[kTile / kStreamThreads], b[kTile / kStreamThreads];
@@ -102,8 +104,9 @@ __global__ void __launch_bounds__(kStreamThreads) steer_tiles(const Steer to) {
   const int blocks = (rows.tiles + to.span - 1) / to.span;  // per row
   const int row = blockIdx.x / blocks, first_tile = blockIdx.x % blocks * to.span;
   const Sums* tiles = sums_of<Sums>(rows, row);
-  const RowStats stats = combine(tiles, rows.tiles, to.of.log_alpha);
-  const Steering steering = {value_of(to.of.strength, row), to.of.log_alpha, to.of.penalty};
+  const RowStats stats = combine(tiles, 1, rows.tiles, to.of.log_alpha);
+  const Steering steering = {value_of(to.of.strength, row), to.of.log_alpha, to.of.penalty,
+                             to.of.projected};
   const bool valid = is_valid(stats) && std::fabs(steering.strength) < INFINITY;
   const float fill = !valid ? NAN : to.vector ? 0.0f : -INFINITY;
 
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(kStreamThreads) steer_tiles(const Steer to) {
 #pragma unroll
       for (int j = 0; j < kTile / kStreamThreads; ++j) {
         const float e = fast_exp(z[j] - stats.peak);
-        z[j] = to.vector ? delta_of(z[j], b[j], e, stats)
+        z[j] = to.vector ? delta_of(z[j], b[j], e, stats, steering.projected)
                          : steered(z[j], b[j], e, stats, steering);
       }
     } else {

@@ -53,7 +53,7 @@ def fit(answers: Answers, stats: SupportStats, options: CalibrationOptions) -> C
     return CalibrationReport(
         objective=options.objective,
         length_normalised=options.length_normalised,
-        projection=options.projection,
+        direction=options.direction,
         estimator=options.estimator,
         hessian=options.hessian,
         alpha=chosen.alpha,

@@ -19,7 +19,7 @@ class AlphaFit:
     def __init__(
         self, alpha: float, answers: Answers, stats: SupportStats, options: CalibrationOptions
     ) -> None:
-        stats = stats.at(alpha) if options.projection else stats.at(alpha).unprojected()
+        stats = stats.at(alpha).along(options.direction)
         self.alpha, self.stats = alpha, stats
         self.losses = answers.losses(stats, options.objective, options.length_normalised)
         self.nll = answers.losses(stats, "nll")

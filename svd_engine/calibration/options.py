@@ -6,6 +6,7 @@ from typing import TypedDict, Unpack
 
 from svd_engine.calibration.estimators import ESTIMATORS, HESSIANS
 from svd_engine.calibration.objectives import OBJECTIVES, Answers
+from svd_engine.ops import checks
 
 
 class _Kept(TypedDict, total=False):
@@ -14,7 +15,7 @@ class _Kept(TypedDict, total=False):
     estimator: str
     hessian: str
     length_normalised: bool
-    projection: bool
+    direction: str
     folds: int
     seed: int
 
@@ -32,9 +33,9 @@ class CalibrationOptions:
 
     objective: "preference", "ranking" or "nll". estimator: "exact", the optimum of the objective,
     or "mean", "median", "trimmed" or "ratio" of the right answers' tokens (44)-(46) with the
-    denominator `hessian`: "gauss-newton" (20) or "newton" (19). projection: False steers by the
-    gradient (7) minus its mean instead of by its projection (10). folds: of the cross-validation
-    over examples, which also chooses alpha.
+    denominator `hessian`: "gauss-newton" (20) or "newton" (19). direction: "projected"
+    (10), or "difference", the gradient (7) minus its mean. folds: of the cross-validation over
+    examples, which also chooses alpha.
     """
 
     objective: str
@@ -42,7 +43,7 @@ class CalibrationOptions:
     hessian: str = "gauss-newton"
     alphas: tuple[float, ...] = (0.1,)  # one, or several to choose from
     length_normalised: bool = False  # compare answers by their log-probability per token
-    projection: bool = True
+    direction: str = "projected"
     folds: int = 5
     seed: int = 0
 
@@ -69,6 +70,7 @@ class CalibrationOptions:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+        checks.check_direction(options.direction)
         if not alphas or not max(alphas) <= 1:
             raise ValueError(f"alpha must lie in (0, 1], one number or several; got {alpha}.")
         if objective != "nll":

@@ -22,7 +22,7 @@ class CalibrationReport:
 
     objective: str
     length_normalised: bool
-    projection: bool
+    direction: str
     estimator: str
     hessian: str
     alpha: float
@@ -67,7 +67,7 @@ class CalibrationReport:
         return SteeringConfig(
             strength=self.strength if self.worthwhile or force else 0.0,
             alpha=self.alpha,
-            projection=self.projection,
+            direction=self.direction,
             objective=self.objective,
             estimator=self.estimator,
             interval=self.interval,

@@ -36,9 +36,10 @@ def calibrate(
     length_normalised: Annotated[
         bool, typer.Option(help="Compare answers by their log-probability per token.")
     ] = False,
-    projection: Annotated[
-        bool, typer.Option(help="Steer by the projection of the gradient, or by the gradient.")
-    ] = True,
+    direction: Annotated[
+        str,
+        typer.Option(help="projected, the paper's, or difference, the contrast of both models."),
+    ] = "projected",
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
     seed: int = 0,
     force: Annotated[
@@ -71,7 +72,7 @@ def calibrate(
     engine = SteeredEngine(peft_model, loading.adapter_tokenizer(adapter, model, tokenizer))
     report = engine.calibrate(
         examples, objective=objective, estimator=estimator, hessian=hessian, alpha=alpha or 0.1,
-        length_normalised=length_normalised, projection=projection, folds=folds, seed=seed,
+        length_normalised=length_normalised, direction=direction, folds=folds, seed=seed,
         force=force, progress=True,
     )  # fmt: skip
     assert engine.steering is not None

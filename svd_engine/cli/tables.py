@@ -31,8 +31,8 @@ def section(title: str, table: Table, note: str = "") -> Group:
 def calibration(report: CalibrationReport) -> Group:
     """A table of the report of one calibration."""
     table = grid(f"objective: {report.objective}, alpha {report.alpha:g}", "")
-    if not report.projection:
-        table.add_row("direction", "the gradient itself, without the projection")
+    if report.direction != "projected":
+        table.add_row("direction", report.direction)
     low, high = report.interval
     table.add_row("strength (mu)", f"{report.strength:+.2f}  [{low:+.2f}, {high:+.2f}]")
     if report.at_bracket:

@@ -19,7 +19,7 @@ def collect(engine: SteeredEngine, items: Sequence[Item], **more: Any) -> dict[s
     steering = engine.steering and {
         "strength": engine.steering.strength,
         "alpha": engine.steering.alpha,
-        "projection": engine.steering.projection,
+        "direction": engine.steering.direction,
         "penalty": str(engine.steering.penalty),  # JSON has no infinity
     }
     data = json.dumps([[item.question, item.answers] for item in items])

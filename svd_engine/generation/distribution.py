@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from svd_engine import ops
-from svd_engine.kernels import reference
 from svd_engine.model.pair import PerModel
 from svd_engine.steering_config import SteeringConfig
 
@@ -15,20 +14,19 @@ class Distribution(NamedTuple):
     """What tokens are drawn from, or scored under."""
 
     operands: tuple[Tensor, Tensor, float]  # adapted, base, strength
-    mask: dict[str, Any]  # alpha, penalty
+    mask: dict[str, Any]  # alpha, penalty, direction
 
 
 def steered(
     logits: PerModel, steering: SteeringConfig, penalty: float | None = None
 ) -> Distribution:
     """logits: of the adapted model and, last, of the base. penalty: in place of the steering's."""
-    adapted, base, strength = logits[0], logits[-1], steering.strength
-    mask = dict(alpha=steering.alpha, penalty=steering.penalty if penalty is None else penalty)
-    if steering.projection:
-        return Distribution((adapted, base, strength), mask)
-    # The operators steer by the projection alone: formed here, the sum is drawn from as it is.
-    formed = reference.steer(adapted, base, strength, **mask, projection=False, dtype=torch.float32)
-    return unsteered(formed)
+    mask = dict(
+        alpha=steering.alpha,
+        penalty=steering.penalty if penalty is None else penalty,
+        direction=steering.direction,
+    )
+    return Distribution((logits[0], logits[-1], steering.strength), mask)
 
 
 def unsteered(logits: Tensor) -> Distribution:

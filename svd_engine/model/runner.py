@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from svd_engine.model.kv_cache import KVCache
 from svd_engine.model.layers.attention import causal_mask
-from svd_engine.model.layers.softcap import softcapped
 from svd_engine.model.peft_adapter import Prefix
+from svd_engine.ops.head import softcapped
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -126,6 +126,7 @@ STEERING = changed(
     penalty=["null", '"x"', "NaN", "1", "[]", HUGE],
     interval=["5", '"ab"', "[1]", "[1, 2, 3]", '["a", "b"]', "[NaN, 1]", "{}"],
     projection=["5", '"false"', "null"],
+    direction=["5", '"raw"', "null", "[]", "{}"],
     vocab_size=['"x"', "3.5", "[]", HUGE],
     objective=["5", "[]"],
     verdict=["{}"],

@@ -33,10 +33,10 @@ def test_the_whole_path(run, tmp_path, tiny_folder):
     check_error(run(*calibrate), "12 of 12 prompts were seen in training")
     code, out, _ = run(*calibrate, "--allow-overlap", "--alpha", "0.1", "--alpha", "0.5")
     assert code == 0 and "Verdict: " in out and "preference loss, held out" in out
-    code, out, _ = run(*calibrate, "--allow-overlap", "--no-projection")
-    assert code == 0 and "without the projection" in out
+    code, out, _ = run(*calibrate, "--allow-overlap", "--direction", "difference")
+    assert code == 0 and "difference" in out
     kept = json.loads((tmp_path / "adapter" / "steering_config.json").read_text())
-    assert kept["projection"] is False
+    assert kept["direction"] == "difference"
     names = {p.name for p in (tmp_path / "adapter").iterdir()}
     written = {"steering_config.json", "calibration.json", "seen_prompts.json"}
     assert written | {"adapter_config.json"} <= names

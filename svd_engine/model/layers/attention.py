@@ -8,8 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from svd_engine.model.layers import linear
-from svd_engine.model.layers.softcap import softcapped
 from svd_engine.ops import cpu
+from svd_engine.ops.head import softcapped
 
 NAME = "svd_engine"
 # What models hand to any attention and what changes nothing in evaluation over a cache.

@@ -41,14 +41,14 @@ def rows(engine, tokens):
 
 
 def config(strength, **options):
-    return SteeringConfig(strength, projection=False, **options)
+    return SteeringConfig(strength, direction="difference", **options)
 
 
 @pytest.mark.parametrize("penalty", [-math.inf, -1.5, 0.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_the_reference_is_the_formula(alpha, penalty):
     z, b = torch.randn(2, 3, 50, dtype=torch.float64)
-    got = reference.steer(z, b, -2.0, alpha=alpha, penalty=penalty, projection=False)
+    got = reference.steer(z, b, -2.0, alpha=alpha, penalty=penalty, direction="difference")
     torch.testing.assert_close(got, by_hand(z, b, -2.0, alpha, penalty))
     if alpha == 0:  # the contrast of the two models
         torch.testing.assert_close(got.softmax(-1), (3 * z - 2 * b).softmax(-1))
@@ -58,7 +58,7 @@ def test_impossible_tokens_and_bad_rows():
     z, b = torch.randn(2, 4, 20)
     z[0, 3] = b[0, 3] = z[1, 4] = b[2, 5] = -math.inf
     z[3, 0] = math.nan
-    got = reference.steer(z, b, -2.0, alpha=0.0, projection=False)
+    got = reference.steer(z, b, -2.0, alpha=0.0, direction="difference")
     assert got[0, 3] == got[1, 4] == -math.inf and got[2, 5] == z[2, 5]
     assert got[:3].isfinite().sum() == 58 and got[3].isnan().all()
 
@@ -68,7 +68,7 @@ def test_supports_give_the_score_at_any_strength(engine, alpha):
     passages = Answers(
         encode([dict(prompt=PROMPT, completion=COMPLETION, rejected=[[7], [9, 60, 3]])] * 2, None)
     ).passages
-    stats = support_stats.collect(engine.pair, passages, alpha).unprojected()
+    stats = support_stats.collect(engine.pair, passages, alpha).along("difference")
     for mu in (-64.0, -3.0, 0.0, 2.0, 64.0):
         steered = []
         for prompt, completion in passages:
@@ -82,7 +82,7 @@ def test_supports_give_the_score_at_any_strength(engine, alpha):
 def test_no_exponential_overflows():
     z, b = torch.tensor([[0.0, -1.0, -40.0]]), torch.tensor([[-90.0, -1.0, 0.0]])
     stats = support_stats.gather([((z, b), torch.tensor([1]), torch.tensor([0]))], 1e-30)
-    got = stats.unprojected().logprob(-64.0)
+    got = stats.along("difference").logprob(-64.0)
     truth = by_hand(z, b, -64.0, 1e-30, 0.0).log_softmax(-1)[:, 1]
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=0)
 
@@ -130,8 +130,8 @@ def test_calibration_finds_the_optimum_and_the_artefact_keeps_it(engine, tmp_pat
     examples = [
         dict(prompt=text(4), completion=text(3), rejected=[text(2), text(3)]) for _ in range(12)
     ]
-    report = engine.calibrate(examples, objective="nll", projection=False, force=True)
-    assert report.projection is False and engine.steering.projection is False
+    report = engine.calibrate(examples, objective="nll", direction="difference", force=True)
+    assert report.direction == engine.steering.direction == "difference"
 
     def nll(mu):
         total = 0.0
