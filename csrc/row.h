@@ -30,6 +30,7 @@ struct Steering {
   float strength;
   float log_alpha;
   float penalty;
+  bool projected;  // delta is p (mean_d - d), otherwise mean_d - d
 };
 
 // From the max and the three sums of a whole row.
@@ -49,17 +50,19 @@ SVD_HD F difference(F adapted, F base) {
   return ((adapted > -INFINITY) & (base > -INFINITY)) ? adapted - base : F{};
 }
 
-// delta = p (E_p[d] - d)  (10) of a token in a valid row, 0 if the token is not in base;
-// e = exp(adapted - peak).
+// delta = p (E_p[d] - d)  (10) of a token in a valid row, or without the factor p; 0 if the token is
+// impossible or not in base; e = exp(adapted - peak).
 template <class F>
-SVD_HD F delta_of(F adapted, F base, F e, const RowStats& row) {
-  return base > -INFINITY ? e / row.sum_exp * (row.mean_d - difference(adapted, base)) : F{};
+SVD_HD F delta_of(F adapted, F base, F e, const RowStats& row, bool projected) {
+  const F away = row.mean_d - difference(adapted, base);
+  const F delta = projected ? e / row.sum_exp * away : away;
+  return ((adapted > -INFINITY) & (base > -INFINITY)) ? delta : F{};
 }
 
 // The steered logit  (12)-(14) of a token in a valid row; e = exp(adapted - peak).
 template <class F>
 SVD_HD F steered(F adapted, F base, F e, const RowStats& row, const Steering& steering) {
-  const F delta = delta_of(adapted, base, e, row);
+  const F delta = delta_of(adapted, base, e, row, steering.projected);
   // strength * -inf is never formed: it is NaN for strength 0 and +inf for a negative one.
   const F off = steering.penalty == -INFINITY
                     ? F{} - INFINITY

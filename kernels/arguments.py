@@ -29,6 +29,12 @@ class Mask(NamedTuple):
     strength: PerRow[float]
     alpha: float
     penalty: float
+    direction: str = "projected"  # one of reference.DIRECTIONS
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether delta is E_p[d] - d, not that times p."""
+        return self.direction == "difference"
 
     @property
     def removes(self) -> bool:

@@ -33,6 +33,9 @@ UNSTEERED = Mask((0.0, None), alpha=0.0, penalty=0.0)
 GREEDY = Draw(0.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, None), position=(0, None))
 
 
+DIRECTIONS = ("projected",)
+
+
 def unavailable() -> str | None:
     """Return why Triton cannot run here, or None. Without Triton this module does not import."""
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
@@ -69,9 +72,10 @@ def steer(
 
 
 def steering_vector(
-    adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
+    adapted: Tensor, base: Tensor, direction: str, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
-    """out = reference.steering_vector(adapted, base)."""
+    """out = reference.steering_vector(adapted, base, direction)."""
+    _check(direction)
     rows = _Rows(adapted, base, workspace)
     rows.each_tile(
         steer_tiles, *rows.steering(UNSTEERED), out, out.stride(0),
@@ -146,6 +150,7 @@ def project_strength(
     base: Tensor,
     target: Tensor,
     alpha: float,
+    direction: str,
     numerator: Tensor,
     gauss_newton: Tensor,
     newton: Tensor,
@@ -154,6 +159,7 @@ def project_strength(
     workspace: Tensor | None = None,
 ) -> None:
     """numerator, gauss_newton, newton, in_support = reference.project_strength(...)."""
+    _check(direction)
     outputs = numerator, gauss_newton, newton, in_support
     rows = _Rows(adapted, base, workspace)
     rows.each_row(project_rows, log_alpha(alpha), target.contiguous(), *outputs)
@@ -187,14 +193,14 @@ def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str
     for lead, z, b in itertools.product(layouts, buffers, buffers):
         z, b = z[:, lead : lead + vocab], b[:, lead : lead + vocab]
         divergence(z, b, number)
-        project_strength(z, b, token, 0.1, *several)
+        project_strength(z, b, token, 0.1, "projected", *several)
         for mask in masks:
             topk(z, b, mask, 1, number, token)
             score(z, b, mask, token, number)
             for draw in draws:
                 sample(z, b, mask, draw, token, number)
         for out_lead in layouts:
-            steering_vector(z, b, delta[:, out_lead : out_lead + vocab])
+            steering_vector(z, b, "projected", delta[:, out_lead : out_lead + vocab])
             for mask, out in itertools.product(masks, buffers):
                 out = torch.empty_like(out)[:, out_lead : out_lead + vocab]
                 steer(z, b, mask, out)
@@ -222,6 +228,7 @@ class _Rows:
         self.each_tile(measure_tiles, BASE=BASE)
 
     def steering(self, mask: Mask) -> tuple[Any, ...]:
+        _check(mask.direction)
         return *_per_row(mask.strength, self.workspace), log_alpha(mask.alpha), mask.penalty
 
     def each_tile(self, kernel: Any, *arguments: Any, **options: Any) -> None:
@@ -249,6 +256,11 @@ class _Rows:
             kernel[(programs,)](
                 *arguments, **options, LANES=_lanes(self.vocab), TILE=TILE, enable_fp_fusion=True
             )
+
+
+def _check(direction: str) -> None:
+    if direction not in DIRECTIONS:
+        raise ValueError(f"backend='triton' has no direction={direction!r}. Use another backend.")
 
 
 def _tiles(vocab: int) -> int:

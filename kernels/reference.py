@@ -20,7 +20,8 @@ Names in the kernels, here and in Triton, CUDA C++ and CPU C++:
 - sum_exp            sum of e over a row or tile; base_sum_exp: sum of exp(b - base_peak)
 - in base            a token with b > -inf; sum_exp_in_base: the sum of e over those
 - sum_exp_d; mean_d  sum of e * d; E_p[d] = sum_exp_d / sum_exp_in_base
-- delta              the steering vector p (mean_d - d)  (10), 0 for a token not in base
+- delta              the steering vector: p (mean_d - d)  (10), or mean_d - d as a difference;
+                     0 for a token that is impossible or not in base
 - support, threshold z >= threshold = peak + log(alpha)  (12); off the support: any other token
 - steering; logit    strength and mask of a row; the steered logit, -inf for a removed token
 - merit              logit, or (logit - peak) / temperature + noise, times the temperature if that
@@ -40,6 +41,7 @@ from torch import Tensor
 
 INF = math.inf
 COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it cuts as this one does
+DIRECTIONS = ("projected", "difference")
 Strength = float | Tensor
 
 
@@ -61,15 +63,22 @@ class Projection(NamedTuple):
 
 
 class Support(NamedTuple):
-    row: Tensor  # [K] int64, ascending
-    token: Tensor  # [K] int64
-    p: Tensor  # [K] adapted probability
-    delta: Tensor  # [K] steering vector
+    """The support of each row, lowest token first, in C slots; a larger one is cut off."""
+
+    token: Tensor  # [N, C] int64, -1 in an empty slot
+    p: Tensor  # [N, C] adapted probability, 0 in an empty slot
+    delta: Tensor  # [N, C] steering vector, 0 in an empty slot
+    logp: Tensor  # [N], of the target under the adapted model
+    logq: Tensor  # [N], of the target under the base
+    mean_d: Tensor  # [N], E_p[d]
+    divergence: Tensor  # [N], KL(p || q)
+    size: Tensor  # [N] int64, tokens in the support, which may be more than C
 
 
 class _RowStats(NamedTuple):
     z: Tensor  # [N, V] adapted logits
     p: Tensor  # [N, V] adapted probabilities
+    mean_d: Tensor  # [N, 1]
     delta: Tensor  # [N, V] steering vector
     support: Tensor  # [N, V] bool
     valid: Tensor  # [N, 1] bool
@@ -89,19 +98,22 @@ def log_alpha(alpha: float) -> float:
     return float(torch.tensor(alpha, dtype=torch.float32).log())
 
 
-def _row_stats(adapted: Tensor, base: Tensor, alpha: float, projection: bool = True) -> _RowStats:
+def _row_stats(
+    adapted: Tensor, base: Tensor, alpha: float, direction: str = "projected"
+) -> _RowStats:
     z, b = _wide(adapted, base)
     peak = z.amax(-1, keepdim=True)
     valid = peak.isfinite() & (b < INF).all(-1, keepdim=True)
     p = (z - peak).exp()
     p = p / p.sum(-1, keepdim=True)
     in_base = b > -INF
-    d = torch.where(in_base & (z > -INF), z - b, 0.0)
+    both = in_base & (z > -INF)
+    d = torch.where(both, z - b, 0.0)
     sum_p_in_base = torch.where(in_base, p, 0.0).sum(-1, keepdim=True)
     mean_d = torch.where(sum_p_in_base > 0, (p * d).sum(-1, keepdim=True) / sum_p_in_base, 0.0)
-    delta = torch.where(in_base, (p if projection else 1) * (mean_d - d), 0.0)
+    delta = torch.where(both, (p if direction == "projected" else 1) * (mean_d - d), 0.0)
     delta = torch.where(valid, delta, math.nan)
-    return _RowStats(z, p, delta, z >= peak + log_alpha(alpha), valid)
+    return _RowStats(z, p, mean_d, delta, z >= peak + log_alpha(alpha), valid)
 
 
 def _steered(
@@ -110,9 +122,9 @@ def _steered(
     strength: Strength,
     alpha: float,
     penalty: float,
-    projection: bool = True,
+    direction: str,
 ) -> tuple[Tensor, Tensor]:
-    stats = _row_stats(adapted, base, alpha, projection)
+    stats = _row_stats(adapted, base, alpha, direction)
     strength = _column(strength, stats.z)
     valid = stats.valid & strength.isfinite()
     # strength * -inf is never formed: it is NaN for strength 0 and +inf for a negative one.
@@ -121,12 +133,15 @@ def _steered(
     return torch.where(valid, steered, math.nan), valid[:, 0]
 
 
-def steering_vector(adapted: Tensor, base: Tensor) -> Tensor:
+def steering_vector(adapted: Tensor, base: Tensor, direction: str = "projected") -> Tensor:
     """delta = (diag(p) - p p^T) g with g = -(log p - log q + 1)  (10), `[N, V]`.
 
     The base softmax cancels: with d = adapted - base, delta_i = p_i (E_p[d] - d_i).
+
+    As a difference, delta is g less its mean under p: delta_i = E_p[d] - d_i, so adapted + strength
+    * delta is (1 - strength) * adapted + strength * base up to a constant.
     """
-    return _row_stats(adapted, base, 0.0).delta
+    return _row_stats(adapted, base, 0.0, direction).delta
 
 
 def steer(
@@ -136,7 +151,7 @@ def steer(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
-    projection: bool = True,
+    direction: str = "projected",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Steered logits  (12)-(14), `[N, V]` in `dtype`, by default that of `adapted`.
@@ -146,10 +161,8 @@ def steer(
             out[i] = adapted[i] + strength * delta[i]
         else:
             out[i] = -inf if penalty == -inf else adapted[i] + abs(strength) * penalty
-
-    Without the projection, delta is g - E_p[g] = E_p[d] - d.
     """
-    steered, _ = _steered(adapted, base, strength, alpha, penalty, projection)
+    steered, _ = _steered(adapted, base, strength, alpha, penalty, direction)
     return steered.to(dtype or adapted.dtype)
 
 
@@ -160,6 +173,7 @@ def sample(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -174,7 +188,7 @@ def sample(
     first cut the distribution softmax(steered / temperature). `logprob` is taken before temperature
     and cuts: it equals `score` of the token.
     """
-    steered, valid = _steered(adapted, base, strength, alpha, penalty)
+    steered, valid = _steered(adapted, base, strength, alpha, penalty, direction)
     merit = steered
     if temperature > 0:
         away = steered - steered.amax(-1, keepdim=True)
@@ -206,9 +220,10 @@ def topk(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
 ) -> TopK:
     """The k greatest steered log-probabilities and their tokens, `[N, k]`."""
-    steered, valid = _steered(adapted, base, strength, alpha, penalty)
+    steered, valid = _steered(adapted, base, strength, alpha, penalty, direction)
     token = torch.sort(steered, dim=-1, descending=True, stable=True).indices[:, :k]
     logprob = steered.log_softmax(-1).gather(-1, token)
     return TopK(logprob, token.masked_fill(~valid[:, None], -1))
@@ -222,20 +237,26 @@ def score(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
 ) -> Tensor:
     """log_softmax(steer(adapted, base, strength))[target], `[N]`."""
-    steered = _steered(adapted, base, strength, alpha, penalty)[0]
+    steered = _steered(adapted, base, strength, alpha, penalty, direction)[0]
     return steered.log_softmax(-1).gather(-1, target[:, None])[:, 0]
 
 
 def project_strength(
-    adapted: Tensor, base: Tensor, target: Tensor, *, alpha: float = 0.1
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    direction: str = "projected",
 ) -> Projection:
     """Terms of the best strength for a token: numerator / gauss_newton is (20), / newton is (19).
 
     I delta is delta on the support and 0 off it.
     """
-    stats = _row_stats(adapted, base, alpha)
+    stats = _row_stats(adapted, base, alpha, direction)
     delta = torch.where(stats.support, stats.delta, 0.0)
     mean = (stats.p * delta).sum(-1)
     spread = (stats.p * (delta - mean[:, None]).square()).sum(-1)
@@ -250,11 +271,45 @@ def project_strength(
     )
 
 
-def support(adapted: Tensor, base: Tensor, alpha: float = 0.1) -> Support:
-    """List the support  (12) of all rows, K tokens in all, with p and delta of each."""
-    stats = _row_stats(adapted, base, alpha)
-    row, token = (stats.support & (stats.z > -INF) & stats.valid).nonzero(as_tuple=True)
-    return Support(row, token, stats.p[row, token], stats.delta[row, token])
+def support(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    capacity: int,
+    *,
+    alpha: float = 0.1,
+    direction: str = "projected",
+) -> Support:
+    """List the support  (12) of each row in `capacity` slots, with what scores of targets need.
+
+    With it, log_softmax(steer(adapted, base, strength, penalty=0))[target] of any strength is
+    logp + strength * I delta_target - log1p(sum p * expm1(strength * delta)), over the slots.
+    """
+    stats = _row_stats(adapted, base, alpha, direction)
+    listed = stats.support & (stats.z > -INF) & stats.valid
+    slot = torch.where(listed, listed.cumsum(-1) - 1, capacity).clamp(max=capacity)
+    token = slot.new_full((len(slot), capacity + 1), -1)
+    every = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
+    token = token.scatter_(-1, slot, every)[:, :capacity].contiguous()
+    empty, at = token < 0, token.clamp(min=0)
+    z, b = _wide(adapted, base)
+    at_target, invalid = target[:, None], ~stats.valid
+    logp, logq = (
+        torch.where(
+            x.gather(-1, at_target) > -INF, x.log_softmax(-1).gather(-1, at_target), -INF
+        ).masked_fill(invalid, math.nan)[:, 0]
+        for x in (z, b)
+    )
+    return Support(
+        token,
+        stats.p.gather(-1, at).masked_fill(empty, 0.0).masked_fill(invalid, math.nan),
+        stats.delta.gather(-1, at).masked_fill(empty, 0.0).masked_fill(invalid, math.nan),
+        logp,
+        logq,
+        stats.mean_d.masked_fill(invalid, math.nan)[:, 0],
+        divergence(adapted, base),
+        listed.sum(-1),
+    )
 
 
 def divergence(adapted: Tensor, base: Tensor) -> Tensor:
@@ -321,10 +376,11 @@ def linear_topk(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
 ) -> TopK:
     """`topk` of the head's logits of two hidden states `[N, H]`."""
     z, b = head.logits(adapted), head.logits(base)
-    return topk(z, b, strength, k, alpha=alpha, penalty=penalty)
+    return topk(z, b, strength, k, alpha=alpha, penalty=penalty, direction=direction)
 
 
 def linear_score(
@@ -336,17 +392,25 @@ def linear_score(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
 ) -> Tensor:
     """`score` of the head's logits of two hidden states `[N, H]`."""
     z, b = head.logits(adapted), head.logits(base)
-    return score(z, b, strength, target, alpha=alpha, penalty=penalty)
+    return score(z, b, strength, target, alpha=alpha, penalty=penalty, direction=direction)
 
 
 def linear_project_strength(
-    adapted: Tensor, base: Tensor, head: Head, target: Tensor, *, alpha: float = 0.1
+    adapted: Tensor,
+    base: Tensor,
+    head: Head,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    direction: str = "projected",
 ) -> Projection:
     """`project_strength` of the head's logits of two hidden states `[N, H]`."""
-    return project_strength(head.logits(adapted), head.logits(base), target, alpha=alpha)
+    z, b = head.logits(adapted), head.logits(base)
+    return project_strength(z, b, target, alpha=alpha, direction=direction)
 
 
 def linear_divergence(adapted: Tensor, base: Tensor, head: Head) -> Tensor:

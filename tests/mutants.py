@@ -66,8 +66,8 @@ BY_FILE = {
     ],
     "kernels/reference.py": [
         (
-            "delta = torch.where(in_base, (p if projection else 1) * (mean_d - d), 0.0)",
-            "delta = (p if projection else 1) * (mean_d - d)",
+            'torch.where(both, (p if direction == "projected" else 1) * (mean_d - d), 0.0)',
+            '(p if direction == "projected" else 1) * (mean_d - d)',
             "tests/ops/test_reference.py",
         ),
         ("drop[:, 0] = False", "pass", "tests/ops/test_cpu.py -k cuts_keep"),

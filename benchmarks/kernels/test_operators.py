@@ -43,7 +43,7 @@ def rows(n: int, vocab: int, dtype: str) -> tuple[Tensor, Tensor]:
 
 def operator(name: str, z: Tensor, b: Tensor) -> tuple[Callable[[], Any], Tensor | None]:
     """Return a call and the output that it fills, None where the call returns its result."""
-    n, k = len(z), 5
+    n, k, along = len(z), 5, "projected"
     token, logprob = torch.empty(n, dtype=torch.int64), torch.empty(n)
     mask, target = Mask((STRENGTH, None), ALPHA, -INF), torch.arange(n)
     greedy = Draw(0.0, 0, 1.0, 0.0, (0, None), (0, None))
@@ -64,12 +64,14 @@ def operator(name: str, z: Tensor, b: Tensor) -> tuple[Callable[[], Any], Tensor
         case "project_strength":
             terms = torch.empty(n), torch.empty(n), torch.empty(n)
             inside = torch.empty(n, dtype=torch.bool)
-            return partial(cpu.project_strength, z, b, target, ALPHA, *terms, inside), terms[0]
+            return partial(cpu.project_strength, z, b, target, ALPHA, along, *terms, inside), terms[
+                0
+            ]
         case "divergence":
             return partial(cpu.divergence, z, b, logprob), logprob
         case "steering_vector":
             delta = torch.empty(z.shape)
-            return partial(cpu.steering_vector, z, b, delta), delta
+            return partial(cpu.steering_vector, z, b, along, delta), delta
         case "eager":
             return partial(eager, z, b), None
         case "compiled":

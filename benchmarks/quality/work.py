@@ -18,6 +18,7 @@ from svd_engine.generation import scoring
 from svd_engine.training.warm_start import warm_start
 
 RUNS = ROOT / "runs" / "quality"
+BLOCK = 8  # rows of logits processed at once, so that the intermediates stay in the cache
 ALPHA = 0.001  # of the supports kept, which contain those of every larger alpha
 # The strengths of `raw` and `whole`, which need the whole vocabulary.
 RAW = (-8.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
@@ -86,7 +87,7 @@ def _add(
 
     The gradient is g = -(log p - log q + 1), so z + mu g is (1 - mu) z + mu b up to a constant.
     """
-    for rows in torch.arange(len(target)).split(support_stats.BLOCK):
+    for rows in torch.arange(len(target)).split(BLOCK):
         z, b, y = logits[0][rows].float(), logits[-1][rows].float(), target[rows, None]
         d = z - b
         p = z.softmax(-1)

@@ -40,8 +40,10 @@ struct TileSums {
   float* sum_exp;          // sum of e; NaN if a token makes the row invalid
   float* sum_exp_in_base;  // the part of sum_exp on tokens in base
   float* sum_exp_d;        // sum of e * d
+  // Of measure_pair_tiles alone:
   float* base_peak;        // max base
   float* base_sum_exp;     // sum of exp(base - base_peak)
+  float* sum_exp_gap;      // sum of e * ((adapted - peak) - (base - base_peak))
   // After measure_tiles a flag per tile: 0 if `out` of the tile is already filled, 1 if a token may
   // be left. list_active then overwrites it with a list of tile numbers.
   int32_t* active;
@@ -77,8 +79,15 @@ struct Candidate {
   int32_t token;
 };
 
+struct Entry {
+  int32_t token;
+  float p;
+  float delta;
+};
+
 struct TokenValues {
   float adapted;
+  float base;
   float delta;
   float logit;  // steered
 };
@@ -87,8 +96,7 @@ struct Kernels {
   // First pass over tiles [begin, end). With `out`, a tile known to be off the support is filled
   // with -inf.
   void (*measure_tiles)(const Row&, int64_t begin, int64_t end, const TileSums&);
-  // The first pass of divergence, with d = (adapted - peak) - (base - base_peak): forms base_peak
-  // and base_sum_exp in place of sum_exp_in_base.
+  // The first pass of divergence and support, which sums the base too.
   void (*measure_pair_tiles)(const Row&, int64_t begin, int64_t end, const TileSums&);
   RowStats (*combine)(const TileSums&, int64_t tiles, float log_alpha);
   float (*divergence)(const TileSums&, int64_t tiles);
@@ -104,6 +112,9 @@ struct Kernels {
   // Writes the tokens of a tile whose steered logit is `floor` or more, -inf excluded, to `to`,
   // which has room for kTile, and returns their number.
   int (*gather)(const Row&, const RowStats&, int64_t tile, float floor, Candidate* to);
+  // Writes the tokens of a tile that are in the support to `to`, which has room for kTile, lowest
+  // first, and returns their number.
+  int (*list)(const Row&, const RowStats&, int64_t tile, Entry* to);
   // The index of the candidate with the greatest (logit - peak) / temperature + noise, or -1 if
   // none has a logit above -inf.
   int64_t (*draw)(const Candidate*, int64_t count, float peak, const Noise&);

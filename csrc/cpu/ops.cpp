@@ -135,7 +135,7 @@ void each_row(const Matrix& adapted, const F& f) {
 }
 
 void steer(const Tensor adapted, const Tensor base, double strength,
-           const std::optional<Tensor> strengths, double log_alpha, double penalty, Tensor out) {
+           const std::optional<Tensor> strengths, double log_alpha, double penalty, bool difference, Tensor out) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base"), o = matrix(out, "out");
   check_alike(z, b, "base");
   check_alike(z, o, "out");
@@ -143,25 +143,27 @@ void steer(const Tensor adapted, const Tensor base, double strength,
       per_row(strengths, float(strength), z.rows, ScalarType::Float, "strengths");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering steering = {strength_of[i], float(log_alpha), float(penalty)};
+    const Steering steering = {strength_of[i], float(log_alpha), float(penalty), !difference};
     steer_row(kernels, {z[i], b[i], o[i], z.stream(), z.vocab, steering}, fork);
   });
 }
 
-constexpr Steering kWholeVector = {0.0f, -INFINITY, 0.0f};  // alpha 0: every token in the support
+// alpha 0: every token in the support.
+constexpr Steering whole_vector(bool difference) { return {0.0f, -INFINITY, 0.0f, !difference}; }
 
-void steering_vector(const Tensor adapted, const Tensor base, Tensor out) {
+void steering_vector(const Tensor adapted, const Tensor base, bool difference, Tensor out) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base"), o = matrix(out, "out");
   check_alike(z, b, "base");
   check_alike(z, o, "out");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    vector_row(kernels, {z[i], b[i], o[i], z.stream(), z.vocab, kWholeVector}, fork);
+    const Steering steering = whole_vector(difference);
+    vector_row(kernels, {z[i], b[i], o[i], z.stream(), z.vocab, steering}, fork);
   });
 }
 
 void sample_cut(const Tensor adapted, const Tensor base, double strength,
-                const std::optional<Tensor> strengths, double log_alpha, double penalty,
+                const std::optional<Tensor> strengths, double log_alpha, double penalty, bool difference,
                 double temperature, int64_t top_k, double top_p, double min_p, int64_t seed,
                 const std::optional<Tensor> seeds, int64_t position,
                 const std::optional<Tensor> positions, Tensor token, Tensor logprob) {
@@ -177,7 +179,7 @@ void sample_cut(const Tensor adapted, const Tensor base, double strength,
   const Cut cut = {top_k, top_p, min_p > 0 ? std::log(min_p) : -INFINITY};
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering steering = {strength_of[i], float(log_alpha), float(penalty)};
+    const Steering steering = {strength_of[i], float(log_alpha), float(penalty), !difference};
     const Row row = {z[i], b[i], {}, z.stream(), z.vocab, steering};
     const Noise noise = {float(temperature), uint64_t(seed_of[i]), uint64_t(position_of[i]), cuts};
     if (cuts)
@@ -188,15 +190,15 @@ void sample_cut(const Tensor adapted, const Tensor base, double strength,
 }
 
 void sample(const Tensor adapted, const Tensor base, double strength,
-            const std::optional<Tensor> strengths, double log_alpha, double penalty,
+            const std::optional<Tensor> strengths, double log_alpha, double penalty, bool difference,
             double temperature, int64_t seed, const std::optional<Tensor> seeds, int64_t position,
             const std::optional<Tensor> positions, Tensor token, Tensor logprob) {
-  sample_cut(adapted, base, strength, strengths, log_alpha, penalty, temperature, 0, 1.0, 0.0, seed,
+  sample_cut(adapted, base, strength, strengths, log_alpha, penalty, difference, temperature, 0, 1.0, 0.0, seed,
              seeds, position, positions, token, logprob);
 }
 
 void topk(const Tensor adapted, const Tensor base, double strength,
-          const std::optional<Tensor> strengths, int64_t k, double log_alpha, double penalty,
+          const std::optional<Tensor> strengths, int64_t k, double log_alpha, double penalty, bool difference,
           Tensor logprob, Tensor token) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
   check_alike(z, b, "base");
@@ -213,7 +215,7 @@ void topk(const Tensor adapted, const Tensor base, double strength,
   const Column<int64_t> tokens = {static_cast<int64_t*>(token.data_ptr()), token.stride(0)};
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering steering = {strength_of[i], float(log_alpha), float(penalty)};
+    const Steering steering = {strength_of[i], float(log_alpha), float(penalty), !difference};
     topk_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, steering}, k, fork,
              Column<float>{&logprobs[i], logprob.stride(1)},
              Column<int64_t>{&tokens[i], token.stride(1)});
@@ -221,7 +223,7 @@ void topk(const Tensor adapted, const Tensor base, double strength,
 }
 
 void score(const Tensor adapted, const Tensor base, const Tensor target, double strength,
-           const std::optional<Tensor> strengths, double log_alpha, double penalty,
+           const std::optional<Tensor> strengths, double log_alpha, double penalty, bool difference,
            Tensor logprob) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
   check_alike(z, b, "base");
@@ -231,15 +233,15 @@ void score(const Tensor adapted, const Tensor base, const Tensor target, double 
   const auto logprobs = column<float>(logprob, z.rows, ScalarType::Float, "logprob");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering steering = {strength_of[i], float(log_alpha), float(penalty)};
+    const Steering steering = {strength_of[i], float(log_alpha), float(penalty), !difference};
     logprobs[i] =
         score_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, steering}, target_of[i], fork);
   });
 }
 
 void project_strength(const Tensor adapted, const Tensor base, const Tensor target,
-                      double log_alpha, Tensor numerator, Tensor gauss_newton, Tensor newton,
-                      Tensor in_support) {
+                      double log_alpha, bool difference, Tensor numerator, Tensor gauss_newton,
+                      Tensor newton, Tensor in_support) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
   check_alike(z, b, "base");
   const auto target_of = targets(target, z.rows, z.vocab);
@@ -249,7 +251,7 @@ void project_strength(const Tensor adapted, const Tensor base, const Tensor targ
   const auto inside = column<bool>(in_support, z.rows, ScalarType::Bool, "in_support");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    const Steering steering = {0.0f, float(log_alpha), -INFINITY};
+    const Steering steering = {0.0f, float(log_alpha), -INFINITY, !difference};
     const Row row = {z[i], b[i], {}, z.stream(), z.vocab, steering};
     const Projection projection = project_row(kernels, row, target_of[i], fork);
     numerators[i] = projection.numerator;
@@ -259,13 +261,56 @@ void project_strength(const Tensor adapted, const Tensor base, const Tensor targ
   });
 }
 
+// A [N, slots] output of `support`.
+template <class T>
+T* slots(const Tensor& tensor, int64_t rows, int64_t count, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.size(0) == rows &&
+                      tensor.size(1) == count && tensor.scalar_type() == type,
+                  name, " must be a CPU tensor [N, slots] with N = ", rows, ", slots = ", count);
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+void support(const Tensor adapted, const Tensor base, const Tensor target, double log_alpha,
+             bool difference, Tensor token, Tensor p, Tensor delta, Tensor logp, Tensor logq,
+             Tensor mean_d, Tensor divergence, Tensor size) {
+  const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
+  check_alike(z, b, "base");
+  const auto target_of = targets(target, z.rows, z.vocab);
+  STD_TORCH_CHECK(token.dim() == 2, "token must be [N, slots]");
+  const int64_t capacity = token.size(1);
+  auto* tokens = slots<int64_t>(token, z.rows, capacity, ScalarType::Long, "token");
+  auto* ps = slots<float>(p, z.rows, capacity, ScalarType::Float, "p");
+  auto* deltas = slots<float>(delta, z.rows, capacity, ScalarType::Float, "delta");
+  const auto logps = column<float>(logp, z.rows, ScalarType::Float, "logp");
+  const auto logqs = column<float>(logq, z.rows, ScalarType::Float, "logq");
+  const auto means = column<float>(mean_d, z.rows, ScalarType::Float, "mean_d");
+  const auto nats = column<float>(divergence, z.rows, ScalarType::Float, "divergence");
+  const auto sizes = column<int64_t>(size, z.rows, ScalarType::Long, "size");
+  const Kernels& kernels = *kVariants[chosen];
+  each_row(z, [&](int64_t i, bool fork) {
+    const Steering steering = {0.0f, float(log_alpha), -INFINITY, !difference};
+    const Row row = {z[i], b[i], {}, z.stream(), z.vocab, steering};
+    const Listing to = {{tokens + i * token.stride(0), token.stride(1)},
+                        {ps + i * p.stride(0), p.stride(1)},
+                        {deltas + i * delta.stride(0), delta.stride(1)},
+                        capacity};
+    const Listed listed = support_row(kernels, row, target_of[i], fork, to);
+    logps[i] = listed.logp;
+    logqs[i] = listed.logq;
+    means[i] = listed.mean_d;
+    nats[i] = listed.divergence;
+    sizes[i] = listed.size;
+  });
+}
+
 void divergence(const Tensor adapted, const Tensor base, Tensor out) {
   const Matrix z = matrix(adapted, "adapted"), b = matrix(base, "base");
   check_alike(z, b, "base");
   const auto nats = column<float>(out, z.rows, ScalarType::Float, "out");
   const Kernels& kernels = *kVariants[chosen];
   each_row(z, [&](int64_t i, bool fork) {
-    nats[i] = divergence_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, kWholeVector}, fork);
+    const Steering steering = whole_vector(false);
+    nats[i] = divergence_row(kernels, {z[i], b[i], {}, z.stream(), z.vocab, steering}, fork);
   });
 }
 
@@ -274,19 +319,23 @@ void divergence(const Tensor adapted, const Tensor base, Tensor out) {
 STABLE_TORCH_LIBRARY(svd_engine_cpu, m) {
 #define ROWS "(Tensor adapted, Tensor base, "
 #define STRENGTH "float strength, Tensor? strengths, "
-#define MASK "float log_alpha, float penalty, "
+#define MASK "float log_alpha, float penalty, bool difference, "
 #define SEEDS "int seed, Tensor? seeds, int position, Tensor? positions, "
 #define PICKED "Tensor(a!) token, Tensor(b!) logprob) -> ()"
   m.def("steer" ROWS STRENGTH MASK "Tensor(a!) out) -> ()");
-  m.def("steering_vector" ROWS "Tensor(a!) out) -> ()");
+  m.def("steering_vector" ROWS "bool difference, Tensor(a!) out) -> ()");
   m.def("sample" ROWS STRENGTH MASK "float temperature, " SEEDS PICKED);
   m.def("sample_cut" ROWS STRENGTH MASK
         "float temperature, int top_k, float top_p, float min_p, " SEEDS PICKED);
   m.def("topk" ROWS STRENGTH "int k, " MASK "Tensor(a!) logprob, Tensor(b!) token) -> ()");
   m.def("score" ROWS "Tensor target, " STRENGTH MASK "Tensor(a!) logprob) -> ()");
   m.def("project_strength" ROWS
-        "Tensor target, float log_alpha, Tensor(a!) numerator, Tensor(b!) gauss_newton, "
+        "Tensor target, float log_alpha, bool difference, Tensor(a!) numerator, Tensor(b!) gauss_newton, "
         "Tensor(c!) newton, Tensor(d!) in_support) -> ()");
+  m.def("support" ROWS
+        "Tensor target, float log_alpha, bool difference, Tensor(a!) token, Tensor(b!) p, "
+        "Tensor(c!) delta, Tensor(d!) logp, Tensor(e!) logq, Tensor(f!) mean_d, "
+        "Tensor(g!) divergence, Tensor(h!) size) -> ()");
   m.def("divergence" ROWS "Tensor(a!) out) -> ()");
   m.def("capability(int limit) -> int");
 }
@@ -299,6 +348,7 @@ STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CPU, m) {
   m.impl("topk", TORCH_BOX(&topk));
   m.impl("score", TORCH_BOX(&score));
   m.impl("project_strength", TORCH_BOX(&project_strength));
+  m.impl("support", TORCH_BOX(&support));
   m.impl("divergence", TORCH_BOX(&divergence));
 }
 

@@ -38,13 +38,13 @@ struct Scratch {
   std::unique_ptr<int64_t[]> tokens_;
 
   void reserve(int64_t count) {
-    floats_ = std::make_unique<float[]>(15 * count);
+    floats_ = std::make_unique<float[]>(16 * count);
     active_ = std::make_unique<int32_t[]>(count + 1);  // list_active writes one past its list
     tokens_ = std::make_unique<int64_t[]>(count);
     float* at = floats_.get();
     for (float** array :
          {&tiles.peak, &tiles.sum_exp, &tiles.sum_exp_in_base, &tiles.sum_exp_d, &tiles.base_peak,
-          &tiles.base_sum_exp, &choices.peak, &choices.sum_exp, &choices.tempered_sum_exp,
+          &tiles.base_sum_exp, &tiles.sum_exp_gap, &choices.peak, &choices.sum_exp, &choices.tempered_sum_exp,
           &choices.merit, &choices.logit, &moments.sum_p, &moments.mean, &moments.spread,
           &moments.squares}) {
       *array = at;
@@ -81,11 +81,13 @@ struct Measured {
   int64_t tiles;
 };
 
-// The first pass. A row is invalid if its strength is not finite.
-Measured measure(const Kernels& kernels, const Row& row, const Scratch& scratch, bool fork) {
+// The first pass, with `pair` of the base too. A row is invalid if its strength is not finite.
+Measured measure(const Kernels& kernels, const Row& row, const Scratch& scratch, bool fork,
+                 bool pair = false) {
   const int64_t count = tiles_of(row);
+  const auto measure_tiles = pair ? kernels.measure_pair_tiles : kernels.measure_tiles;
   each(count, kFirstPassGrain / kTile, fork, [&](int64_t begin, int64_t end) {
-    kernels.measure_tiles(row, begin, end, scratch.tiles);
+    measure_tiles(row, begin, end, scratch.tiles);
   });
   Measured measured = {kernels.combine(scratch.tiles, count, row.steering.log_alpha), count};
   if (!std::isfinite(row.steering.strength)) measured.stats.sum_exp = NAN;
@@ -383,6 +385,54 @@ Projection project_row(const Kernels& kernels, const Row& row, int64_t target, b
   const bool in_support = token.adapted >= stats.threshold;
   const double delta = in_support ? token.delta : 0.0;
   return {float(delta - mean), float(squares), float(spread), in_support};
+}
+
+struct Listing {
+  Column<int64_t> token;
+  Column<float> p;
+  Column<float> delta;
+  int64_t capacity;
+};
+
+struct Listed {
+  float logp;
+  float logq;
+  float mean_d;
+  float divergence;
+  int64_t size;
+};
+
+// Lists the support of a row in `to`, as far as it has room for.
+Listed support_row(const Kernels& kernels, const Row& row, int64_t target, bool fork,
+                   const Listing& to) {
+  const Scratch& scratch = Scratch::of_thread(tiles_of(row));
+  const auto [stats, tiles] = measure(kernels, row, scratch, fork, true);
+  const TileSums& sums = scratch.tiles;
+  const bool valid = is_valid(stats);
+  int64_t size = 0;
+  for (int64_t k = 0; valid && k < tiles; ++k) {
+    if (!(sums.peak[k] >= stats.threshold)) continue;
+    Entry entries[kTile + 1];  // `list` writes one past its list
+    const int count = kernels.list(row, stats, k, entries);
+    const int64_t room = std::clamp<int64_t>(to.capacity - size, 0, count);
+    for (int64_t i = 0; i < room; ++i) {
+      to.token[size + i] = entries[i].token;
+      to.p[size + i] = entries[i].p;
+      to.delta[size + i] = entries[i].delta;
+    }
+    size += count;
+  }
+  for (int64_t i = size; i < to.capacity; ++i) {
+    to.token[i] = -1;
+    to.p[i] = to.delta[i] = valid ? 0.0f : NAN;
+  }
+  if (!valid) return {NAN, NAN, NAN, NAN, 0};
+  const TokenValues at = kernels.token_at(row, stats, target);
+  const float divergence = kernels.divergence(sums, tiles);
+  const LogSumExp base = kernels.log_sum_exp(sums.base_peak, sums.base_sum_exp, tiles, 1.0f);
+  return {at.adapted - stats.peak - std::log(stats.sum_exp),
+          at.base > -INFINITY ? logprob_of(at.base, base) : -INFINITY, stats.mean_d, divergence,
+          size};
 }
 
 }  // namespace

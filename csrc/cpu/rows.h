@@ -85,13 +85,13 @@ void fill(const Logits& row, int64_t begin, int64_t end, float value, bool strea
 // The sums of one tile. The fast form (not kCareful) skips the tests for -inf, NaN and +inf, and is
 // right if its sum_exp_d is finite: each of those values, in either row, makes e * (adapted - base)
 // NaN or infinite, and the sum with it. The caller tries the fast form and repeats the tile with
-// the careful one only then; a row without masked tokens never pays for the tests. With kBase, d is
-// relative to both peaks, and base_sum_exp is formed in place of sum_exp_in_base.
+// the careful one only then; a row without masked tokens never pays for the tests. With kBase it
+// sums the base and the gaps too.
 template <bool kCareful, bool kBase>
 SVD_HD void sum_tile(const float* adapted, const float* base, const TileSums& tiles, int64_t k) {
   const float origin = tiles.peak[k] > -INFINITY ? tiles.peak[k] : 0.0f;
   const float base_origin = kBase && tiles.base_peak[k] > -INFINITY ? tiles.base_peak[k] : 0.0f;
-  Vec sum_exp = {}, sum_exp_in_base = {}, sum_exp_d = {}, base_sum_exp = {};
+  Vec sum_exp = {}, sum_exp_in_base = {}, sum_exp_d = {}, base_sum_exp = {}, sum_exp_gap = {};
   for (int i = 0; i < kTile; i += kLanes) {
     const Vec z = load<Vec>(adapted + i), b = load<Vec>(base + i);
     Vec e = exp(z - origin);
@@ -101,11 +101,12 @@ SVD_HD void sum_tile(const float* adapted, const float* base, const TileSums& ti
       base_sum_exp += exp(base_away);
       if constexpr (kCareful) {
         const Vec possible = e > 0.0f ? term : Vec{};
-        sum_exp_d += ((z > -INFINITY) & (b == -INFINITY)) ? Vec{} + INFINITY : possible;
+        sum_exp_gap += ((z > -INFINITY) & (b == -INFINITY)) ? Vec{} + INFINITY : possible;
       } else {
-        sum_exp_d += term;
+        sum_exp_gap += term;
       }
-    } else if constexpr (kCareful) {
+    }
+    if constexpr (kCareful) {
       sum_exp_in_base += b > -INFINITY ? e : Vec{};
       sum_exp_d += e * difference(z, b);
     } else {
@@ -115,10 +116,11 @@ SVD_HD void sum_tile(const float* adapted, const float* base, const TileSums& ti
   }
   tiles.sum_exp[k] = sum_of(sum_exp);
   tiles.sum_exp_d[k] = sum_of(sum_exp_d);
-  if constexpr (kBase)
+  tiles.sum_exp_in_base[k] = kCareful ? sum_of(sum_exp_in_base) : tiles.sum_exp[k];
+  if constexpr (kBase) {
     tiles.base_sum_exp[k] = sum_of(base_sum_exp);
-  else
-    tiles.sum_exp_in_base[k] = kCareful ? sum_of(sum_exp_in_base) : tiles.sum_exp[k];
+    tiles.sum_exp_gap[k] = sum_of(sum_exp_gap);
+  }
 }
 
 SVD_HD float peak_of_tile(const float* logits) {
@@ -149,8 +151,8 @@ void measure(const Row& row, int64_t begin, int64_t end, const TileSums& tiles) 
     const float peak = tiles.peak[k] = peak_of_tile(z);
     if constexpr (kBase) tiles.base_peak[k] = peak_of_tile(b);
     if (peak > -INFINITY) sum_tile<false, kBase>(z, b, tiles, k);
-    if (!(peak > -INFINITY && tiles.sum_exp_d[k] - tiles.sum_exp_d[k] == 0.0f))
-      sum_tile<true, kBase>(z, b, tiles, k);
+    const float finite = tiles.sum_exp_d[k] + (kBase ? tiles.sum_exp_gap[k] : 0.0f);
+    if (!(peak > -INFINITY && finite - finite == 0.0f)) sum_tile<true, kBase>(z, b, tiles, k);
     running_peak = running_peak > peak ? running_peak : peak;
     // The running peak only grows, so a tile that is off the support now stays off it. Its result
     // is known before the row's statistics are: -inf is written here, while `out` costs no extra
@@ -200,23 +202,23 @@ RowStats combine(const TileSums& tiles, int64_t count, float log_alpha) {
 
 // Sum of p (log p - log q), each logit relative to the peak of its row.
 float divergence(const TileSums& tiles, int64_t count) {
-  const int64_t padded = pad(count, tiles.peak, tiles.sum_exp, tiles.sum_exp_d);
+  const int64_t padded = pad(count, tiles.peak, tiles.sum_exp, tiles.sum_exp_gap);
   pad(count, tiles.base_peak, tiles.base_sum_exp);
   const float peak = highest(tiles.peak, padded), base_peak = highest(tiles.base_peak, padded);
-  Vec row_sum_exp = {}, row_sum_exp_d = {}, base_sum_exp = {};
+  Vec row_sum_exp = {}, row_sum_exp_gap = {}, base_sum_exp = {};
   for (int64_t k = 0; k < padded; k += kLanes) {
     const Vec away = load<Vec>(tiles.peak + k) - peak;
     const Vec base_away = load<Vec>(tiles.base_peak + k) - base_peak;
-    const Vec sum_exp = load<Vec>(tiles.sum_exp + k), sum_exp_d = load<Vec>(tiles.sum_exp_d + k);
-    const Vec scale = exp(away), moved = scale * (sum_exp_d + sum_exp * (away - base_away));
+    const Vec sum_exp = load<Vec>(tiles.sum_exp + k), gap = load<Vec>(tiles.sum_exp_gap + k);
+    const Vec scale = exp(away), moved = scale * (gap + sum_exp * (away - base_away));
     row_sum_exp += scale * sum_exp;
     base_sum_exp += exp(base_away) * load<Vec>(tiles.base_sum_exp + k);
-    row_sum_exp_d += sum_exp_d < INFINITY ? (scale > 0.0f ? moved : Vec{}) : sum_exp_d;
+    row_sum_exp_gap += gap < INFINITY ? (scale > 0.0f ? moved : Vec{}) : gap;
   }
   const RowStats stats = {peak, sum_of(row_sum_exp), 0.0f, 0.0f};
-  const float sum_exp_d = sum_of(row_sum_exp_d);
-  if (!is_valid(stats) || sum_exp_d == INFINITY) return is_valid(stats) ? INFINITY : NAN;
-  const double nats = double(sum_exp_d) / stats.sum_exp +
+  const float sum_exp_gap = sum_of(row_sum_exp_gap);
+  if (!is_valid(stats) || sum_exp_gap == INFINITY) return is_valid(stats) ? INFINITY : NAN;
+  const double nats = double(sum_exp_gap) / stats.sum_exp +
                       std::log(double(sum_of(base_sum_exp)) / stats.sum_exp);
   return nats < 0 ? 0.0f : static_cast<float>(nats);  // only rounding makes it negative
 }
@@ -253,7 +255,7 @@ void write_vector(const Row& row, const RowStats& stats, int64_t begin, int64_t 
   alignas(64) float buffer[kTile];
   for (int64_t k = begin; k < end; ++k) {
     each_vector(row, stats, k, [&](int i, Vec z, Vec b, Vec e) SVD_INLINE {
-      store(buffer + i, delta_of(z, b, e, stats));
+      store(buffer + i, delta_of(z, b, e, stats, row.steering.projected));
     });
     narrow(row.out, row.vocab, k, buffer, row.stream);
   }
@@ -366,6 +368,25 @@ int gather(const Row& row, const RowStats& stats, int64_t tile, float floor, Can
   return count;
 }
 
+int list(const Row& row, const RowStats& stats, int64_t tile, Entry* to) {
+  const int32_t begin = static_cast<int32_t>(tile * kTile);
+  int count = 0;
+  each_vector(row, stats, tile, [&](int i, Vec z, Vec b, Vec e) SVD_INLINE {
+    const Int kept = (z >= stats.threshold) & (z > -INFINITY);
+    if (!any(kept)) return;
+    float p[kLanes], delta[kLanes];
+    int32_t flag[kLanes];
+    store(p, e / stats.sum_exp);
+    store(delta, delta_of(z, b, e, stats, row.steering.projected));
+    store(flag, kept);
+    for (int j = 0; j < kLanes; ++j) {
+      to[count] = {begin + i + j, p[j], delta[j]};
+      count -= flag[j];  // -1 or 0: no branch to mispredict
+    }
+  });
+  return count;
+}
+
 int64_t draw(const Candidate* from, int64_t count, float peak, const Noise& noise) {
   alignas(64) float logits[kTile];
   uint64_t tokens[kTile + kLanes] = {};
@@ -394,7 +415,7 @@ void project(const Row& row, const RowStats& stats, int64_t begin, int64_t end,
     Vec sum_p = {}, sum = {}, squares = {}, spread = {};
     each_vector(row, stats, tiles.active[i], [&](int j, Vec z, Vec b, Vec e) SVD_INLINE {
       const Vec p = e / stats.sum_exp;
-      const Vec delta = z >= stats.threshold ? delta_of(z, b, e, stats) : Vec{};
+      const Vec delta = z >= stats.threshold ? delta_of(z, b, e, stats, row.steering.projected) : Vec{};
       sum_p += p;
       sum += p * delta;
       squares += delta * delta;
@@ -422,21 +443,22 @@ float sum_exp_of(const TileSums& tiles, int64_t count, float peak) {
 }
 
 TokenValues token_at(const Row& row, const RowStats& stats, int64_t token) {
-  alignas(64) float adapted[kTile], delta[kTile], logit[kTile];
+  alignas(64) float adapted[kTile], base[kTile], delta[kTile], logit[kTile];
   each_vector(row, stats, token / kTile, [&](int i, Vec z, Vec b, Vec e) SVD_INLINE {
     store(adapted + i, z);
-    store(delta + i, delta_of(z, b, e, stats));
+    store(base + i, b);
+    store(delta + i, delta_of(z, b, e, stats, row.steering.projected));
     store(logit + i, steered(z, b, e, stats, row.steering));
   });
   const int at = token % kTile;
-  return {adapted[at], delta[at], logit[at]};
+  return {adapted[at], base[at], delta[at], logit[at]};
 }
 
 }  // namespace
 
 extern const Kernels kernels = {
     measure<false>, measure<true>, combine, divergence, write, choose, project,
-    write_vector, token_at, gather, draw, log_sum_exp, sum_exp_of, fill,
+    write_vector, token_at, gather, list, draw, log_sum_exp, sum_exp_of, fill,
 };
 
 }  // namespace SVD_VARIANT

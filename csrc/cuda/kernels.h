@@ -45,6 +45,7 @@ struct Steered {
   PerRow<float> strength;
   float log_alpha;
   float penalty;
+  bool projected;
 };
 
 struct Steer {
@@ -102,8 +103,9 @@ __global__ void __launch_bounds__(kStreamThreads) steer_tiles(const Steer to) {
   const int blocks = (rows.tiles + to.span - 1) / to.span;  // per row
   const int row = blockIdx.x / blocks, first_tile = blockIdx.x % blocks * to.span;
   const Sums* tiles = sums_of<Sums>(rows, row);
-  const RowStats stats = combine(tiles, rows.tiles, to.of.log_alpha);
-  const Steering steering = {value_of(to.of.strength, row), to.of.log_alpha, to.of.penalty};
+  const RowStats stats = combine(tiles, 1, rows.tiles, to.of.log_alpha);
+  const Steering steering = {value_of(to.of.strength, row), to.of.log_alpha, to.of.penalty,
+                             to.of.projected};
   const bool valid = is_valid(stats) && std::fabs(steering.strength) < INFINITY;
   const float fill = !valid ? NAN : to.vector ? 0.0f : -INFINITY;
 
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kStreamThreads) steer_tiles(const Steer to) {
 #pragma unroll
       for (int j = 0; j < kTile / kStreamThreads; ++j) {
         const float e = fast_exp(z[j] - stats.peak);
-        z[j] = to.vector ? delta_of(z[j], b[j], e, stats)
+        z[j] = to.vector ? delta_of(z[j], b[j], e, stats, steering.projected)
                          : steered(z[j], b[j], e, stats, steering);
       }
     } else {

@@ -148,22 +148,25 @@ SVD_EXPORT int svd_cuda_probe() {
 #define SVD_INPUTS                                                                          \
   void *adapted, int64_t adapted_stride, int adapted_dtype, void *base, int64_t base_stride, \
       int base_dtype, int64_t rows, int vocab
-#define SVD_STEERING const float *strengths, float strength, float log_alpha, float penalty
+#define SVD_STEERING \
+  const float *strengths, float strength, float log_alpha, float penalty, int difference
 #define SVD_OUT void *out, int64_t out_stride, int out_dtype
 #define SVD_WHERE void *workspace, int device, cudaStream_t stream
 
 #define SVD_ROWS                                              \
   make_rows({adapted, adapted_stride, Dtype(adapted_dtype)},  \
             {base, base_stride, Dtype(base_dtype)}, vocab, workspace)
-#define SVD_STEERED {SVD_ROWS, {strengths, strength}, log_alpha, penalty}
+#define SVD_STEERED {SVD_ROWS, {strengths, strength}, log_alpha, penalty, !difference}
+#define SVD_UNSTEERED(log_alpha, penalty) \
+  {SVD_ROWS, {nullptr, 0.0f}, log_alpha, penalty, !difference}
 
 SVD_EXPORT int svd_cuda_steer(SVD_INPUTS, SVD_STEERING, SVD_OUT, SVD_WHERE) {
   const Steer to = {SVD_STEERED, {out, out_stride, Dtype(out_dtype)}, 1, false};
   return run_steer(to, rows, device, stream);
 }
 
-SVD_EXPORT int svd_cuda_steering_vector(SVD_INPUTS, SVD_OUT, SVD_WHERE) {
-  const Steered whole = {SVD_ROWS, {nullptr, 0.0f}, -INFINITY, 0.0f};
+SVD_EXPORT int svd_cuda_steering_vector(SVD_INPUTS, int difference, SVD_OUT, SVD_WHERE) {
+  const Steered whole = SVD_UNSTEERED(-INFINITY, 0.0f);
   const Steer to = {whole, {out, out_stride, Dtype(out_dtype)}, 1, true};
   return run_steer(to, rows, device, stream);
 }
@@ -189,12 +192,24 @@ SVD_EXPORT int svd_cuda_score(SVD_INPUTS, SVD_STEERING, const int64_t* target, f
   return run_walk(score_rows, {SVD_STEERED, target, logprob}, rows, device, stream);
 }
 
-SVD_EXPORT int svd_cuda_project_strength(SVD_INPUTS, float log_alpha, const int64_t* target,
-                                         float* numerator, float* gauss_newton, float* newton,
-                                         bool* in_support, SVD_WHERE) {
-  const Project to = {{SVD_ROWS, {nullptr, 0.0f}, log_alpha, -INFINITY}, target, numerator,
-                      gauss_newton, newton, in_support};
+SVD_EXPORT int svd_cuda_project_strength(SVD_INPUTS, float log_alpha, int difference,
+                                         const int64_t* target, float* numerator,
+                                         float* gauss_newton, float* newton, bool* in_support,
+                                         SVD_WHERE) {
+  const Project to = {SVD_UNSTEERED(log_alpha, -INFINITY), target, numerator, gauss_newton, newton,
+                      in_support};
   return run_walk(project_rows, to, rows, device, stream);
+}
+
+SVD_EXPORT int svd_cuda_support(SVD_INPUTS, float log_alpha, int difference, const int64_t* target,
+                                int capacity, int64_t* token, float* p, float* delta, float* logp,
+                                float* logq, float* mean_d, float* divergence, int64_t* size,
+                                SVD_WHERE) {
+  const Support to = {SVD_UNSTEERED(log_alpha, -INFINITY), target, capacity, token, p, delta, logp,
+                      logq, mean_d, divergence, size};
+  return run<PairSums>(to.of.rows, rows, device, stream, [&](bool overlap) {
+    return launch(support_rows, rows, kWalkThreads, overlap, stream, to);
+  });
 }
 
 SVD_EXPORT int svd_cuda_divergence(SVD_INPUTS, float* out, SVD_WHERE) {

@@ -242,29 +242,30 @@ SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], S
   if (sums.sum_exp_d - sums.sum_exp_d != 0.0f) sums = sum_from<true>(peak, adapted, base);
 }
 
-// Sums over some tokens for the divergence, of each row relative to its own peak. Here d is
+// Sums over some tokens for divergence and support. The gap of a token is
 // (adapted - peak) - (base - base_peak), so that a shift common to all logits is not rounded away.
 struct alignas(16) PairSums {
-  float peak;          // max adapted
-  float sum_exp;       // sum of e; NaN if a token makes the row invalid
-  float sum_exp_d;     // sum of e * d; +inf if a token is possible in adapted and not in base
+  Sums own;
   float base_peak;     // max base
   float base_sum_exp;  // sum of exp(base - base_peak)
+  float sum_exp_gap;   // sum of e * gap; +inf if a token is possible in adapted and not in base
 };
+constexpr PairSums kNoPairs = {{-INFINITY, 0.0f, 0.0f, 0.0f}, -INFINITY, 0.0f, 0.0f};
 
-// `part.sum_exp_d` relative to these peaks in place of its own.
-SVD_DEVICE float rescaled_d(const PairSums& part, float peak, float base_peak) {
-  const float shift = (part.peak - peak) - (part.base_peak - base_peak);
-  const float sum_exp_d = rescale(part.peak, peak) * (part.sum_exp_d + part.sum_exp * shift);
-  return part.sum_exp_d == INFINITY ? INFINITY : part.sum_exp > 0.0f ? sum_exp_d : 0.0f;
+// `part.sum_exp_gap` relative to these peaks in place of its own.
+SVD_DEVICE float rescaled_gap(const PairSums& part, float peak, float base_peak) {
+  const float shift = (part.own.peak - peak) - (part.base_peak - base_peak);
+  const float moved = rescale(part.own.peak, peak) * (part.sum_exp_gap + part.own.sum_exp * shift);
+  return part.sum_exp_gap == INFINITY ? INFINITY : part.own.sum_exp > 0.0f ? moved : 0.0f;
 }
 
 SVD_DEVICE PairSums join(const PairSums& a, const PairSums& b) {
-  const float peak = fmaxf(a.peak, b.peak), base_peak = fmaxf(a.base_peak, b.base_peak);
-  return {peak, rescale(a.peak, peak) * a.sum_exp + rescale(b.peak, peak) * b.sum_exp,
-          rescaled_d(a, peak, base_peak) + rescaled_d(b, peak, base_peak), base_peak,
+  const Sums own = join(a.own, b.own);
+  const float base_peak = fmaxf(a.base_peak, b.base_peak);
+  return {own, base_peak,
           rescale(a.base_peak, base_peak) * a.base_sum_exp +
-              rescale(b.base_peak, base_peak) * b.base_sum_exp};
+              rescale(b.base_peak, base_peak) * b.base_sum_exp,
+          rescaled_gap(a, own.peak, base_peak) + rescaled_gap(b, own.peak, base_peak)};
 }
 
 SVD_DEVICE PairSums join_warp(PairSums sums) {
@@ -276,21 +277,26 @@ SVD_DEVICE PairSums join_warp(PairSums sums) {
 template <bool kCareful, int kEach>
 SVD_DEVICE PairSums pair_from(float peak, float base_peak, const float (&adapted)[kEach],
                               const float (&base)[kEach]) {
-  PairSums sums = {peak, 0.0f, 0.0f, base_peak, 0.0f};
+  PairSums sums = {{peak, 0.0f, 0.0f, 0.0f}, base_peak, 0.0f, 0.0f};
   const float origin = peak > -INFINITY ? peak : 0.0f;
   const float base_origin = base_peak > -INFINITY ? base_peak : 0.0f;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     float e = fast_exp(adapted[j] - origin);
-    float exp_d = e * ((adapted[j] - origin) - (base[j] - base_origin));
+    float exp_gap = e * ((adapted[j] - origin) - (base[j] - base_origin));
     if (kCareful) {
       e = base[j] < INFINITY ? e : NAN;
-      exp_d = adapted[j] > -INFINITY ? base[j] > -INFINITY ? exp_d : INFINITY : 0.0f;
+      exp_gap = adapted[j] > -INFINITY ? base[j] > -INFINITY ? exp_gap : INFINITY : 0.0f;
+      sums.own.sum_exp_in_base += base[j] > -INFINITY ? e : 0.0f;
+      sums.own.sum_exp_d += e * difference(adapted[j], base[j]);
+    } else {
+      sums.own.sum_exp_d += e * (adapted[j] - base[j]);
     }
-    sums.sum_exp += e;
-    sums.sum_exp_d += exp_d;
+    sums.own.sum_exp += e;
+    sums.sum_exp_gap += exp_gap;
     sums.base_sum_exp += fast_exp(base[j] - base_origin);
   }
+  if (!kCareful) sums.own.sum_exp_in_base = sums.own.sum_exp;
   return sums;
 }
 
@@ -298,16 +304,16 @@ template <int kEach>
 SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], PairSums& sums) {
   const float peak = peak_of(adapted), base_peak = peak_of(base);
   sums = pair_from<false>(peak, base_peak, adapted, base);
-  if (sums.sum_exp_d - sums.sum_exp_d != 0.0f)
-    sums = pair_from<true>(peak, base_peak, adapted, base);
+  const float finite = sums.own.sum_exp_d + sums.sum_exp_gap;
+  if (finite - finite != 0.0f) sums = pair_from<true>(peak, base_peak, adapted, base);
 }
 
-// The statistics of a row from the sums of its tiles. Every warp computes them for itself, in the
-// same order and so with the same bits: no warp waits for another.
-SVD_DEVICE RowStats combine(const Sums* tiles, int count, float log_alpha) {
+// The statistics of a row from the sums of its tiles, `step` Sums from one to the next. Every warp
+// computes them for itself, in the same order and so with the same bits: no warp waits for another.
+SVD_DEVICE RowStats combine(const Sums* tiles, int step, int count, float log_alpha) {
   Sums sums = {-INFINITY, 0.0f, 0.0f, 0.0f};
   for (int tile = threadIdx.x % kWarp; tile < count; tile += kWarp) {
-    const float4 part = reinterpret_cast<const float4*>(tiles)[tile];  // one load
+    const float4 part = reinterpret_cast<const float4*>(tiles)[tile * step];  // one load
     sums = join(sums, {part.x, part.y, part.z, part.w});
   }
   sums = join_warp(sums);

@@ -1,5 +1,5 @@
-// The second pass of the operators that return a few numbers per row: score, project_strength and
-// divergence.
+// The second pass of the operators that return a few numbers per row: score, project_strength,
+// divergence and support.
 #pragma once
 
 #include "walk.h"
@@ -19,6 +19,20 @@ struct Project {
   float* gauss_newton;
   float* newton;
   bool* in_support;
+};
+
+struct Support {
+  Steered of;  // strength and penalty are unused
+  const int64_t* target;
+  int capacity;  // slots per row
+  int64_t* token;
+  float* p;
+  float* delta;
+  float* logp;
+  float* logq;
+  float* mean_d;
+  float* divergence;
+  int64_t* size;
 };
 
 struct Diverge {
@@ -83,13 +97,13 @@ __global__ void __launch_bounds__(kWalkThreads) project_rows(const Project to) {
   Moments sum = {};
   if (valid) {
     const float target_delta =
-        kept ? delta_of(target.adapted, target.base, target.e, row.stats) : 0.0f;
+        kept ? delta_of(target.adapted, target.base, target.e, row.stats, to.of.projected) : 0.0f;
     walk(rows, row, [&](float peak) { return has_support(peak, row); },
          [&](int, const float (&z)[kRun], const float (&b)[kRun]) {
 #pragma unroll
            for (int j = 0; j < kRun; ++j) {
              const float e = fast_exp(z[j] - row.stats.peak);
-             const float delta = delta_of(z[j], b[j], e, row.stats);
+             const float delta = delta_of(z[j], b[j], e, row.stats, to.of.projected);
              const float masked = z[j] >= row.stats.threshold ? delta : 0.0f;  // I delta
              sum = join(sum, Moments{e, target_delta - masked, 0.0f, masked * masked});
            }
@@ -109,20 +123,74 @@ __global__ void __launch_bounds__(kWalkThreads) project_rows(const Project to) {
   }
 }
 
+// The sums of a row; every warp computes them for itself.
+SVD_DEVICE PairSums pair_sums_of(const Rows& rows, int row) {
+  const PairSums* tiles = sums_of<PairSums>(rows, row);
+  PairSums sums = kNoPairs;
+  for (int tile = threadIdx.x % kWarp; tile < rows.tiles; tile += kWarp)
+    sums = join(sums, tiles[tile]);
+  return join_warp(sums);
+}
+
+// KL(p || q)  (6), NaN for an invalid row.
+SVD_DEVICE float divergence_of(const PairSums& sums) {
+  const Sums& own = sums.own;
+  const bool valid = own.sum_exp == own.sum_exp && own.peak > -INFINITY && own.peak < INFINITY;
+  const float nats =
+      sums.sum_exp_gap / own.sum_exp + (logf(sums.base_sum_exp) - logf(own.sum_exp));
+  return !valid ? NAN : sums.sum_exp_gap == INFINITY ? INFINITY : nats;
+}
+
 // One warp per row.
 __global__ void __launch_bounds__(kWarp) divergence_rows(const Diverge to) {
   wait_for_first_pass();
-  const PairSums* tiles = sums_of<PairSums>(to.rows, blockIdx.x);
-  PairSums sums = {-INFINITY, 0.0f, 0.0f, -INFINITY, 0.0f};
-  for (int tile = threadIdx.x; tile < to.rows.tiles; tile += kWarp) sums = join(sums, tiles[tile]);
-  sums = join_warp(sums);
-  if (threadIdx.x == 0) {
-    const bool valid =
-        sums.sum_exp == sums.sum_exp && sums.peak > -INFINITY && sums.peak < INFINITY;
-    const float kl =
-        sums.sum_exp_d / sums.sum_exp + (logf(sums.base_sum_exp) - logf(sums.sum_exp));
-    to.out[blockIdx.x] = !valid ? NAN : sums.sum_exp_d == INFINITY ? INFINITY : kl;
+  const float nats = divergence_of(pair_sums_of(to.rows, blockIdx.x));
+  if (threadIdx.x == 0) to.out[blockIdx.x] = nats;
+}
+
+__global__ void __launch_bounds__(kWalkThreads) support_rows(const Support to) {
+  wait_for_first_pass();
+  const Rows& rows = to.of.rows;
+  const Row row = open_row<PairSums>(to.of);
+  const int64_t start = int64_t{row.index} * to.capacity;
+  int size = 0;
+  if (row.valid)
+    walk(rows, row, [&](float peak) { return has_support(peak, row); },
+         [&](int token, const float (&z)[kRun], const float (&b)[kRun]) {
+           int mine = 0, total;
+#pragma unroll
+           for (int j = 0; j < kRun; ++j)
+             mine += z[j] > -INFINITY && z[j] >= row.stats.threshold;
+           int at = size + sum_before(mine, total);
+#pragma unroll
+           for (int j = 0; j < kRun; ++j) {
+             const bool kept = z[j] > -INFINITY && z[j] >= row.stats.threshold;
+             if (kept && at < to.capacity) {
+               const float e = fast_exp(z[j] - row.stats.peak);
+               to.token[start + at] = token + j;
+               to.p[start + at] = e / row.stats.sum_exp;
+               to.delta[start + at] = delta_of(z[j], b[j], e, row.stats, to.of.projected);
+             }
+             at += kept;
+           }
+           size += total;
+           return true;
+         });
+  for (int slot = size + threadIdx.x; slot < to.capacity; slot += kWalkThreads) {
+    to.token[start + slot] = -1;
+    to.p[start + slot] = to.delta[start + slot] = row.valid ? 0.0f : NAN;
   }
+  const Target target = target_of(rows, row, to.target);
+  const PairSums sums = pair_sums_of(rows, row.index);
+  if (threadIdx.x > 0) return;
+  const bool scored = row.valid && target.exists;
+  const float logp = target.adapted - row.stats.peak - logf(row.stats.sum_exp);
+  const float logq = target.base - sums.base_peak - logf(sums.base_sum_exp);
+  to.logp[row.index] = scored ? logp : NAN;
+  to.logq[row.index] = !scored ? NAN : target.base > -INFINITY ? logq : -INFINITY;
+  to.mean_d[row.index] = row.valid ? row.stats.mean_d : NAN;
+  to.divergence[row.index] = row.valid ? divergence_of(sums) : NAN;
+  to.size[row.index] = size;
 }
 
 }  // namespace

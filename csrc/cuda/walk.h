@@ -67,17 +67,23 @@ SVD_DEVICE float read(const Logits& logits, int row, int token) {
 struct Row {
   int index;
   const Sums* tiles;
+  int step;  // from one tile to the next
   RowStats stats;
   Steering steering;
   bool valid;  // the same in every thread
+
+  __device__ __forceinline__ const Sums& tile(int k) const { return tiles[k * step]; }
 };
 
+// S is Sums or PairSums, whichever the first pass has left.
+template <class S = Sums>
 SVD_DEVICE Row open_row(const Steered& of) {
+  constexpr int step = sizeof(S) / sizeof(Sums);
   const int index = blockIdx.x;
-  const Sums* tiles = sums_of<Sums>(of.rows, index);
-  const RowStats stats = combine(tiles, of.rows.tiles, of.log_alpha);
+  const Sums* tiles = reinterpret_cast<const Sums*>(sums_of<S>(of.rows, index));
+  const RowStats stats = combine(tiles, step, of.rows.tiles, of.log_alpha);
   const float strength = value_of(of.strength, index);
-  return {index, tiles, stats, {strength, of.log_alpha, of.penalty},
+  return {index, tiles, step, stats, {strength, of.log_alpha, of.penalty, of.projected},
           is_valid(stats) && strength - strength == 0.0f};
 }
 
@@ -88,7 +94,7 @@ template <class Takes, class F>
 SVD_DEVICE void walk(const Rows& rows, const Row& row, const Takes& takes, const F& f) {
   for (int group = 0; group < rows.tiles; group += kWarp) {
     const int mine = group + threadIdx.x % kWarp;
-    const bool taken = mine < rows.tiles && takes(row.tiles[mine].peak);
+    const bool taken = mine < rows.tiles && takes(row.tile(mine).peak);
     // The ballot is over the lanes of one warp, but every warp tests the same tiles.
     for (unsigned left = __ballot_sync(kAllLanes, taken); left; left &= left - 1) {
       const int begin = (group + __ffs(left) - 1) * kTile;
@@ -134,8 +140,8 @@ SVD_DEVICE bool has_support(float tile_peak, const Row& row) {
 template <class F>
 SVD_DEVICE void each_tile_off_support(const Rows& rows, const Row& row, const F& f) {
   for (int tile = threadIdx.x; tile < rows.tiles; tile += kWalkThreads)
-    if (row.tiles[tile].peak > -INFINITY && !has_support(row.tiles[tile].peak, row))
-      f(row.tiles[tile]);
+    if (row.tile(tile).peak > -INFINITY && !has_support(row.tile(tile).peak, row))
+      f(row.tile(tile));
 }
 
 // Reduces `mine` over the thread block with `join`; every thread gets the result, the same bits.

@@ -11,11 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from svd_engine import ops
 from svd_engine.generation.scoring import Passage, Predictions, predictions
-from svd_engine.kernels import reference
+from svd_engine.kernels.reference import Support
 from svd_engine.model.pair import ModelPair
-
-BLOCK = 8  # rows of logits processed at once, so that the intermediates stay in the cache
 
 
 @dataclass(frozen=True)
@@ -116,41 +115,21 @@ def gather(predicted: Iterable[Predictions], alpha: float) -> SupportStats:
     parts: list[list[Tensor]] = []
     seen = 0
     for logits, target, passage in predicted:
-        rows = (x.split(BLOCK) for x in (logits[0], logits[-1], target, passage))
-        for adapted, base, targets, passages_of in zip(*rows, strict=True):
-            support, logp, logq = compact(adapted, base, targets, alpha)
-            if not logp.isfinite().all():
-                raise ValueError(
-                    f"passage {int(passages_of[~logp.cpu().isfinite()][0])} holds a token that the "
-                    "adapted model cannot predict: its logits are not finite there."
-                )
-            entries = [
-                support.row + seen, support.p.double(), support.delta.double(),
-                support.token == targets[support.row], passages_of, logp.double(), logq.double(),
-            ]  # fmt: skip
-            parts.append([x.cpu() for x in entries])
-            seen += len(targets)
+        listed = Support(
+            *(x.cpu() for x in ops.support(logits[0], logits[-1], target, alpha=alpha))
+        )
+        unpredicted = passage[~listed.logp.isfinite()]
+        if len(unpredicted):
+            raise ValueError(
+                f"passage {int(unpredicted[0])} holds a token that the adapted model cannot "
+                "predict: its logits are not finite there."
+            )
+        row, slot = (listed.token >= 0).nonzero().T
+        token, p, delta = (x[row, slot] for x in listed[:3])
+        entries = [
+            row + seen, p.double(), delta.double(), token == target.cpu()[row], passage,
+            listed.logp.double(), listed.logq.double(),
+        ]  # fmt: skip
+        parts.append(entries)
+        seen += len(target)
     return SupportStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def compact(
-    adapted: Tensor, base: Tensor, target: Tensor, alpha: float
-) -> tuple[reference.Support, Tensor, Tensor]:
-    """Return `reference.support` of rows `[N, V]`, and log p and log q of the targets, `[N]` each.
-
-    With d = adapted - base, delta_i = p_i (E_p[d] - d_i) is computed on the support only.
-    """
-    z, b = adapted.float(), base.float()
-    at = target[:, None]
-    normaliser = z.logsumexp(-1, keepdim=True)
-    logp = z.gather(-1, at) - normaliser
-    logq = b.gather(-1, at) - b.logsumexp(-1, keepdim=True)
-    d = z - b
-    mean = torch.linalg.vecdot((z - normaliser).exp_(), d, dim=-1)
-    if mean.isfinite().all():
-        row, token = (z >= z.amax(-1, keepdim=True) + reference.log_alpha(alpha)).nonzero().T
-        p = (z[row, token] - normaliser[row, 0]).exp()
-        support = reference.Support(row, token, p, p * (mean[row] - d[row, token]))
-    else:  # some logit is infinite
-        support = reference.support(z, b, alpha)
-    return support, logp[:, 0], logq[:, 0]

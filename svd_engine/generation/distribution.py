@@ -27,7 +27,9 @@ def steered(
     if steering.projection:
         return Distribution((adapted, base, strength), mask)
     # The operators steer by the projection alone: formed here, the sum is drawn from as it is.
-    formed = reference.steer(adapted, base, strength, **mask, projection=False, dtype=torch.float32)
+    formed = reference.steer(
+        adapted, base, strength, **mask, direction="difference", dtype=torch.float32
+    )
     return unsteered(formed)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from svd_engine.kernels.arguments import named
-from svd_engine.kernels.reference import Head, Projection, Sampled, Strength, TopK
+from svd_engine.kernels.reference import Head, Projection, Sampled, Strength, Support, TopK
 from svd_engine.ops import checks, dispatch
 from svd_engine.ops.hidden_states import (
     linear_divergence,
@@ -40,16 +40,24 @@ __all__ = [
     "score",
     "steer",
     "steering_vector",
+    "support",
     "topk",
     "warmup",
 ]
 INF = math.inf
+USUAL = 64  # tokens of a support, mostly fewer
 
 
-def steering_vector(adapted: Tensor, base: Tensor, *, backend: str = "auto") -> Tensor:
-    """Return delta_i = p_i (E_p[d] - d_i), d = adapted - base  (10), float32 `[N, V]`."""
+def steering_vector(
+    adapted: Tensor, base: Tensor, *, direction: str = "projected", backend: str = "auto"
+) -> Tensor:
+    """Return delta_i = p_i (E_p[d] - d_i), d = adapted - base  (10), float32 `[N, V]`.
+
+    direction, here and below: "projected", or "difference" for delta_i = E_p[d] - d_i.
+    """
     adapted, base = _rows(adapted, base, backend)
-    return _call("steering_vector", backend, adapted, base)[0]
+    checks.check_direction(direction)
+    return _call("steering_vector", backend, adapted, base, direction)[0]
 
 
 def steer(
@@ -59,6 +67,7 @@ def steer(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -73,7 +82,7 @@ def steer(
     strength: a number or `[N]`. penalty <= 0; -inf removes tokens off the support at any strength.
     """
     adapted, base = _rows(adapted, base, backend)
-    mask = checks.mask(strength, alpha, penalty, adapted)
+    mask = checks.mask(strength, alpha, penalty, direction, adapted)
     if out is not None:
         checks.out(out, adapted, base)
     dtype = None if out is None else out.dtype
@@ -87,6 +96,7 @@ def sample(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -103,7 +113,7 @@ def sample(
     gives token -1.
     """
     adapted, base = _rows(adapted, base, backend)
-    mask = checks.mask(strength, alpha, penalty, adapted)
+    mask = checks.mask(strength, alpha, penalty, direction, adapted)
     draw = checks.draw(temperature, top_k, top_p, min_p, seed, position, adapted)
     return named(Sampled, _call("sample", backend, adapted, base, mask, draw))
 
@@ -116,23 +126,66 @@ def topk(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
     backend: str = "auto",
 ) -> TopK:
     """Return the k best steered log-probabilities, descending, and their tokens, `[N, k]`."""
     adapted, base = _rows(adapted, base, backend)
-    mask = checks.mask(strength, alpha, penalty, adapted)
+    mask = checks.mask(strength, alpha, penalty, direction, adapted)
     checks.k(k, adapted.shape[1])
     return named(TopK, _call("topk", backend, adapted, base, mask, k))
 
 
 def project_strength(
-    adapted: Tensor, base: Tensor, target: Tensor, *, alpha: float = 0.1, backend: str = "auto"
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    direction: str = "projected",
+    backend: str = "auto",
 ) -> Projection:
     """Return numerator, gauss_newton (20), newton (19) and in_support of each target, `[N]`."""
     adapted, base = _rows(adapted, base, backend)
     checks.support(alpha, penalty=0.0)
+    checks.check_direction(direction)
     checks.target(target, adapted, adapted.shape[1])
-    return named(Projection, _call("project_strength", backend, adapted, base, target, alpha))
+    rest = target, alpha, direction
+    return named(Projection, _call("project_strength", backend, adapted, base, *rest))
+
+
+def support(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    direction: str = "projected",
+    capacity: int | None = None,
+    backend: str = "auto",
+) -> Support:
+    """List the support of each row: token, p and delta, lowest token first, `[N, C]`.
+
+    Beside it, `[N]` each: log p and log q of the target, E_p[d], KL(p || q) and the support's size.
+    capacity: the slots C, of which unused ones hold -1, 0 and 0; a row with a larger support lists
+    its first C tokens. None lists every support whole: it waits for the sizes, and reads the rows
+    again where one exceeds 64.
+    """
+    adapted, base = _rows(adapted, base, backend)
+    checks.support(alpha, penalty=0.0)
+    checks.check_direction(direction)
+    checks.target(target, adapted, adapted.shape[1])
+    if capacity is not None:
+        checks.capacity(capacity)
+    elif torch.compiler.is_compiling():
+        raise ValueError("capacity must be a number in compiled code, which cannot wait; got None.")
+    arguments = "support", backend, adapted, base, target, alpha, direction
+    listed = named(Support, _call(*arguments, capacity or min(USUAL, adapted.shape[1])))
+    if capacity is None and len(listed.size):
+        largest = int(listed.size.max())
+        if largest > USUAL:
+            listed = named(Support, _call(*arguments, largest))
+    return listed
 
 
 def score(
@@ -143,11 +196,12 @@ def score(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
     backend: str = "auto",
 ) -> Tensor:
     """Return log_softmax of the steered logits at `target` int64 `[N]`, float32 `[N]`."""
     adapted, base = _rows(adapted, base, backend)
-    mask = checks.mask(strength, alpha, penalty, adapted)
+    mask = checks.mask(strength, alpha, penalty, direction, adapted)
     checks.target(target, adapted, adapted.shape[1])
     return _call("score", backend, adapted, base, mask, target)[0]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svd_engine.kernels.arguments import INF, Draw, Mask, PerRow, named
-from svd_engine.kernels.reference import Strength
+from svd_engine.kernels.reference import DIRECTIONS, Strength
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL_DTYPES = (*DTYPES, torch.float64)  # of the reference
@@ -49,12 +49,18 @@ def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
         )
 
 
-def mask(strength: Strength, alpha: float, penalty: float, like: Tensor) -> Mask:
+def mask(strength: Strength, alpha: float, penalty: float, direction: str, like: Tensor) -> Mask:
     """Pack how the rows of `like` are steered."""
     plain = type(strength) is float and -LARGEST <= strength <= LARGEST
     by = (strength, None) if plain else per_row("strength", strength, like, torch.float32)
     support(alpha, penalty)
-    return named(Mask, (by, alpha, penalty))
+    check_direction(direction)
+    return named(Mask, (by, alpha, penalty, direction))
+
+
+def check_direction(value: object) -> None:
+    if value not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}; got {value!r}.")
 
 
 def draw(
@@ -136,6 +142,11 @@ def not_finite(name: str, value: object) -> ValueError:
 def k(k: int, vocab: int) -> None:
     if not 1 <= k <= vocab:
         raise ValueError(f"k must lie in [1, V = {vocab}]; got {k}.")
+
+
+def capacity(value: int) -> None:
+    if not value >= 1:
+        raise ValueError(f"capacity must be >= 1, the slots for a row's support; got {value}.")
 
 
 def target(target: Tensor, like: Tensor, vocab: int) -> None:

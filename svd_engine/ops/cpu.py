@@ -16,7 +16,7 @@ from svd_engine.kernels.arguments import Draw, Mask, log_alpha
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
 OPERATORS = (
     "steer", "steering_vector", "sample", "sample_cut", "topk", "score", "project_strength",
-    "divergence", "linear", "rms_norm", "rotate", "attend", "capability",
+    "support", "divergence", "linear", "rms_norm", "rotate", "attend", "capability",
 )  # fmt: skip
 
 
@@ -65,12 +65,16 @@ def capability(limit: str | None = None) -> str:
 
 def steer(adapted: Tensor, base: Tensor, mask: Mask, out: Tensor) -> None:
     """Write `reference.steer` to `out`, which may be `adapted` or `base` itself."""
-    _ops().steer(adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, out)
+    _ops().steer(adapted, base, *mask.strength, *_of(mask), out)
 
 
-def steering_vector(adapted: Tensor, base: Tensor, out: Tensor) -> None:
+def _of(mask: Mask) -> tuple[float, float, bool]:
+    return log_alpha(mask.alpha), mask.penalty, mask.is_difference
+
+
+def steering_vector(adapted: Tensor, base: Tensor, direction: str, out: Tensor) -> None:
     """Write `reference.steering_vector` to `out`, which may be `adapted` or `base` itself."""
-    _ops().steering_vector(adapted, base, out)
+    _ops().steering_vector(adapted, base, direction == "difference", out)
 
 
 def sample(
@@ -79,28 +83,24 @@ def sample(
     """Write `reference.sample` to `token` (int64) and `logprob` (float32)."""
     if draw.is_cut:
         _ops().sample_cut(
-            adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, draw.temperature,
+            adapted, base, *mask.strength, *_of(mask), draw.temperature,
             draw.top_k, draw.top_p, draw.min_p, *draw.seed, *draw.position, token, logprob,
         )  # fmt: skip
     else:
         _ops().sample(
-            adapted, base, *mask.strength, log_alpha(mask.alpha), mask.penalty, draw.temperature,
+            adapted, base, *mask.strength, *_of(mask), draw.temperature,
             *draw.seed, *draw.position, token, logprob,
         )  # fmt: skip
 
 
 def topk(adapted: Tensor, base: Tensor, mask: Mask, k: int, logprob: Tensor, token: Tensor) -> None:
     """Write `reference.topk` to `logprob` (float32) and `token` (int64), [N, k] each."""
-    _ops().topk(
-        adapted, base, *mask.strength, k, log_alpha(mask.alpha), mask.penalty, logprob, token
-    )
+    _ops().topk(adapted, base, *mask.strength, k, *_of(mask), logprob, token)
 
 
 def score(adapted: Tensor, base: Tensor, mask: Mask, target: Tensor, logprob: Tensor) -> None:
     """Write `reference.score` to `logprob` (float32)."""
-    _ops().score(
-        adapted, base, target, *mask.strength, log_alpha(mask.alpha), mask.penalty, logprob
-    )
+    _ops().score(adapted, base, target, *mask.strength, *_of(mask), logprob)
 
 
 def project_strength(
@@ -108,6 +108,7 @@ def project_strength(
     base: Tensor,
     target: Tensor,
     alpha: float,
+    direction: str,
     numerator: Tensor,
     gauss_newton: Tensor,
     newton: Tensor,
@@ -115,8 +116,23 @@ def project_strength(
 ) -> None:
     """Write `reference.project_strength` to three float32 tensors and a bool one."""
     _ops().project_strength(
-        adapted, base, target, log_alpha(alpha), numerator, gauss_newton, newton, in_support
-    )
+        adapted, base, target, log_alpha(alpha), direction == "difference",
+        numerator, gauss_newton, newton, in_support,
+    )  # fmt: skip
+
+
+def support(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    alpha: float,
+    direction: str,
+    capacity: int,
+    *outputs: Tensor,
+) -> None:
+    """Write `reference.support` to its eight fields, `[N, capacity]` and `[N]`."""
+    difference = direction == "difference"
+    _ops().support(adapted, base, target, log_alpha(alpha), difference, *outputs)
 
 
 def divergence(adapted: Tensor, base: Tensor, out: Tensor) -> None:

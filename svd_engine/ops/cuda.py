@@ -22,7 +22,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The functions of csrc/cuda/launch.cu: result and arguments.
 _ROWS = [c_void_p, c_int64, c_int]  # data, stride, dtype
 _INPUTS = [*_ROWS, *_ROWS, c_int64, c_int]  # adapted, base, N, V
-_STEERING = [c_void_p, c_float, c_float, c_float]  # strengths, strength, log alpha, penalty
+# strengths, strength, log alpha, penalty, whether the direction is the difference
+_STEERING = [c_void_p, c_float, c_float, c_float, c_int]
 _CUTS = [c_int, c_float, c_float]  # top k, top p, log min p
 _INTEGERS = [c_void_p, c_int64]  # one per row, one for all
 _WHERE = [c_void_p, c_int, c_void_p]  # workspace, device, stream
@@ -32,7 +33,7 @@ _SIGNATURES = {
     "error": (c_char_p, [c_int]),
     "probe": (c_int, []),
     "steer": (c_int, [*_INPUTS, *_STEERING, *_ROWS, *_WHERE]),
-    "steering_vector": (c_int, [*_INPUTS, *_ROWS, *_WHERE]),
+    "steering_vector": (c_int, [*_INPUTS, c_int, *_ROWS, *_WHERE]),
     "sample": (
         c_int,
         [
@@ -42,7 +43,8 @@ _SIGNATURES = {
     ),
     "topk": (c_int, [*_INPUTS, *_STEERING, c_int, c_void_p, c_void_p, *_WHERE]),
     "score": (c_int, [*_INPUTS, *_STEERING, c_void_p, c_void_p, *_WHERE]),
-    "project_strength": (c_int, [*_INPUTS, c_float, *[c_void_p] * 5, *_WHERE]),
+    "project_strength": (c_int, [*_INPUTS, c_float, c_int, *[c_void_p] * 5, *_WHERE]),
+    "support": (c_int, [*_INPUTS, c_float, c_int, c_void_p, c_int, *[c_void_p] * 8, *_WHERE]),
     "divergence": (c_int, [*_INPUTS, c_void_p, *_WHERE]),
 }  # fmt: skip
 
@@ -100,14 +102,15 @@ def workspace_size(rows: int, vocab: int) -> int:
 
 
 def steering_vector(
-    adapted: Tensor, base: Tensor, out: Tensor, *, workspace: Tensor | None = None
+    adapted: Tensor, base: Tensor, direction: str, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
     """Write `reference.steering_vector` to `out`, which may be float32 `adapted` or `base`.
 
     workspace, here and below: float32 `[workspace_size(N, V)]` or more, aligned to 16 bytes; it
     need not be initialised.
     """
-    _run("steering_vector", adapted, base, _rows(out), workspace)
+    arguments = (direction == "difference", *_rows(out))
+    _run("steering_vector", adapted, base, arguments, workspace)
 
 
 def steer(
@@ -165,6 +168,7 @@ def project_strength(
     base: Tensor,
     target: Tensor,
     alpha: float,
+    direction: str,
     numerator: Tensor,
     gauss_newton: Tensor,
     newton: Tensor,
@@ -174,8 +178,24 @@ def project_strength(
 ) -> None:
     """Write `reference.project_strength` to float32 and bool `[N]`; a target as in `score`."""
     outputs = (numerator, gauss_newton, newton, in_support)
-    arguments = (log_alpha(alpha), target.contiguous(), *outputs)
+    arguments = (log_alpha(alpha), direction == "difference", target.contiguous(), *outputs)
     _run("project_strength", adapted, base, arguments, workspace)
+
+
+def support(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    alpha: float,
+    direction: str,
+    capacity: int,
+    *outputs: Tensor,
+    workspace: Tensor | None = None,
+) -> None:
+    """Write `reference.support` to its eight fields, contiguous; a target as in `score`."""
+    rest = target.contiguous(), capacity, *outputs
+    arguments = (log_alpha(alpha), direction == "difference", *rest)
+    _run("support", adapted, base, arguments, workspace)
 
 
 def divergence(
@@ -212,7 +232,7 @@ def _inputs(adapted: Tensor, base: Tensor) -> tuple[int, ...]:
 
 
 def _steering(mask: Mask) -> tuple[Any, ...]:
-    return *_per_row(mask.strength), log_alpha(mask.alpha), mask.penalty
+    return *_per_row(mask.strength), log_alpha(mask.alpha), mask.penalty, mask.is_difference
 
 
 def _per_row(value: PerRow[Any]) -> tuple[Tensor | None, Any]:

@@ -45,13 +45,21 @@ def _drawn(adapted: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return adapted.new_empty(n, dtype=torch.int64), adapted.new_empty(n, dtype=torch.float32)
 
 
+def _listed(adapted: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    n, capacity = adapted.shape[0], rest[-1]
+    lists = _floats(adapted, capacity), _floats(adapted, capacity)
+    token = adapted.new_empty(n, capacity, dtype=torch.int64)
+    size = adapted.new_empty(n, dtype=torch.int64)
+    return token, *lists, *(_floats(adapted) for _ in range(4)), size
+
+
 ROWS: Fields = {"adapted": Tensor, "base": Tensor}
 OPERATORS = {
     "steering_vector": Operator(
-        ROWS,
+        {**ROWS, "direction": str},
         "Tensor",
-        lambda z, b: (torch.empty_like(z, dtype=torch.float32),),
-        lambda z, b: (reference.steering_vector(z, b),),
+        lambda z, *_: (torch.empty_like(z, dtype=torch.float32),),
+        lambda z, b, direction: (reference.steering_vector(z, b, direction),),
     ),
     "steer": Operator(
         {**ROWS, "mask": Mask, "dtype": torch.dtype | None},
@@ -73,10 +81,20 @@ OPERATORS = {
         lambda z, b, mask, k: reference.topk(z, b, k=k, **keywords(mask)),
     ),
     "project_strength": Operator(
-        {**ROWS, "target": Tensor, "alpha": float},
+        {**ROWS, "target": Tensor, "alpha": float, "direction": str},
         "(Tensor, Tensor, Tensor, Tensor)",
         lambda z, *_: (*(_floats(z) for _ in range(3)), z.new_empty(z.shape[0], dtype=torch.bool)),
-        lambda z, b, target, alpha: reference.project_strength(z, b, target, alpha=alpha),
+        lambda z, b, target, alpha, direction: reference.project_strength(
+            z, b, target, alpha=alpha, direction=direction
+        ),
+    ),
+    "support": Operator(
+        {**ROWS, "target": Tensor, "alpha": float, "direction": str, "capacity": int},
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _listed,
+        lambda z, b, target, alpha, direction, capacity: reference.support(
+            z, b, target, capacity, alpha=alpha, direction=direction
+        ),
     ),
     "score": Operator(
         {**ROWS, "mask": Mask, "target": Tensor},

@@ -27,11 +27,12 @@ def linear_topk(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
     backend: str = "auto",
 ) -> TopK:
     """Return `ops.topk` of the logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
     head = _checked(adapted, base, head)
-    mask = checks.mask(strength, alpha, penalty, adapted)
+    mask = checks.mask(strength, alpha, penalty, direction, adapted)
     checks.k(k, head.weight.shape[0])
     return TopK(*_call("topk", backend, adapted, base, head, mask, k))
 
@@ -45,11 +46,12 @@ def linear_score(
     *,
     alpha: float = 0.1,
     penalty: float = -INF,
+    direction: str = "projected",
     backend: str = "auto",
 ) -> Tensor:
     """Return `ops.score` of the logits of hidden states `[N, H]`; head: `[V, H]` or a `Head`."""
     head = _checked(adapted, base, head)
-    mask = checks.mask(strength, alpha, penalty, adapted)
+    mask = checks.mask(strength, alpha, penalty, direction, adapted)
     checks.target(target, adapted, head.weight.shape[0])
     return _call("score", backend, adapted, base, head, mask, target)[0]
 
@@ -61,13 +63,16 @@ def linear_project_strength(
     target: Tensor,
     *,
     alpha: float = 0.1,
+    direction: str = "projected",
     backend: str = "auto",
 ) -> Projection:
     """`ops.project_strength` of the head's logits of hidden states `[N, H]`."""
     head = _checked(adapted, base, head)
     checks.support(alpha, penalty=0.0)
+    checks.check_direction(direction)
     checks.target(target, adapted, head.weight.shape[0])
-    return Projection(*_call("project_strength", backend, adapted, base, head, target, alpha))
+    rest = target, alpha, direction
+    return Projection(*_call("project_strength", backend, adapted, base, head, *rest))
 
 
 def linear_divergence(

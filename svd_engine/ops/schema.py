@@ -16,6 +16,7 @@ TYPES = {
     float: "float",
     float | None: "float?",
     int: "SymInt",
+    str: "str",
     torch.dtype | None: "ScalarType?",
 }
 

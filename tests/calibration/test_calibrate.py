@@ -150,7 +150,7 @@ def test_supports_at_a_larger_alpha_are_those_collected_there(engine):
 
 
 @pytest.mark.parametrize("spoilt", ["nothing", "adapted -inf", "base -inf", "both -inf"])
-def test_compact_supports_are_the_reference(spoilt):
+def test_the_entries_are_what_steering_changes(spoilt):
     torch.manual_seed(0)
     adapted, base = 3 * torch.randn(2, 20, VOCAB)
     target = torch.arange(20) + 1
@@ -158,14 +158,22 @@ def test_compact_supports_are_the_reference(spoilt):
         adapted[::3, 40] = -torch.inf
     if spoilt in ("base -inf", "both -inf"):
         base[::3, 40] = -torch.inf
-    got, logp, logq = support_stats.compact(adapted, base, target, 0.05)
-    truth = reference.support(adapted, base, 0.05)
-    assert torch.equal(got.row, truth.row) and torch.equal(got.token, truth.token)
-    torch.testing.assert_close(got.p, truth.p, atol=0, rtol=1e-5)
-    torch.testing.assert_close(got.delta, truth.delta, atol=1e-6, rtol=1e-5)
-    for mine, logits in ((logp, adapted), (logq, base)):
-        every = logits.double().log_softmax(-1).gather(-1, target[:, None])[:, 0]
-        torch.testing.assert_close(mine.double(), every, atol=1e-5, rtol=0)
+    parts = [
+        Predictions((adapted[rows], base[rows]), target[rows], rows)
+        for rows in torch.arange(20).split(8)
+    ]
+    got = support_stats.gather(parts, 0.05)
+    z, b = adapted.double(), base.double()
+    kept = reference.steer(z, b, 1.0, alpha=0.05).isfinite()
+    row, token = kept.nonzero().T
+    assert torch.equal(got.position, row)
+    assert torch.equal(got.on_target, token == target[row])
+    torch.testing.assert_close(got.p, z.softmax(-1)[kept], atol=0, rtol=1e-5)
+    delta = reference.steering_vector(z, b)[kept]
+    torch.testing.assert_close(got.delta, delta, atol=1e-6, rtol=1e-5)
+    for mine, logits in ((got.adapted, z), (got.base, b)):
+        every = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        torch.testing.assert_close(mine, every, atol=1e-5, rtol=0)
 
 
 def test_the_estimators_by_hand():

@@ -48,7 +48,7 @@ def config(strength, **options):
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_the_reference_is_the_formula(alpha, penalty):
     z, b = torch.randn(2, 3, 50, dtype=torch.float64)
-    got = reference.steer(z, b, -2.0, alpha=alpha, penalty=penalty, projection=False)
+    got = reference.steer(z, b, -2.0, alpha=alpha, penalty=penalty, direction="difference")
     torch.testing.assert_close(got, by_hand(z, b, -2.0, alpha, penalty))
     if alpha == 0:  # the contrast of the two models
         torch.testing.assert_close(got.softmax(-1), (3 * z - 2 * b).softmax(-1))
@@ -58,7 +58,7 @@ def test_impossible_tokens_and_bad_rows():
     z, b = torch.randn(2, 4, 20)
     z[0, 3] = b[0, 3] = z[1, 4] = b[2, 5] = -math.inf
     z[3, 0] = math.nan
-    got = reference.steer(z, b, -2.0, alpha=0.0, projection=False)
+    got = reference.steer(z, b, -2.0, alpha=0.0, direction="difference")
     assert got[0, 3] == got[1, 4] == -math.inf and got[2, 5] == z[2, 5]
     assert got[:3].isfinite().sum() == 58 and got[3].isnan().all()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from svd_engine import ops
+from svd_engine.kernels import reference
 from svd_engine.ops import dispatch
 
 from . import rows
@@ -35,6 +36,8 @@ class Options:
     top_p: float = 0.95
     min_p: float = 0.01
     k: int = 8
+    capacity: int = 40
+    direction: str = "projected"
 
     def row(self, i: int) -> "Options":
         """The options of row i."""
@@ -53,10 +56,21 @@ class Operator(NamedTuple):
     run: Operate
     registered: str
     reads: frozenset[str] = frozenset()  # which options
+    direction: str = "projected"
+
+
+def _along(operator: Operator, direction: str) -> Operator:
+    """The operator in another direction."""
+    run = operator.run
+
+    def turned(z: Tensor, b: Tensor, o: Options, *rest: Any) -> Outputs:
+        return run(z, b, replace(o, direction=direction), *rest)
+
+    return operator._replace(run=turned, direction=direction)
 
 
 def _mask(o: Options) -> dict[str, Any]:
-    return {"alpha": o.alpha, "penalty": o.penalty}
+    return {"alpha": o.alpha, "penalty": o.penalty, "direction": o.direction}
 
 
 def _sampler(noisy: bool, cut: bool) -> Operate:
@@ -83,7 +97,13 @@ def _topk(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) ->
 
 
 def _project(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -> Outputs:
-    return ops.project_strength(z, b, o.target, alpha=o.alpha, backend=backend)
+    at = dict(alpha=o.alpha, direction=o.direction)
+    return ops.project_strength(z, b, o.target, **at, backend=backend)
+
+
+def _support(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -> Outputs:
+    at = dict(alpha=o.alpha, direction=o.direction, capacity=min(o.capacity, z.shape[1] + 1))
+    return ops.support(z, b, o.target, **at, backend=backend)
 
 
 def _divergence(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -> Outputs:
@@ -91,12 +111,12 @@ def _divergence(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | No
 
 
 def _vector(z: Tensor, b: Tensor, o: Options, backend: str, out: Tensor | None) -> Outputs:
-    return (ops.steering_vector(z, b, backend=backend),)
+    return (ops.steering_vector(z, b, direction=o.direction, backend=backend),)
 
 
 _STEERED = frozenset({"mu", "alpha", "penalty"})
 _NOISY = _STEERED | {"temperature", "seed", "position"}
-OPERATORS: dict[str, Operator] = {
+_PROJECTED: dict[str, Operator] = {
     "steer": Operator(_steer, "steer", _STEERED),
     "sample greedy": Operator(_sampler(False, False), "sample", _STEERED),
     "sample noisy": Operator(_sampler(True, False), "sample", _NOISY),
@@ -106,15 +126,25 @@ OPERATORS: dict[str, Operator] = {
     "project_strength": Operator(_project, "project_strength", frozenset({"alpha", "target"})),
     "divergence": Operator(_divergence, "divergence"),
     "steering_vector": Operator(_vector, "steering_vector"),
+    "support": Operator(_support, "support", frozenset({"alpha", "target", "capacity"})),
+}
+DIFFERENCE = ", difference"  # ends the name of an operator in that direction
+OPERATORS = _PROJECTED | {
+    name + DIFFERENCE: _along(operator, "difference")
+    for name, operator in _PROJECTED.items()
+    if name != "divergence"
 }
 
 
 def absent(name: str, backend: str, device: str) -> str | None:
     """Why a backend does not have an operator; None where it does."""
+    operator = OPERATORS[name]
     try:
-        dispatch.choose(OPERATORS[name].registered, backend, torch.device(device))
+        module = dispatch.choose(operator.registered, backend, torch.device(device))
     except ValueError as error:
         return str(error)
+    if operator.direction not in getattr(module, "DIRECTIONS", reference.DIRECTIONS):
+        return f"it has no direction {operator.direction}"
     return None
 
 
@@ -174,7 +204,7 @@ def _each(name: str, inputs: Inputs, *given: Mapping[str, Any], **also: Any) -> 
     asked, alike = set(), also.pop("alike", False)
     for i, options in enumerate(given or ({},)):
         new = set()
-        for operator, (_, _, reads) in OPERATORS.items():
+        for operator, (_, _, reads, _) in OPERATORS.items():
             changed = {k: v for k, v in options.items() if k in reads and v != DEFAULTS.get(k)}
             question = operator, *sorted(changed.items(), key=lambda item: item[0])
             if question not in asked:
@@ -342,7 +372,8 @@ def _settings() -> Iterator[Recipe]:
     plain = lambda s: s.logits(3, s.of(2496))  # noqa: E731
     yield from _each("strengths", plain, *(
         {"mu": mu, "penalty": p} for p in (-INF, -2.0) for mu in (-20.0, 0.0, 3.0, one_per_row)
-    ), {"k": EVERY, "alpha": 0.3}, {"k": EVERY, "penalty": -1.0}, {"target": last})  # fmt: skip
+    ), {"k": EVERY, "alpha": 0.3}, {"k": EVERY, "penalty": -1.0}, {"target": last},
+        *({"capacity": c, "alpha": a} for c in (1, 7, EVERY) for a in (0.0, 0.1)))  # fmt: skip
     wide = lambda s: s.logits(2, s.of(4992), spread=0.01)  # noqa: E731
     cuts = ({"top_k": 300}, {"top_p": 0.7}, {"min_p": 0.99}, {"top_p": 0.5, "top_k": 50})
     no_cuts = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, "k": 40}

@@ -4,14 +4,16 @@ The tolerance is earned: |backend - float64| <= |float32 PyTorch - float64| + a 
 numbers that the element is made of.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from svd_engine.kernels import reference
+from svd_engine.kernels.reference import Support
 
-from .cases import BF16, INF, OPERATORS, Case, Options, Outputs
+from .cases import BF16, DIFFERENCE, INF, OPERATORS, Case, Options, Outputs
 
 SAMPLERS = ("sample greedy", "sample noisy", "sample cut")
 POISON = 12345.0
@@ -95,8 +97,9 @@ class _Sizes:
 
     def vector(self) -> Tensor:
         """Of delta: p times the error of the mean, and its own roundings."""
-        share = self.z.softmax(-1).nan_to_num(0.0)
-        delta = reference.steering_vector(self.z, self.b).nan_to_num(0.0)
+        direction = self.options.direction
+        share = self.z.softmax(-1).nan_to_num(0.0) if direction == "projected" else 1.0
+        delta = reference.steering_vector(self.z, self.b, direction).nan_to_num(0.0)
         return 4 * share * self.reach + 3 * delta.abs()
 
     def steered(self) -> Tensor:
@@ -118,6 +121,7 @@ class _Sizes:
 
 def answer(name: str, case: Case, slack: Slack) -> Answer:
     """What an operator is to give, and how far from it an element may be."""
+    case, name = _along(name, case)
     _, z, b, o, _ = case
     run = OPERATORS[name].run
     plain = run(z.float(), b.float(), o, "reference", None)
@@ -139,6 +143,15 @@ def answer(name: str, case: Case, slack: Slack) -> Answer:
         orders = zip(size, (1, 2, 2), strict=True)
         allowed = [sizes.tolerance(x[:, None], order)[:, 0] for x, order in orders]
         return Answer(plain, (*truth[:3], plain[3]), (*allowed, plain[3]))
+    if name == "support":
+        at = plain[0].clamp(min=0)
+        size = sizes.tolerance(sizes.vector()).expand_as(sizes.z).gather(-1, at)
+        p = sizes.tolerance(4 * truth[1])
+        nats = [1 + x.double().abs().nan_to_num(0, 0, 0)[:, None] for x in truth[3:7]]
+        nats[2] = 4 * sizes.reach + nats[2]
+        nats[0], nats[1] = nats[0] + sizes.row, nats[1] + sizes.row + sizes.reach
+        each = [sizes.tolerance(3 * x)[:, 0] for x in nats]
+        return Answer(plain, (plain[0], *truth[1:7], plain[7]), (at, p, size, *each, at[:, 0]))
     if name == "topk":
         return Answer(plain, truth, truth)  # the rest depends on the tokens
     if name == "divergence":
@@ -151,14 +164,22 @@ def answer(name: str, case: Case, slack: Slack) -> Answer:
     return Answer(plain, truth, (sizes.tolerance(size).reshape(truth[0].shape) + underflow,))
 
 
+def _along(name: str, case: Case) -> tuple[Case, str]:
+    """The case with the operator's direction, and the operator that reads it."""
+    options = replace(case.options, direction=OPERATORS[name].direction)
+    return case._replace(options=options), name.removesuffix(DIFFERENCE)
+
+
 def _exactly_steered(case: Case) -> Tensor:
     _, z, b, o, _ = case
-    return reference.steer(z.double(), b.double(), o.mu, alpha=o.alpha, penalty=o.penalty)
+    mask = dict(alpha=o.alpha, penalty=o.penalty, direction=o.direction)
+    return reference.steer(z.double(), b.double(), o.mu, **mask)
 
 
 OUTPUTS = {
     "topk": ("logprob", "token"),
     "project_strength": ("numerator", "gauss_newton", "newton", "in_support"),
+    "support": Support._fields,
 } | dict.fromkeys(SAMPLERS, ("token", "logprob"))
 
 
@@ -166,10 +187,12 @@ def check(
     name: str, backend: str, case: Case, slack: Slack | None = None, known: Answer | None = None
 ) -> Worst:
     """One operator on one case. Raises WrongError."""
+    known = known or answer(name, case, slack or (DEVICE if case.z.is_cuda else HOST))
+    case, name = _along(name, case)
     _, z, b, o, _ = case
     run, worst = OPERATORS[name].run, Worst()
     slack = slack or (DEVICE if z.is_cuda else HOST)
-    plain, truth, allowed = known or answer(name, case, slack)
+    plain, truth, allowed = known
     got = _steered_between(backend, case) if name == "steer" else run(z, b, o, backend, None)
     if len(z) == 0:
         shapes = [[list(x.shape) for x in y] for y in (got, plain)]

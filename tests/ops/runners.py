@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from svd_engine.kernels import reference
 from svd_engine.ops import cpu, cuda, dispatch
 
 from .cases import NAN, OPERATORS, TILE, Recipe
@@ -61,6 +62,13 @@ class Runner:
     def module(self) -> ModuleType:
         return import_module(dispatch.MODULES[self.backend])
 
+    def has(self, operator: str) -> bool:
+        """Whether the backend has an operator of `cases`."""
+        module = reference if self.backend == "reference" else self.module
+        _, registered, _, direction = OPERATORS[operator]
+        directions = getattr(module, "DIRECTIONS", reference.DIRECTIONS)
+        return hasattr(module, registered) and direction in directions
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Memory that an operator allocates begins as NaN, or as the largest integer."""
@@ -77,7 +85,11 @@ class Runner:
         """Whether a case is one for this runner."""
         if operator not in recipe.operators or recipe.large > self.largest:
             return False
+        if not self.has(operator):
+            return False
         share = self.alike if recipe.alike else self.others
+        if (recipe.alike or self.slow) and OPERATORS[operator].direction != "projected":
+            share = min(share, 1)  # the direction changes one line of a kernel
         return (recipe.number + list(OPERATORS).index(operator)) % 5 < share
 
 
@@ -100,7 +112,8 @@ def _guarded(operator: Callable[..., None], size: Callable[[int, int], int]) -> 
 
 def _guard(undo: contextlib.ExitStack, module: ModuleType) -> None:
     for name in dispatch.OPERATORS:
-        patch(undo, module, name, _guarded(getattr(module, name), module.workspace_size))
+        if hasattr(module, name):
+            patch(undo, module, name, _guarded(getattr(module, name), module.workspace_size))
 
 
 def _cpu(limit: str) -> Runner:

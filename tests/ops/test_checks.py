@@ -41,6 +41,12 @@ BAD = {
     "alpha must lie": lambda z, b: ops.steer(z, b, 1.0, alpha=1.5),
     "alpha must lie in": lambda z, b: ops.steer(z, b, 1.0, alpha=math.nan),
     "penalty must be": lambda z, b: ops.steer(z, b, 1.0, penalty=1.0),
+    "direction must be one of projected, difference; got 'raw'": lambda z, b: ops.steer(
+        z, b, 1.0, direction="raw"
+    ),
+    "direction must": lambda z, b: ops.steering_vector(z, b, direction=None),
+    "direction must be": lambda z, b: ops.support(z, b, torch.arange(3), direction="p"),
+    "capacity must be >= 1": lambda z, b: ops.support(z, b, torch.arange(3), capacity=0),
     "out must be": lambda z, b: ops.steer(z, b, 1.0, out=torch.empty(3, 99)),
     "out must have strides": lambda z, b: ops.steer(z, b, 1.0, out=torch.empty(100, 3).T),
     "temperature must be": lambda z, b: ops.sample(z, b, 1.0, temperature=-1.0),

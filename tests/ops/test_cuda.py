@@ -35,13 +35,13 @@ def test_in_place(penalty, device):
     z, b = logits(2, 5000, device)
     want = steer(z, b, penalty=penalty)
     delta = torch.empty_like(z)
-    cuda.steering_vector(z, b, delta)
+    cuda.steering_vector(z, b, "projected", delta)
     for at in (0, 1):
         rows = [z.clone(), b.clone()]
         cuda.steer(*rows, packed.mask(2.0, 0.1, penalty), rows[at])
         assert torch.equal(rows[at], want)
         rows = [z.clone(), b.clone()]
-        cuda.steering_vector(*rows, rows[at])
+        cuda.steering_vector(*rows, "projected", rows[at])
         assert torch.equal(rows[at], delta)
 
 
@@ -72,7 +72,7 @@ def test_a_strength_or_target_that_is_none(device):
     inside = torch.ones(3, dtype=torch.bool, device=device)
     cuda.score(z, b, packed.mask(strength), target, out[0])
     assert out[0].isnan().all()
-    cuda.project_strength(z, b, target, 0.1, *out[1:], inside)
+    cuda.project_strength(z, b, target, 0.1, "projected", *out[1:], inside)
     assert out[1].isnan().tolist() == [False, True, True] and not inside[1:].any()
     best, token = torch.zeros(3, 3, device=device), torch.zeros(3, 3, dtype=int, device=device)
     cuda.topk(z, b, packed.mask(strength), 3, best, token)

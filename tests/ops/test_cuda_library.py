@@ -29,7 +29,7 @@ REGISTERS = 80
 # the two forms of pass 1; of `sample` with cuts and without.
 KERNELS = {
     "measure_tiles": 36, "steer_tiles": 18, "sample_rows": 2, "topk_rows": 1, "score_rows": 1,
-    "project_rows": 1, "divergence_rows": 1,
+    "project_rows": 1, "divergence_rows": 1, "support_rows": 1,
 }  # fmt: skip
 
 
@@ -63,12 +63,13 @@ def test_in_a_graph_on_a_stream_of_its_own():
     rows, by, at = (z, b), packed.mask(strength, 0.01), dict(seed=seed, position=position)
     operators = {  # and its arguments
         "steer": (*rows, by),
-        "steering_vector": rows,
+        "steering_vector": (*rows, "difference"),
         "sample": (*rows, by, packed.draw(2.0, **at)),
         "sample, cut": (*rows, by, packed.draw(2.0, **at, top_k=50, top_p=0.95, min_p=1e-4)),
         "topk": (*rows, by, 9),
         "score": (*rows, by, target),
-        "project_strength": (*rows, target, 0.01),
+        "project_strength": (*rows, target, 0.01, "projected"),
+        "support": (*rows, target, 0.01, "difference", 50),
         "divergence": rows,
     }
     outputs = {
@@ -107,7 +108,7 @@ def test_without_a_device_it_loads_and_says_so():
     library = cuda._load()
     z, b = logits(1, 10, "cpu")
     codes = library.probe(), library.steer(
-        *cuda._inputs(z, b), None, 1.0, 0.0, 0.0, *cuda._rows(z), z.data_ptr(), 0, None
+        *cuda._inputs(z, b), None, 1.0, 0.0, 0.0, 0, *cuda._rows(z), z.data_ptr(), 0, None
     )  # fmt: skip
     for code in codes:
         assert library.error(code) in (b"cudaErrorInsufficientDriver", b"cudaErrorNoDevice")

@@ -73,6 +73,7 @@ def every_operator(z, b):
     return (
         ops.steering_vector(z, b), ops.steer(z, b, 2.0), target, *ops.topk(z, b, 1.0, 3),
         *ops.project_strength(z, b, target), ops.score(z, b, 1.0, target), ops.divergence(z, b),
+        *ops.support(z, b, target, capacity=9),
     )  # fmt: skip
 
 
@@ -87,6 +88,10 @@ def _targets(n):
     return torch.arange(n) % 50
 
 
+def support(z, b, target):
+    return ops.support(z, b, target, capacity=4)
+
+
 HEAD = torch.randn(100, 16)
 CALLS = {  # a call of each operator on n rows
     ops.steer: lambda z, b, n: (z, b, 1.0),
@@ -95,6 +100,7 @@ CALLS = {  # a call of each operator on n rows
     ops.topk: lambda z, b, n: (z, b, 1.0, 3),
     ops.score: lambda z, b, n: (z, b, 1.0, _targets(n)),
     ops.project_strength: lambda z, b, n: (z, b, _targets(n)),
+    support: lambda z, b, n: (z, b, _targets(n)),
     ops.divergence: lambda z, b, n: (z, b),
     ops.linear_topk: lambda z, b, n: (z, b, HEAD, 1.0, 3),
     ops.linear_score: lambda z, b, n: (z, b, HEAD, torch.ones(n), _targets(n)),
@@ -121,16 +127,17 @@ def test_one_compilation_serves_every_batch_size(operator):
 def test_opcheck():
     z, b = rows()
     t, registered = torch.tensor([1, 2, 3]), torch.ops.svd_engine
-    mask = (0.1, -math.inf)
+    mask, along = (0.1, -math.inf, "difference"), "projected"
     draw = (0, t, 0, None)
     calls = {
-        registered.steering_vector: (z, b),
+        registered.steering_vector: (z, b, "difference"),
         registered.steer: (z, b, 1.0, None, *mask, torch.bfloat16),
         registered.sample: (z, b, 0.0, torch.ones(3), *mask, 1.0, 0, 1.0, 0.0, *draw),
         registered.sample_cut: (z, b, 1.0, None, *mask, 1.0, 5, 0.9, 0.01, *draw),
         registered.topk: (z, b, 1.0, None, *mask, 2),
-        registered.project_strength: (z, b, t, 0.1),
-        registered.score: (z, b, 1.0, None, 0.1, 0.0, t),
+        registered.project_strength: (z, b, t, 0.1, along),
+        registered.support: (z, b, t, 0.1, along, 4),
+        registered.score: (z, b, 1.0, None, 0.1, 0.0, along, t),
         registered.divergence: (z, b),
     }
     assert {op.__name__ for op in calls} == {*dispatch.OPERATORS, "sample_cut"}

@@ -30,16 +30,18 @@ def both(hidden, head):
     adapted, base, _, target, mu = hidden
     whole = head if isinstance(head, ops.Head) else ops.Head(head)
     z, b = whole.logits(adapted), whole.logits(base)
-    yield ops.linear_topk(adapted, base, head, mu, 3), ops.topk(z, b, mu, 3)
-    for penalty in (-float("inf"), -1.0):
+    for direction in ("projected", "difference"):
+        to = {"direction": direction}
+        yield ops.linear_topk(adapted, base, head, mu, 3, **to), ops.topk(z, b, mu, 3, **to)
+        for penalty in (-float("inf"), -1.0):
+            yield (
+                ops.linear_score(adapted, base, head, mu, target, penalty=penalty, **to),
+                ops.score(z, b, mu, target, penalty=penalty, **to),
+            )
         yield (
-            ops.linear_score(adapted, base, head, mu, target, penalty=penalty),
-            ops.score(z, b, mu, target, penalty=penalty),
+            ops.linear_project_strength(adapted, base, head, target, **to),
+            ops.project_strength(z, b, target, **to),
         )
-    yield (
-        ops.linear_project_strength(adapted, base, head, target),
-        ops.project_strength(z, b, target),
-    )
     yield ops.linear_divergence(adapted, base, head), ops.divergence(z, b)
 
 
@@ -88,9 +90,9 @@ def test_opcheck(hidden):
     shared = (adapted, base, weight, None, None, 1.0)
     registered = torch.ops.svd_engine
     for operator, arguments in {
-        registered.linear_topk: (0.0, mu, 0.1, 0.0, 3),
-        registered.linear_score: (1.0, None, 0.1, 0.0, target),
-        registered.linear_project_strength: (target, 0.1),
+        registered.linear_topk: (0.0, mu, 0.1, 0.0, "difference", 3),
+        registered.linear_score: (1.0, None, 0.1, 0.0, "projected", target),
+        registered.linear_project_strength: (target, 0.1, "difference"),
         registered.linear_divergence: (),
     }.items():
         torch.library.opcheck(operator.default, (*shared, *arguments, "auto"))

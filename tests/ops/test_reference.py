@@ -113,7 +113,8 @@ def test_a_bad_row_is_nan_alone(where, value):
     assert ref.sample(z, b, 2.0).token[1] == -1
     assert ref.topk(z, b, 2.0, 3).token[1].tolist() == [-1] * 3
     assert ref.score(z, b, 2.0, torch.zeros(3, dtype=torch.int64))[1].isnan()
-    assert ref.support(z, b).row.tolist().count(1) == 0
+    listed = ref.support(z, b, torch.zeros(3, dtype=torch.int64), 60)
+    assert listed.size[1] == 0 and (listed.token[1] == -1).all() and listed.logp[1].isnan()
 
 
 def test_ties_go_to_the_lowest_id():
@@ -124,11 +125,23 @@ def test_ties_go_to_the_lowest_id():
 
 def test_support_lists_what_steer_keeps():
     z, b = rows()
-    support = ref.support(z, b, 0.05)
+    target = torch.arange(5)
     kept = ref.steer(z, b, 1.0, alpha=0.05).isfinite()
-    assert torch.equal(torch.stack([support.row, support.token], 1), kept.nonzero())
-    torch.testing.assert_close(support.p, z.softmax(-1)[kept])
-    torch.testing.assert_close(support.delta, ref.steering_vector(z, b)[kept])
+    for direction in ref.DIRECTIONS:
+        got = ref.support(z, b, target, 60, alpha=0.05, direction=direction)
+        row, slot = (got.token >= 0).nonzero().T
+        token = got.token[row, slot]
+        assert torch.equal(torch.stack([row, token], 1), kept.nonzero())
+        assert torch.equal(got.size, kept.sum(-1))
+        torch.testing.assert_close(got.p[row, slot], z.softmax(-1)[kept])
+        delta = ref.steering_vector(z, b, direction)[kept]
+        torch.testing.assert_close(got.delta[row, slot], delta)
+        torch.testing.assert_close(got.logp, z.log_softmax(-1).diagonal())
+        torch.testing.assert_close(got.logq, b.log_softmax(-1).diagonal())
+        torch.testing.assert_close(got.mean_d, (z.softmax(-1) * (z - b)).sum(-1))
+        torch.testing.assert_close(got.divergence, ref.divergence(z, b))
+    few = ref.support(z, b, target, 2, alpha=0.05)
+    assert torch.equal(few.token, got.token[:, :2]) and torch.equal(few.size, got.size)
 
 
 def test_philox_known_answers():

@@ -59,12 +59,13 @@ def every_request(vocab, dtypes):
             z, b = rows(n, vocab, z_dtype, lead, pad), rows(n, vocab, b_dtype, *other)
             token, number = TOKENS[:n], NUMBERS[:n]
             launch.divergence(z, b, number)
-            launch.steering_vector(z, b, rows(n, vocab, FLOAT, lead, pad))
+            launch.steering_vector(z, b, "projected", rows(n, vocab, FLOAT, lead, pad))
             for alpha, mu, penalty in itertools.product(
                 (0.0, 0.1), either(n, NUMBERS), (-math.inf, -2.0, 0.0)
             ):
                 by = packed.mask(mu, alpha, penalty)
-                launch.project_strength(z, b, token, alpha, number, number, number, number > 0)
+                terms = number, number, number, number > 0
+                launch.project_strength(z, b, token, alpha, "projected", *terms)
                 for dtype in dtypes:
                     out = rows(n, vocab, dtype, lead, pad)
                     launch.steer(z, b, by, out)
