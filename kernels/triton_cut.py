@@ -1,84 +1,199 @@
-"""The second pass of `sample` with cuts: draw from the tokens that top_k, top_p and min_p keep."""
+"""The second pass of `sample` with cuts: draw from the tokens that top_k, top_p and min_p keep.
+
+Every walk goes over the active tiles whose greatest steered logit reaches a bound.
+"""
 
 import triton
 import triton.language as tl
 
-from .triton_measure import is_active, next_tile, steer_row
-from .triton_rows import INF, Rows, accumulate, kernel, per_row, steered_tile
-from .triton_sample import best_of, choose
+from .triton_measure import (
+    EXTRA,
+    STATISTICS,
+    WARP,
+    active_tiles,
+    add_2,
+    is_active,
+    next_tile,
+    statistic,
+    steer_row,
+)
+from .triton_rows import INF, LOWEST, Rows, exp, kernel, per_row, steered_tile
+from .triton_sample import better_and_add, choose, keep_better
+
+
+@triton.jit
+def reaching_tiles(
+    workspace, row, vocab, steering, first, bound, STRICTLY: tl.constexpr,
+    REMOVE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`active_tiles` of the tiles that `survey` found to reach `bound`, and the greatest below."""
+    count = tl.cdiv(vocab, TILE)
+    lane = tl.arange(0, WARP)
+    low = tl.cast(0, tl.uint64)
+    high = tl.cast(0, tl.uint64)
+    below = tl.full((WARP,), -INF, tl.float32)
+    for group in tl.static_range(0, LANES if LANES < 128 else 128, 32):
+        peaks = statistic(workspace, row, count, 0, first + group, -INF)
+        tile_best = statistic(workspace, row, count, EXTRA, first + group, -INF)
+        active = is_active(peaks, steering, REMOVE)
+        if STRICTLY:
+            reaches = tile_best > bound
+        else:
+            reaches = tile_best >= bound
+        below = tl.maximum(below, tl.where(active & (reaches == 0), tile_best, -INF))
+        bits = tl.sum(tl.where(active & reaches, 1 << lane, 0).to(tl.uint32)).to(tl.uint64)
+        if group < 64:
+            low |= bits << group
+        else:
+            high |= bits << (group - 64)
+    return low, high, tl.max(below)
+
+
+@triton.jit
+def greatest_and_least(greatest, least, other_greatest, other_least):
+    return tl.maximum(greatest, other_greatest), tl.minimum(least, other_least)
+
+
+@triton.jit
+def count_above(count, sum_exp, under, over, other_count, other_sum_exp, other_under, other_over):
+    return (
+        count + other_count,
+        sum_exp + other_sum_exp,
+        tl.maximum(under, other_under),
+        tl.minimum(over, other_over),
+    )
 
 
 @triton.jit
 def survey(
-    rows, steering, row, active, temperature,
+    rows, steering, row, workspace, temperature,
     REMOVE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of the steered logits: each tile's greatest, the row's least above -inf, log sum exp, and
-    tempered_sum_exp = sum exp((logit - greatest) / temperature)."""
-    lane = tl.arange(0, LANES)
-    tile_best = tl.where(lane >= 0, -INF, 0.0)
-    least = INF
-    lse_peak = -INF
-    lse_sum_exp = 0.0
-    tempered_peak = -INF
-    tempered_sum_exp = 0.0
-    tile = next_tile(active, -1, LANES)
-    while tile < LANES:
-        token = tile * TILE + tl.arange(0, TILE)
-        logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
-        tile_best = tl.where(lane == tile, tl.max(logits), tile_best)
-        least = tl.minimum(least, tl.min(tl.where(logits > -INF, logits, INF)))
-        lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits, 1.0)
-        tempered_peak, tempered_sum_exp = accumulate(
-            tempered_peak, tempered_sum_exp, logits, temperature
-        )
-        tile = next_tile(active, tile, LANES)
-    return tile_best, least, lse_peak + tl.log(lse_sum_exp), tempered_sum_exp
+    """Of the steered logits: the greatest, the least above -inf, log sum exp, and
+    tempered_sum_exp = sum exp((logit - greatest) / temperature).
+
+    The greatest of each tile is left in the workspace.
+    """
+    count = tl.cdiv(rows.vocab, TILE)
+    place = workspace + (row.to(tl.int64) * STATISTICS + EXTRA) * count
+    greatest = tl.full((TILE,), LOWEST, tl.float32)
+    least = tl.full((TILE,), INF, tl.float32)
+    sum_exp = tl.zeros((TILE,), tl.float32)
+    tempered = tl.zeros((TILE,), tl.float32)
+    for first in tl.range(0, LANES, 128):
+        low, high = active_tiles(workspace, row, rows.vocab, steering, first, REMOVE, LANES, TILE)
+        while (low | high) != 0:
+            tile, low, high = next_tile(low, high)
+            token = (first + tile) * TILE + tl.arange(0, TILE)
+            logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+            tl.store(place + first + tile, tl.max(logits))
+            least = tl.minimum(least, tl.where(logits > -INF, logits, INF))
+            away = logits - greatest
+            e = exp(-tl.abs(away))
+            tempered_e = exp(-tl.abs(away) / temperature)
+            more = away > 0
+            sum_exp = tl.where(more, sum_exp * e + 1.0, sum_exp + e)
+            tempered = tl.where(more, tempered * tempered_e + 1.0, tempered + tempered_e)
+            greatest = tl.maximum(greatest, logits)
+    best, least = tl.reduce((greatest, least), 0, greatest_and_least)
+    away = greatest - best
+    sum_exp, tempered = tl.reduce(
+        (sum_exp * exp(away), tempered * exp(away / temperature)), 0, add_2
+    )
+    tl.debug_barrier()
+    return best, least, best + tl.log(sum_exp), tempered
 
 
 @triton.jit
 def cut_off(
-    rows, steering, row, tile_best, low, temperature, top_k, limit,
+    rows, steering, row, workspace, low, best, temperature, top_k, limit,
     REMOVE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The least steered logit that is kept, and count and tempered sum_exp of those above it.
 
     A token is kept if fewer than top_k tokens come before it, with a tempered sum_exp below limit.
-    There is no sort: the cut is found by bisection over the logits of [low, greatest]. Each step
-    reads the tiles that reach above the middle, counts the tokens there, and moves one end to a
-    logit that occurs in the row: `high` to the greatest up to the middle, `low` to the least above
-    it. So it ends at a logit of the row, after at most as many steps as there are halvings between
-    the ends in float32, and after few where few distinct logits lie between them.
+    There is no sort: the cut is found by bisection over the logits of [low, best]. Each step reads
+    the tiles that reach above the middle, counts the tokens there, and moves one end to a logit
+    that occurs in the row: `high` to the greatest up to the middle, `low` to the least above it. So
+    it ends at a logit of the row, after at most as many steps as there are halvings between the
+    ends in float32, and after few where few distinct logits lie between them.
     """
-    high = tl.max(tile_best)
-    best = high
+    high = best
     before = 0
     before_sum_exp = 0.0
     while low < high:
         middle = 0.5 * low + 0.5 * high
         middle = tl.where(middle < high, middle, low)
-        under = tl.max(tl.where(tile_best > middle, -INF, tile_best))  # the greatest up to middle
-        over = best  # the least above it
-        count = 0
-        sum_exp = 0.0
-        reach = tile_best > middle
-        tile = next_tile(reach, -1, LANES)
-        while tile < LANES:
-            token = tile * TILE + tl.arange(0, TILE)
-            logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
-            above = logits > middle
-            under = tl.maximum(under, tl.max(tl.where(above, -INF, logits)))
-            over = tl.minimum(over, tl.min(tl.where(above, logits, INF)))
-            count += tl.sum(above.to(tl.int32))
-            sum_exp += tl.sum(tl.where(above, tl.exp((logits - best) / temperature), 0.0))
-            tile = next_tile(reach, tile, LANES)
-        if (count < top_k) & (sum_exp < limit) & (under >= low):
-            high = under
-            before = count
-            before_sum_exp = sum_exp
+        count = tl.zeros((TILE,), tl.int32)
+        sum_exp = tl.zeros((TILE,), tl.float32)
+        under = tl.full((TILE,), -INF, tl.float32)  # the greatest up to the middle
+        over = tl.full((TILE,), INF, tl.float32)  # the least above it
+        below = -INF
+        for first in tl.range(0, LANES, 128):
+            left, right, unread = reaching_tiles(
+                workspace, row, rows.vocab, steering, first, middle, True, REMOVE, LANES, TILE
+            )
+            below = tl.maximum(below, unread)
+            while (left | right) != 0:
+                tile, left, right = next_tile(left, right)
+                token = (first + tile) * TILE + tl.arange(0, TILE)
+                logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+                above = logits > middle
+                under = tl.maximum(under, tl.where(above, -INF, logits))
+                over = tl.minimum(over, tl.where(above, logits, INF))
+                count += above.to(tl.int32)
+                sum_exp += tl.where(above, exp((logits - best) / temperature), 0.0)
+        counted, summed, reached, least = tl.reduce((count, sum_exp, under, over), 0, count_above)
+        reached = tl.maximum(reached, below)
+        if (counted < top_k) & (summed < limit) & (reached >= low):
+            high = reached
+            before = counted
+            before_sum_exp = summed
         else:
-            low = over
+            low = tl.minimum(least, best)
     return high, before, before_sum_exp
+
+
+@triton.jit
+def choose_kept(
+    rows, steering, row, workspace, temperature, seed, position,
+    cut, before, before_sum_exp, exp_at_cut, top_k, limit, RANKED: tl.constexpr,
+    REMOVE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The best token of those above the cut and at it, its steered logit, and how many are at it.
+
+    If RANKED: of those at the cut only the first ones, as far as top_k and limit go.
+    """
+    best = tl.full((TILE,), -INF, tl.float32)
+    best_token = tl.full((TILE,), -1, tl.int32)
+    best_logit = tl.full((TILE,), -INF, tl.float32)
+    at_cut = tl.zeros((TILE,), tl.int32)
+    for first in tl.range(0, LANES, 128):
+        low, high, _ = reaching_tiles(
+            workspace, row, rows.vocab, steering, first, cut, False, REMOVE, LANES, TILE
+        )
+        while (low | high) != 0:
+            tile, low, high = next_tile(low, high)
+            token = (first + tile) * TILE + tl.arange(0, TILE)
+            logits, merit = choose(
+                rows, steering, row, token, temperature, seed, position, REMOVE, False, ALIGNED
+            )
+            equal = logits == cut
+            stays = logits >= cut
+            if RANKED:
+                rank = tl.cumsum(equal.to(tl.int32), 0) - 1
+                fits = (before + rank < top_k) & (before_sum_exp + rank * exp_at_cut < limit)
+                stays = (logits > cut) | (equal & fits)
+                here = tl.sum(equal.to(tl.int32))
+                before += here
+                before_sum_exp += here * exp_at_cut
+            else:
+                at_cut += equal.to(tl.int32)
+            best, best_token, best_logit = keep_better(
+                best, best_token, best_logit, tl.where(stays, merit, -INF), token, logits
+            )
+    _, token, logit, equals = tl.reduce((best, best_token, best_logit, at_cut), 0, better_and_add)
+    return token, logit, equals
 
 
 @kernel
@@ -117,47 +232,30 @@ def cut_rows(
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    peaks, _, steering = steer_row(
-        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
-    )
-    active = is_active(peaks, steering, REMOVE)
+    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
 
-    tile_best, least, lse, tempered_sum_exp = survey(
-        rows, steering, row, active, temperature, REMOVE, ALIGNED, LANES, TILE
+    greatest, least, lse, tempered_sum_exp = survey(
+        rows, steering, row, workspace, temperature, REMOVE, ALIGNED, LANES, TILE
     )
-    greatest = tl.max(tile_best)
     low = tl.maximum(least, greatest + log_min_p * temperature)
     limit = tl.maximum(top_p * tempered_sum_exp, 1e-30)  # top_p = 0 keeps the greatest too
     cut, before, before_sum_exp = cut_off(
-        rows, steering, row, tile_best, low, temperature, top_k, limit,
+        rows, steering, row, workspace, low, greatest, temperature, top_k, limit,
         REMOVE, ALIGNED, LANES, TILE,
     )  # fmt: skip
-    exp_at_cut = tl.exp((cut - greatest) / temperature)  # of each token whose logit is `cut`
+    exp_at_cut = exp((cut - greatest) / temperature)  # of each token whose logit is `cut`
 
-    best = -INF
-    best_token = -1
-    best_logit = -INF
-    kept = active & (tile_best >= cut)
-    tile = next_tile(kept, -1, LANES)
-    while tile < LANES:
-        token = tile * TILE + tl.arange(0, TILE)
-        logits, merit = choose(
-            rows, steering, row, token, temperature, row_seed, row_position, REMOVE, False, ALIGNED
-        )
-        equal = logits == cut
-        rank = tl.cumsum(equal.to(tl.int32), 0) - 1
-        fits = (before + rank < top_k) & (before_sum_exp + rank * exp_at_cut < limit)
-        stays = (logits > cut) | (equal & fits)
-        tile_merit, tile_token, tile_logit = best_of(
-            token, logits, tl.where(stays, merit, -INF), tile * TILE
-        )
-        if tile_merit > best:
-            best = tile_merit
-            best_token = tile_token
-            best_logit = tile_logit
-        before += tl.sum(equal.to(tl.int32))
-        before_sum_exp += tl.sum(tl.where(equal, exp_at_cut, 0.0))
-        tile = next_tile(kept, tile, LANES)
-
-    tl.store(token_out + row, best_token)
-    tl.store(logprob_out + row, best_logit - lse)
+    token, logit, equals = choose_kept(
+        rows, steering, row, workspace, temperature, row_seed, row_position,
+        cut, before, before_sum_exp, exp_at_cut, top_k, limit, False,
+        REMOVE, ALIGNED, LANES, TILE,
+    )  # fmt: skip
+    last = equals - 1
+    if (before + last >= top_k) | (before_sum_exp + last * exp_at_cut >= limit):
+        token, logit, _ = choose_kept(
+            rows, steering, row, workspace, temperature, row_seed, row_position,
+            cut, before, before_sum_exp, exp_at_cut, top_k, limit, True,
+            REMOVE, ALIGNED, LANES, TILE,
+        )  # fmt: skip
+    tl.store(token_out + row, token)
+    tl.store(logprob_out + row, logit - lse)

@@ -8,12 +8,77 @@ needs no atomics and gets the same bits as every other program.
 import triton
 import triton.language as tl
 
-from .triton_rows import INF, Rows, RowSteering, difference, kernel, load_tile
+from .triton_rows import (
+    INF,
+    LOG2E,
+    LOWEST,
+    Rows,
+    RowSteering,
+    difference,
+    exp,
+    exp2,
+    join_lse,
+    kernel,
+    load_tile,
+    locate,
+)
 
 # workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its 2 extra ones for `divergence`
 # or the 5 of `choose_tiles`.
 STATISTICS = tl.constexpr(9)
 EXTRA = tl.constexpr(4)
+# The numbers of a row are read by each warp as a whole, a tile per lane of the warp. Of a tensor of
+# this size every warp has a copy, so a reduction of it needs no barrier.
+WARP = tl.constexpr(32)
+# Where the fast form is exact: exp2(z log2 e - peak log2 e) loses digits in proportion to the peak.
+USUAL_PEAK = tl.constexpr(32768.0)
+
+
+@triton.jit
+def add(a, b):
+    return a + b
+
+
+@triton.jit
+def add_2(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def max_2(a, b, other_a, other_b):
+    return tl.maximum(a, other_a), tl.maximum(b, other_b)
+
+
+@triton.jit
+def add_3(a, b, c, other_a, other_b, other_c):
+    return a + other_a, b + other_b, c + other_c
+
+
+@triton.jit
+def lowest(matrix):
+    """The least finite number of a matrix's dtype, which is far below any usual peak."""
+    if matrix.dtype.element_ty == tl.float16:
+        return -65504.0
+    else:
+        return -3.38e38
+
+
+@triton.jit
+def load_finite_tile(rows, row, token, ALIGNED: tl.constexpr):
+    """`load_tile` with z far below any usual peak and b = 0 outside the vocabulary."""
+    z_at, inside = locate(rows.adapted, rows.adapted_stride, row, token, rows.vocab, ALIGNED)
+    b_at, inside = locate(rows.base, rows.base_stride, row, token, rows.vocab, ALIGNED)
+    z = tl.load(z_at, inside, other=lowest(rows.adapted))
+    b = tl.load(b_at, inside, other=0.0)
+    return z.to(tl.float32), b.to(tl.float32), inside
+
+
+@triton.jit
+def exp_from(x, peak):
+    """exp(x - peak) but for a factor, and that factor, for usual peaks."""
+    shift = peak * LOG2E
+    rounding = tl.fma(peak, LOG2E, -shift)
+    return exp2(tl.fma(x, LOG2E, -shift)), exp2(-rounding)
 
 
 @kernel
@@ -36,68 +101,109 @@ def measure_tiles(
     If BASE: d is (z - peak) - (b - base_peak), so that a shift common to all logits is not rounded
     away, and 2 extra numbers follow: base_peak, or +inf if a token is possible in z and not in b,
     and base_sum_exp.
+
+    The sums are first formed as if every logit were finite, in half the instructions. A logit that
+    is not makes sum_exp_d infinite or NaN, and the tile is summed again with care.
     """
     count = tl.cdiv(vocab, TILE)
     row = tl.program_id(0) // count
     tile = tl.program_id(0) % count
     token = tile * TILE + tl.arange(0, TILE)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    z, b = load_tile(rows, row, token, ALIGNED)
+    z, b, inside = load_finite_tile(rows, row, token, ALIGNED)
     place = workspace + row.to(tl.int64) * (STATISTICS * count) + tile
 
-    peak = tl.max(z)
-    origin = tl.where(peak > -INF, peak, 0.0)  # so that e is 0, not NaN, if the whole tile is -inf
-    e = tl.exp(z - origin)
-    valid = b < INF
-    in_base = b > -INF
-    d = difference(z, b)
     if BASE:
-        base_peak = tl.max(b)
-        base_origin = tl.where(base_peak > -INF, base_peak, 0.0)
-        d = difference(z - origin, b - base_origin)
-        only_adapted = tl.max(((z > -INF) & (b == -INF)).to(tl.int32))
-        tl.store(place + EXTRA * count, tl.where(only_adapted > 0, INF, base_peak))
-        tl.store(place + (EXTRA + 1) * count, tl.sum(tl.exp(b - base_origin)))
+        b = tl.where(inside, b, -3.38e38)
+        peak, base_peak = tl.reduce((z, b), 0, max_2)
+        e, factor = exp_from(z, peak)
+        base_e, base_factor = exp_from(b, base_peak)
+        d = (z - peak) - (b - base_peak)
+        sum_exp, sum_exp_d, base_sum_exp = tl.reduce(
+            (e, tl.where(inside, e * d, 0.0), base_e), 0, add_3
+        )
+        base_sum_exp *= base_factor
+        usual = tl.abs(base_peak) < USUAL_PEAK
+    else:
+        peak = tl.max(z)
+        e, factor = exp_from(z, peak)
+        sum_exp, sum_exp_d = tl.reduce((e, e * (z - b)), 0, add_2)
+        usual = True
+    sum_exp *= factor
+    sum_exp_d *= factor
+    sum_exp_in_base = sum_exp
+
+    usual &= (sum_exp_d - sum_exp_d == 0) & (tl.abs(peak) < USUAL_PEAK)
+    if usual == 0:
+        z, b = load_tile(rows, row, token, ALIGNED)
+        peak = tl.max(z)
+        origin = tl.where(peak > -INF, peak, 0.0)  # so that e is 0, not NaN, if all are -inf
+        e = exp(z - origin)
+        d = difference(z, b)
+        if BASE:
+            base_peak = tl.max(b)
+            base_origin = tl.where(base_peak > -INF, base_peak, 0.0)
+            d = difference(z - origin, b - base_origin)
+            base_sum_exp = tl.sum(exp(b - base_origin))
+            only_adapted = tl.max(((z > -INF) & (b == -INF)).to(tl.int32))
+            base_peak = tl.where(only_adapted > 0, INF, base_peak)
+        sum_exp, sum_exp_in_base, sum_exp_d = tl.reduce(
+            (e, tl.where(b > -INF, e, 0.0), tl.where(b < INF, e * d, float("nan"))), 0, add_3
+        )
 
     tl.store(place, peak)
-    tl.store(place + count, tl.sum(e))
-    tl.store(place + 2 * count, tl.sum(tl.where(in_base, e, 0.0)))
-    tl.store(place + 3 * count, tl.sum(tl.where(valid, e * d, float("nan"))))
+    tl.store(place + count, sum_exp)
+    tl.store(place + 2 * count, sum_exp_in_base)
+    tl.store(place + 3 * count, sum_exp_d)
+    if BASE:
+        tl.store(place + EXTRA * count, base_peak)
+        tl.store(place + (EXTRA + 1) * count, base_sum_exp)
 
 
 @triton.jit
-def statistic(workspace, row, count, which, absent, LANES: tl.constexpr):
-    """Load one number per tile of a row, one tile per lane; `absent` in lanes without a tile."""
-    lane = tl.arange(0, LANES)
+def statistic(workspace, row, count, which, first, absent):
+    """Load one number each of 32 tiles of a row, from `first` on; `absent` where no tile is."""
+    tile = first + tl.arange(0, WARP)
     place = workspace + (row.to(tl.int64) * STATISTICS + which) * count
-    return tl.load(place + lane, lane < count, other=absent)
+    return tl.load(place + tile, tile < count, other=absent)
+
+
+@triton.jit
+def relative(peaks, peak):
+    """exp(peaks - peak), 0 for a tile without a possible token."""
+    return tl.where(peaks > -INF, exp(peaks - peak), 0.0)
 
 
 @triton.jit
 def combine(workspace, row, vocab, LANES: tl.constexpr, TILE: tl.constexpr):
-    """The peaks and sum_exps of the tiles; peak (NaN if invalid), sum_exp and mean_d of the row."""
+    """Peak (NaN if invalid), sum_exp and mean_d of a row."""
     count = tl.cdiv(vocab, TILE)
-    peaks = statistic(workspace, row, count, 0, -INF, LANES)
-    sum_exps = statistic(workspace, row, count, 1, 0.0, LANES)
-    peak = tl.max(peaks)
-    scale = tl.where(peaks > -INF, tl.exp(peaks - peak), 0.0)
-    sum_exp = tl.sum(scale * sum_exps)
-    sum_exp_in_base = tl.sum(scale * statistic(workspace, row, count, 2, 0.0, LANES))
-    sum_exp_d = tl.sum(scale * statistic(workspace, row, count, 3, 0.0, LANES))
+    greatest = statistic(workspace, row, count, 0, 0, -INF)
+    for first in tl.static_range(32, LANES, 32):
+        greatest = tl.maximum(greatest, statistic(workspace, row, count, 0, first, -INF))
+    peak = tl.max(greatest)
+    sum_exp = tl.zeros((WARP,), tl.float32)
+    sum_exp_in_base = tl.zeros((WARP,), tl.float32)
+    sum_exp_d = tl.zeros((WARP,), tl.float32)
+    for first in tl.static_range(0, LANES, 32):
+        scale = relative(statistic(workspace, row, count, 0, first, -INF), peak)
+        sum_exp += scale * statistic(workspace, row, count, 1, first, 0.0)
+        sum_exp_in_base += scale * statistic(workspace, row, count, 2, first, 0.0)
+        sum_exp_d += scale * statistic(workspace, row, count, 3, first, 0.0)
+    sum_exp, sum_exp_in_base, sum_exp_d = tl.reduce((sum_exp, sum_exp_in_base, sum_exp_d), 0, add_3)
     mean_d = tl.where(sum_exp_in_base > 0, sum_exp_d / sum_exp_in_base, 0.0)
     valid = (peak > -INF) & (sum_exp == sum_exp) & (sum_exp_d == sum_exp_d)
-    return peaks, sum_exps, tl.where(valid, peak, float("nan")), sum_exp, mean_d
+    return tl.where(valid, peak, float("nan")), sum_exp, mean_d
 
 
 @triton.jit
 def steer_row(
     workspace, row, vocab, strength, log_alpha, penalty, LANES: tl.constexpr, TILE: tl.constexpr
 ):
-    """The peaks of the tiles, the sum_exps of the tiles, and the steering of the row."""
-    peaks, sum_exps, peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
+    """The steering of a row."""
+    peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
     peak = tl.where(tl.abs(strength) < INF, peak, float("nan"))
-    steering = RowSteering(peak, sum_exp, mean_d, peak + log_alpha, strength, penalty)
-    return peaks, sum_exps, steering
+    return RowSteering(peak, 1.0 / sum_exp, mean_d, peak + log_alpha, strength, penalty)
 
 
 @triton.jit
@@ -114,17 +220,49 @@ def is_active(peaks, steering, REMOVE: tl.constexpr):
 
 
 @triton.jit
-def next_tile(active, after, LANES: tl.constexpr):
-    """The first active tile after this one, or LANES: `while tile < LANES` walks them."""
-    lane = tl.arange(0, LANES)
-    return tl.min(tl.where(active & (lane > after), lane, LANES))
+def active_tiles(
+    workspace, row, vocab, steering, first, REMOVE: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The active tiles of the 128 from `first` on, each a bit of two 64-bit words."""
+    count = tl.cdiv(vocab, TILE)
+    lane = tl.arange(0, WARP)
+    low = tl.cast(0, tl.uint64)
+    high = tl.cast(0, tl.uint64)
+    for group in tl.static_range(0, LANES if LANES < 128 else 128, 32):
+        peaks = statistic(workspace, row, count, 0, first + group, -INF)
+        active = is_active(peaks, steering, REMOVE)
+        bits = tl.sum(tl.where(active, 1 << lane, 0).to(tl.uint32)).to(tl.uint64)
+        if group < 64:
+            low |= bits << group
+        else:
+            high |= bits << (group - 64)
+    return low, high
+
+
+@triton.jit
+def next_tile(low, high):
+    """The number of the lowest bit of `active_tiles`, and the words without it."""
+    from_low = low != 0
+    word = tl.where(from_low, low, high)
+    rest = word & (word - 1)
+    bit = (word ^ rest).to(tl.float32)  # a power of two: its exponent is the number
+    number = (bit.to(tl.int32, bitcast=True) >> 23) - 127
+    tile = tl.where(from_low, number, number + 64)
+    return tile, tl.where(from_low, rest, low), tl.where(from_low, high, rest)
 
 
 @triton.jit
 def tiles_lse(workspace, row, count, LANES: tl.constexpr):
     """log sum exp of the steered logits, from the sums that `choose_tiles` wrote per tile."""
-    lse_peaks = statistic(workspace, row, count, EXTRA + 3, -INF, LANES)
-    lse_sum_exps = statistic(workspace, row, count, EXTRA + 4, 0.0, LANES)
-    lse_peak = tl.max(lse_peaks)
-    scale = tl.where(lse_peaks > -INF, tl.exp(lse_peaks - lse_peak), 0.0)
-    return lse_peak + tl.log(tl.sum(scale * lse_sum_exps))
+    peaks = statistic(workspace, row, count, EXTRA + 3, 0, LOWEST)
+    sum_exps = statistic(workspace, row, count, EXTRA + 4, 0, 0.0)
+    for first in tl.static_range(32, LANES, 32):
+        peaks, sum_exps = join_lse(
+            peaks,
+            sum_exps,
+            statistic(workspace, row, count, EXTRA + 3, first, LOWEST),
+            statistic(workspace, row, count, EXTRA + 4, first, 0.0),
+        )
+    peak, sum_exp = tl.reduce((peaks, sum_exps), 0, join_lse)
+    return peak + tl.log(sum_exp)

@@ -6,6 +6,7 @@ import triton.language as tl
 from .triton_measure import (
     EXTRA,
     STATISTICS,
+    active_tiles,
     combine,
     is_active,
     next_tile,
@@ -14,7 +15,18 @@ from .triton_measure import (
     tiles_lse,
 )
 from .triton_noise import gumbel_noise, random_bits
-from .triton_rows import INF, Rows, accumulate, kernel, only, per_row, steered_tile
+from .triton_rows import (
+    INF,
+    LOWEST,
+    Rows,
+    accumulate,
+    comes_first,
+    exp,
+    join_lse,
+    kernel,
+    per_row,
+    steered_tile,
+)
 
 
 @triton.jit
@@ -43,11 +55,38 @@ def choose(
 
 
 @triton.jit
-def best_of(token, logits, merit, tile_begin):
-    """The greatest merit of a tile, its token (of equals the lowest id) and its steered logit."""
-    best, index = tl.max(merit, 0, return_indices=True)
-    best_token = tile_begin + index
-    return best, best_token, tl.sum(tl.where(token == best_token, logits, 0.0))
+def better(merit, token, logit, other_merit, other_token, other_logit):
+    """Of two tokens the one that is chosen, with its merit before and its steered logit after."""
+    first = comes_first(merit, token, other_merit, other_token)
+    return (
+        tl.where(first, merit, other_merit),
+        tl.where(first, token, other_token),
+        tl.where(first, logit, other_logit),
+    )
+
+
+@triton.jit
+def better_and_add(a, b, c, total, other_a, other_b, other_c, other_total):
+    a, b, c = better(a, b, c, other_a, other_b, other_c)
+    return a, b, c, total + other_total
+
+
+@triton.jit
+def better_and_join(a, b, c, peak, sum_exp, other_a, other_b, other_c, other_peak, other_sum_exp):
+    a, b, c = better(a, b, c, other_a, other_b, other_c)
+    peak, sum_exp = join_lse(peak, sum_exp, other_peak, other_sum_exp)
+    return a, b, c, peak, sum_exp
+
+
+@triton.jit
+def keep_better(best, best_token, best_logit, merit, token, logits):
+    """`better`, lane by lane, where the other tokens have the higher ids."""
+    more = merit > best
+    return (
+        tl.where(more, merit, best),
+        tl.where(more, token, best_token),
+        tl.where(more, logits, best_logit),
+    )
 
 
 @kernel
@@ -83,33 +122,32 @@ def sample_rows(
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    peaks, _, steering = steer_row(
-        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
-    )
-    active = is_active(peaks, steering, True)
+    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
 
     # An invalid row has no active tile: these initial values are then its result, -1 and NaN.
-    best = -INF  # the greatest merit so far
-    best_token = -1
-    best_logit = -INF
-    lse_peak = -INF
-    lse_sum_exp = 0.0
-    tile = next_tile(active, -1, LANES)
-    while tile < LANES:
-        token = tile * TILE + tl.arange(0, TILE)
-        logits, merit = choose(
-            rows, steering, row, token, temperature, row_seed, row_position, True, GREEDY, ALIGNED
-        )
-        tile_merit, tile_token, tile_logit = best_of(token, logits, merit, tile * TILE)
-        if tile_merit > best:  # strictly: of equals the lowest token id wins
-            best = tile_merit
-            best_token = tile_token
-            best_logit = tile_logit
-        lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits, 1.0)
-        tile = next_tile(active, tile, LANES)
-
-    tl.store(token_out + row, best_token)
-    tl.store(logprob_out + row, best_logit - lse_peak - tl.log(lse_sum_exp))
+    best = tl.full((TILE,), -INF, tl.float32)  # the greatest merit so far, in each lane
+    best_token = tl.full((TILE,), -1, tl.int32)
+    best_logit = tl.full((TILE,), -INF, tl.float32)
+    lse_peak = tl.full((TILE,), LOWEST, tl.float32)
+    lse_sum_exp = tl.zeros((TILE,), tl.float32)
+    for first in tl.range(0, LANES, 128):
+        low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
+        while (low | high) != 0:
+            tile, low, high = next_tile(low, high)
+            token = (first + tile) * TILE + tl.arange(0, TILE)
+            logits, merit = choose(
+                rows, steering, row, token, temperature, row_seed, row_position,
+                True, GREEDY, ALIGNED,
+            )  # fmt: skip
+            best, best_token, best_logit = keep_better(
+                best, best_token, best_logit, merit, token, logits
+            )
+            lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
+    _, token, logit, peak, sum_exp = tl.reduce(
+        (best, best_token, best_logit, lse_peak, lse_sum_exp), 0, better_and_join
+    )
+    tl.store(token_out + row, token)
+    tl.store(logprob_out + row, logit - peak - tl.log(sum_exp))
 
 
 @kernel
@@ -150,27 +188,28 @@ def choose_tiles(
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    peaks, _, steering = steer_row(
-        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
-    )
+    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
+    place = workspace + tl.cast(row, tl.int64) * (STATISTICS * count) + tile
     best = -INF
     best_token = -1
     best_logit = -INF
-    lse_peak = -INF
-    lse_sum_exp = 0.0
-    if is_active(only(tl.arange(0, LANES), tile, peaks), steering, REMOVE):
+    peak = LOWEST
+    sum_exp = 0.0
+    if is_active(tl.load(place), steering, REMOVE):
         token = tile * TILE + tl.arange(0, TILE)
         logits, merit = choose(
             rows, steering, row, token, temperature, row_seed, row_position, REMOVE, GREEDY, ALIGNED
         )
-        best, best_token, best_logit = best_of(token, logits, merit, tile * TILE)
-        lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits, 1.0)
-    place = workspace + tl.cast(row, tl.int64) * (STATISTICS * count) + EXTRA * count + tile
+        peak = tl.maximum(tl.max(logits), LOWEST)
+        best, best_token, best_logit, sum_exp = tl.reduce(
+            (merit, token, logits, exp(logits - peak)), 0, better_and_add
+        )
+    place += EXTRA * count
     tl.store(place, best)
     tl.store(place + count, tl.cast(best_token, tl.float32, bitcast=True))
     tl.store(place + 2 * count, best_logit)
-    tl.store(place + 3 * count, lse_peak)
-    tl.store(place + 4 * count, lse_sum_exp)
+    tl.store(place + 3 * count, peak)
+    tl.store(place + 4 * count, sum_exp)
 
 
 @kernel
@@ -185,13 +224,19 @@ def settle_rows(
     """One program per row: the best token among those that `choose_tiles` chose."""
     row = tl.program_id(0)
     count = tl.cdiv(vocab, TILE)
-    lane = tl.arange(0, LANES)
-    _, _, peak, _, _ = combine(workspace, row, vocab, LANES, TILE)
-    merits = statistic(workspace, row, count, EXTRA, -INF, LANES)
-    tokens = statistic(workspace, row, count, EXTRA + 1, 0.0, LANES).to(tl.int32, bitcast=True)
-    logits = statistic(workspace, row, count, EXTRA + 2, 0.0, LANES)
-    best, tile = tl.max(merits, 0, return_indices=True)  # of equals the lowest tile
+    peak, _, _ = combine(workspace, row, vocab, LANES, TILE)
+    merits = statistic(workspace, row, count, EXTRA, 0, -INF)
+    tokens = statistic(workspace, row, count, EXTRA + 1, 0, 0.0).to(tl.int32, bitcast=True)
+    logits = statistic(workspace, row, count, EXTRA + 2, 0, 0.0)
+    for first in tl.static_range(32, LANES, 32):
+        merits, tokens, logits = keep_better(
+            merits, tokens, logits,
+            statistic(workspace, row, count, EXTRA, first, -INF),
+            statistic(workspace, row, count, EXTRA + 1, first, 0.0).to(tl.int32, bitcast=True),
+            statistic(workspace, row, count, EXTRA + 2, first, 0.0),
+        )  # fmt: skip
+    best, token, logit = tl.reduce((merits, tokens, logits), 0, better)
     found = (peak == peak) & (best > -INF)
-    tl.store(token_out + row, tl.where(found, only(lane, tile, tokens), -1))
-    logit = tl.where(found, only(lane, tile, logits), float("nan"))
+    tl.store(token_out + row, tl.where(found, token, -1))
+    logit = tl.where(found, logit, float("nan"))
     tl.store(logprob_out + row, logit - tiles_lse(workspace, row, count, LANES))

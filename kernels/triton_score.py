@@ -1,21 +1,29 @@
 """The second pass of `score`, `project_strength` and `divergence`: a few numbers per row."""
 
+import triton
 import triton.language as tl
 
 from .triton_measure import (
     EXTRA,
+    WARP,
+    active_tiles,
+    add,
     combine,
     is_active,
     next_tile,
+    relative,
     statistic,
     steer_row,
     tiles_lse,
 )
 from .triton_rows import (
     INF,
+    LOWEST,
     Rows,
     accumulate,
     delta_of,
+    exp,
+    join_lse,
     kernel,
     load_target,
     load_tile,
@@ -25,6 +33,24 @@ from .triton_rows import (
     steered,
     steered_tile,
 )
+
+
+@triton.jit
+def off_support(workspace, row, vocab, steering, LANES: tl.constexpr, TILE: tl.constexpr):
+    """Peak and sum_exp of the tiles without support, as `accumulate` has them, in each lane."""
+    count = tl.cdiv(vocab, TILE)
+    peak = tl.full((WARP,), LOWEST, tl.float32)
+    sum_exp = tl.zeros((WARP,), tl.float32)
+    for first in tl.static_range(0, LANES, 32):
+        peaks = statistic(workspace, row, count, 0, first, -INF)
+        rest = (is_active(peaks, steering, True) == 0) & (peaks > -INF)
+        peak, sum_exp = join_lse(
+            peak,
+            sum_exp,
+            tl.where(rest, peaks, LOWEST),
+            tl.where(rest, statistic(workspace, row, count, 1, first, 0.0), 0.0),
+        )
+    return peak, sum_exp
 
 
 @kernel
@@ -58,33 +84,44 @@ def score_rows(
     row = tl.program_id(0)
     row_strength = per_row(strength, strengths, per_strength, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    peaks, sum_exps, steering = steer_row(
-        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
-    )
+    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
     if CHOSEN:
         lse = tiles_lse(workspace, row, tl.cdiv(vocab, TILE), LANES)
     else:
-        lse_peak = -INF
-        lse_sum_exp = 0.0
-        has_support = is_active(peaks, steering, True)
+        lse_peak = tl.full((TILE,), LOWEST, tl.float32)
+        lse_sum_exp = tl.zeros((TILE,), tl.float32)
+        for first in tl.range(0, LANES, 128):
+            low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
+            while (low | high) != 0:
+                tile, low, high = next_tile(low, high)
+                token = (first + tile) * TILE + tl.arange(0, TILE)
+                logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+                lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
+        peak, sum_exp = tl.reduce((lse_peak, lse_sum_exp), 0, join_lse)
         if not REMOVE:
-            off_support = tl.where(has_support, -INF, peaks)
-            peak = tl.max(off_support)
-            lse_peak = tl.where(peak > -INF, penalised(peak, steering), -INF)
-            lse_sum_exp = tl.sum(
-                tl.where(off_support > -INF, tl.exp(off_support - peak) * sum_exps, 0.0)
-            )
-        tile = next_tile(has_support, -1, LANES)
-        while tile < LANES:
-            token = tile * TILE + tl.arange(0, TILE)
-            logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
-            lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits, 1.0)
-            tile = next_tile(has_support, tile, LANES)
-        lse = lse_peak + tl.log(lse_sum_exp)
+            rest = off_support(workspace, row, vocab, steering, LANES, TILE)
+            rest_peak, rest_sum_exp = tl.reduce(rest, 0, join_lse)
+            rest_peak = tl.where(rest_sum_exp > 0, penalised(rest_peak, steering), LOWEST)
+            peak, sum_exp = join_lse(peak, sum_exp, rest_peak, rest_sum_exp)
+        lse = peak + tl.log(sum_exp)
     z, b = load_target(rows, row, tl.load(targets + row))
     logprob = steered(z, b, steering, REMOVE) - lse
     tl.store(
         out + row, tl.where((z == z) & (steering.peak == steering.peak), logprob, float("nan"))
+    )
+
+
+@triton.jit
+def join_moments(sum_p, mean, spread, squares, more_p, other_mean, other_spread, other_squares):
+    """Sum of p, mean, spread and sum of squares of two parts together (Chan et al., 1979)."""
+    total = sum_p + more_p
+    share = tl.where(total > 0, more_p / total, 0.0)
+    step = other_mean - mean
+    return (
+        total,
+        mean + step * share,
+        spread + other_spread + step * step * sum_p * share,
+        squares + other_squares,
     )
 
 
@@ -108,37 +145,30 @@ def project_rows(
 ):
     """One program per row: the target's I delta minus its mean, the sum of squares, the variance.
 
-    Mean and spread of each tile are joined to those of the tiles before it by the update of Chan et
-    al. (1979), starting from the tiles without support, where I delta is 0. No difference of large
-    sums is formed, so the variance of a near-certain row is right too.
+    `join_moments` adds token by token in each lane, then the lanes, then the tiles without support,
+    where I delta is 0. No difference of large sums is formed, so the variance of a near-certain row
+    is right too.
     """
     row = tl.program_id(0)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    peaks, sum_exps, steering = steer_row(workspace, row, vocab, 0.0, log_alpha, 0.0, LANES, TILE)
-    has_support = is_active(peaks, steering, True)
-    off_support = tl.where(has_support, -INF, peaks)
-    sum_p = (
-        tl.sum(tl.where(off_support > -INF, tl.exp(off_support - steering.peak) * sum_exps, 0.0))
-        / steering.sum_exp
-    )
-    mean = 0.0
-    spread = 0.0  # sum of p * (I delta - mean)^2; the variance once all of the row is in it
-    squares = 0.0
-    tile = next_tile(has_support, -1, LANES)
-    while tile < LANES:
-        z, b = load_tile(rows, row, tile * TILE + tl.arange(0, TILE), ALIGNED)
-        p = probability(z, steering)
-        delta = tl.where(z >= steering.threshold, delta_of(z, b, steering), 0.0)
-        tile_sum_p = tl.sum(p)
-        share = tl.where(tile_sum_p > 0, tile_sum_p / (sum_p + tile_sum_p), 0.0)
-        tile_mean = tl.where(tile_sum_p > 0, tl.sum(p * delta) / tile_sum_p, 0.0)
-        step = tile_mean - mean
-        away = delta - tile_mean
-        spread += tl.sum(p * away * away) + step * step * sum_p * share
-        mean += step * share
-        sum_p += tile_sum_p
-        squares += tl.sum(delta * delta)
-        tile = next_tile(has_support, tile, LANES)
+    steering = steer_row(workspace, row, vocab, 0.0, log_alpha, 0.0, LANES, TILE)
+    sum_p = tl.zeros((TILE,), tl.float32)
+    mean = tl.zeros((TILE,), tl.float32)
+    spread = tl.zeros((TILE,), tl.float32)  # sum of p * (I delta - mean)^2; at last the variance
+    squares = tl.zeros((TILE,), tl.float32)
+    for first in tl.range(0, LANES, 128):
+        low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
+        while (low | high) != 0:
+            tile, low, high = next_tile(low, high)
+            z, b = load_tile(rows, row, (first + tile) * TILE + tl.arange(0, TILE), ALIGNED)
+            delta = tl.where(z >= steering.threshold, delta_of(z, b, steering), 0.0)
+            sum_p, mean, spread, squares = join_moments(
+                sum_p, mean, spread, squares, probability(z, steering), delta, 0.0, delta * delta
+            )
+    sum_p, mean, spread, squares = tl.reduce((sum_p, mean, spread, squares), 0, join_moments)
+    rest_peak, rest_sum_exp = off_support(workspace, row, vocab, steering, LANES, TILE)
+    rest = tl.reduce(relative(rest_peak, steering.peak) * rest_sum_exp, 0, add) * steering.scale
+    _, mean, spread, squares = join_moments(sum_p, mean, spread, squares, rest, 0.0, 0.0, 0.0)
 
     z, b = load_target(rows, row, tl.load(targets + row))
     delta = delta_of(z, b, steering)
@@ -161,15 +191,28 @@ def divergence_rows(
     """One program per row: E_p[d] - lse(z) + lse(b), each relative to the two peaks of the row."""
     row = tl.program_id(0)
     count = tl.cdiv(vocab, TILE)
-    peaks, sum_exps, peak, sum_exp, _ = combine(workspace, row, vocab, LANES, TILE)
-    tile_sum_exp_d = statistic(workspace, row, count, 3, 0.0, LANES)
-    base_peaks = statistic(workspace, row, count, EXTRA, -INF, LANES)
-    base_sum_exps = statistic(workspace, row, count, EXTRA + 1, 0.0, LANES)
-    base_peak = tl.max(base_peaks)
-    base_scale = tl.where(base_peaks > -INF, tl.exp(base_peaks - base_peak), 0.0)
-    # The first pass took d relative to the peaks of the tile.
-    sum_exp_d = tile_sum_exp_d + sum_exps * ((peaks - peak) - (base_peaks - base_peak))
-    mean_d = tl.sum(tl.where(peaks > -INF, tl.exp(peaks - peak) * sum_exp_d, 0.0)) / sum_exp
-    result = mean_d - tl.log(sum_exp) + tl.log(tl.sum(base_scale * base_sum_exps))
+    peak, sum_exp, _ = combine(workspace, row, vocab, LANES, TILE)
+    base_greatest = statistic(workspace, row, count, EXTRA, 0, -INF)
+    for first in tl.static_range(32, LANES, 32):
+        base_greatest = tl.maximum(
+            base_greatest, statistic(workspace, row, count, EXTRA, first, -INF)
+        )
+    base_peak = tl.max(base_greatest)
+    sum_exp_d = tl.zeros((WARP,), tl.float32)
+    base_sum_exp = tl.zeros((WARP,), tl.float32)
+    for first in tl.static_range(0, LANES, 32):
+        peaks = statistic(workspace, row, count, 0, first, -INF)
+        base_peaks = statistic(workspace, row, count, EXTRA, first, -INF)
+        # The first pass took d relative to the peaks of the tile.
+        moved = statistic(workspace, row, count, 1, first, 0.0) * (
+            (peaks - peak) - (base_peaks - base_peak)
+        )
+        moved += statistic(workspace, row, count, 3, first, 0.0)
+        sum_exp_d += tl.where(peaks > -INF, exp(peaks - peak) * moved, 0.0)
+        base_sum_exp += relative(base_peaks, base_peak) * statistic(
+            workspace, row, count, EXTRA + 1, first, 0.0
+        )
+    mean_d = tl.sum(sum_exp_d) / sum_exp
+    result = mean_d - tl.log(sum_exp) + tl.log(tl.sum(base_sum_exp))
     result = tl.where(base_peak < INF, result, INF)
     tl.store(out + row, tl.where(peak == peak, result, float("nan")))

@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from .triton_measure import is_active, steer_row
+from .triton_measure import STATISTICS, is_active, steer_row
 from .triton_rows import (
     INF,
     Rows,
@@ -10,7 +10,6 @@ from .triton_rows import (
     kernel,
     load_tile,
     locate,
-    only,
     per_row,
     steered,
 )
@@ -45,10 +44,9 @@ def steer_tiles(
     place, inside = locate(out, out_stride, row, token, vocab, ALIGNED)
 
     row_strength = per_row(strength, strengths, per_strength, row)
-    peaks, _, steering = steer_row(
-        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
-    )
-    if is_active(only(tl.arange(0, LANES), tile, peaks), steering, REMOVE):
+    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
+    peak = tl.load(workspace + row.to(tl.int64) * (STATISTICS * count) + tile)
+    if is_active(peak, steering, REMOVE):
         rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
         z, b = load_tile(rows, row, token, ALIGNED)
         if DELTA:

@@ -1,9 +1,56 @@
 """The second pass of `topk`."""
 
+import triton
 import triton.language as tl
 
-from .triton_measure import is_active, steer_row
-from .triton_rows import INF, Rows, accumulate, kernel, only, per_row, steered_tile
+from .triton_measure import (
+    WARP,
+    active_tiles,
+    is_active,
+    next_tile,
+    statistic,
+    steer_row,
+)
+from .triton_rows import (
+    INF,
+    LOWEST,
+    Rows,
+    accumulate,
+    comes_first,
+    join_lse,
+    kernel,
+    load_target,
+    per_row,
+    steered,
+    steered_tile,
+)
+
+
+@triton.jit
+def first_of(logit, token, other_logit, other_token):
+    """The one of two tokens that comes first."""
+    first = comes_first(logit, token, other_logit, other_token)
+    return tl.where(first, logit, other_logit), tl.where(first, token, other_token)
+
+
+@triton.jit
+def next_in_column(
+    rows, steering, row, workspace, last, last_token,
+    REMOVE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The token of the last result's column that comes after it; of logit -inf if there is none."""
+    count = tl.cdiv(rows.vocab, TILE)
+    best = tl.full((WARP,), -INF, tl.float32)
+    best_token = tl.full((WARP,), -1, tl.int32)
+    for first in tl.static_range(0, LANES, 32):
+        active = is_active(statistic(workspace, row, count, 0, first, -INF), steering, REMOVE)
+        token = (first + tl.arange(0, WARP)) * TILE + last_token % TILE
+        z, b = load_target(rows, row, tl.where(active, token, -1))
+        logits = steered(z, b, steering, REMOVE)
+        after = active & comes_first(last, last_token, logits, token) & (logits > best)
+        best = tl.where(after, logits, best)
+        best_token = tl.where(after, token, best_token)
+    return tl.reduce((best, best_token), 0, first_of)
 
 
 @kernel
@@ -27,50 +74,50 @@ def topk_rows(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program per row: its k best tokens in order, by a tournament of tiles.
+    """One program per row: its k best tokens in order, by a tournament of columns.
 
-    Every active tile enters its best token. The best entry of all is the next result, and its tile
-    is read again to enter the token that comes after it: so k + (active tiles) tiles are read, and
-    nothing is sorted. An entry is +inf before its tile has been read, so that every tile is read
-    before the first result. When no entry above -inf is left, the remaining slots get the tokens of
-    logit -inf in order of their ids.
+    A column is what the tiles have at one place. Every column enters its best token. The best entry
+    of all is the next result, and its column is read again to enter the token that comes after it:
+    so the active tiles are read once, then a column for each result, and nothing is sorted. When no
+    entry above -inf is left, the slots that are left get the tokens of logit -inf in order.
     """
     row = tl.program_id(0)
-    lane = tl.arange(0, LANES)
+    column = tl.arange(0, TILE)
     row_strength = per_row(strength, strengths, per_strength, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    peaks, _, steering = steer_row(
-        workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE
-    )
+    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
     logprob_out += row.to(tl.int64) * k
     token_out += row.to(tl.int64) * k
 
-    # The entry of each tile: a steered logit and its token, or +inf and -1 before it is read.
-    entry_logits = tl.where(is_active(peaks, steering, REMOVE), INF, -INF)
-    entry_tokens = tl.where(lane >= 0, -1, 0)
+    entries = tl.full((TILE,), -INF, tl.float32)
+    tokens = tl.full((TILE,), -1, tl.int32)
+    lse_peak = tl.full((TILE,), LOWEST, tl.float32)
+    lse_sum_exp = tl.zeros((TILE,), tl.float32)
+    for first in tl.range(0, LANES, 128):
+        low, high = active_tiles(workspace, row, vocab, steering, first, REMOVE, LANES, TILE)
+        while (low | high) != 0:
+            tile, low, high = next_tile(low, high)
+            token = (first + tile) * TILE + column
+            logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+            more = logits > entries
+            entries = tl.where(more, logits, entries)
+            tokens = tl.where(more, token, tokens)
+            lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
+    peak, sum_exp = tl.reduce((lse_peak, lse_sum_exp), 0, join_lse)
+    lse = peak + tl.log(sum_exp)
+
     done = 0
-    last = INF  # the steered logit of the last result
-    last_token = -1
-    lse_peak = -INF
-    lse_sum_exp = 0.0
-    best, tile = tl.max(entry_logits, 0, return_indices=True)  # of equals the lowest tile
+    best, best_token = tl.reduce((entries, tokens), 0, first_of)
     while (done < k) & (best > -INF):
-        best_token = only(lane, tile, entry_tokens)
-        if best_token >= 0:
-            last = best
-            last_token = best_token
-            tl.store(logprob_out + done, best - lse_peak - tl.log(lse_sum_exp))
-            tl.store(token_out + done, best_token)
-            done += 1
-        token = tile * TILE + tl.arange(0, TILE)
-        logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
-        if best_token < 0:
-            lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits, 1.0)
-        after = (logits < last) | ((logits == last) & (token > last_token))
-        entry, index = tl.max(tl.where(after, logits, -INF), 0, return_indices=True)
-        entry_logits = tl.where(lane == tile, entry, entry_logits)
-        entry_tokens = tl.where(lane == tile, tile * TILE + index, entry_tokens)
-        best, tile = tl.max(entry_logits, 0, return_indices=True)
+        tl.store(logprob_out + done, best - lse)
+        tl.store(token_out + done, best_token)
+        done += 1
+        entry, token = next_in_column(
+            rows, steering, row, workspace, best, best_token, REMOVE, LANES, TILE
+        )
+        entries = tl.where(column == best_token % TILE, entry, entries)
+        tokens = tl.where(column == best_token % TILE, token, tokens)
+        best, best_token = tl.reduce((entries, tokens), 0, first_of)
 
     valid = steering.peak == steering.peak
     tile = 0

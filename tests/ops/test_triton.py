@@ -151,5 +151,5 @@ def test_elements_read(monkeypatch):
     assert reads("project_strength") == near + 1
     assert reads("score") == reads("score", penalty=0.0) == near + 1
     assert reads("score", alpha=0.0) == 2 * vocab + 1
-    # Two to open the tournament, one for each token that is picked.
-    assert reads("topk") == vocab + 5 * tile
+    # For each of 3 tokens that are picked, one of each tile with support.
+    assert reads("topk") == near + 3 * 2
