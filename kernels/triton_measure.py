@@ -8,7 +8,7 @@ needs no atomics and gets the same bits as every other program.
 import triton
 import triton.language as tl
 
-from .triton_rows import INF, NAN, Rows, RowSteering, difference, kernel, load_tile
+from .triton_rows import INF, Rows, RowSteering, difference, kernel, load_tile
 
 # workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its 2 extra ones for `divergence`
 # or the 5 of `choose_tiles`.
@@ -62,7 +62,7 @@ def measure_tiles(
     tl.store(place, peak)
     tl.store(place + count, tl.sum(e))
     tl.store(place + 2 * count, tl.sum(tl.where(in_base, e, 0.0)))
-    tl.store(place + 3 * count, tl.sum(tl.where(valid, e * d, NAN)))
+    tl.store(place + 3 * count, tl.sum(tl.where(valid, e * d, float("nan"))))
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def combine(workspace, row, vocab, LANES: tl.constexpr, TILE: tl.constexpr):
     sum_exp_d = tl.sum(scale * statistic(workspace, row, count, 3, 0.0, LANES))
     mean_d = tl.where(sum_exp_in_base > 0, sum_exp_d / sum_exp_in_base, 0.0)
     valid = (peak > -INF) & (sum_exp == sum_exp) & (sum_exp_d == sum_exp_d)
-    return peaks, sum_exps, tl.where(valid, peak, NAN), sum_exp, mean_d
+    return peaks, sum_exps, tl.where(valid, peak, float("nan")), sum_exp, mean_d
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def steer_row(
 ):
     """The peaks of the tiles, the sum_exps of the tiles, and the steering of the row."""
     peaks, sum_exps, peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
-    peak = tl.where(tl.abs(strength) < INF, peak, NAN)
+    peak = tl.where(tl.abs(strength) < INF, peak, float("nan"))
     steering = RowSteering(peak, sum_exp, mean_d, peak + log_alpha, strength, penalty)
     return peaks, sum_exps, steering
 

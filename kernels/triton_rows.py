@@ -6,8 +6,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
+INF = tl.constexpr(float("inf"))  # no such name for NaN: a launch compares it with itself
 
 
 class Rows(NamedTuple):
@@ -76,8 +75,8 @@ def load_target(rows, row, target):
     """Load both logits of one token as float32, NaN for an id outside the vocabulary."""
     inside = (target >= 0) & (target < rows.vocab)
     wide_row = row.to(tl.int64)
-    z = tl.load(rows.adapted + wide_row * rows.adapted_stride + target, inside, other=NAN)
-    b = tl.load(rows.base + wide_row * rows.base_stride + target, inside, other=NAN)
+    z = tl.load(rows.adapted + wide_row * rows.adapted_stride + target, inside, other=float("nan"))
+    b = tl.load(rows.base + wide_row * rows.base_stride + target, inside, other=float("nan"))
     return z.to(tl.float32), b.to(tl.float32)
 
 

@@ -14,7 +14,7 @@ from .triton_measure import (
     tiles_lse,
 )
 from .triton_noise import gumbel_noise, random_bits
-from .triton_rows import INF, NAN, Rows, accumulate, kernel, only, per_row, steered_tile
+from .triton_rows import INF, Rows, accumulate, kernel, only, per_row, steered_tile
 
 
 @triton.jit
@@ -193,5 +193,5 @@ def settle_rows(
     best, tile = tl.max(merits, 0, return_indices=True)  # of equals the lowest tile
     found = (peak == peak) & (best > -INF)
     tl.store(token_out + row, tl.where(found, only(lane, tile, tokens), -1))
-    logit = tl.where(found, only(lane, tile, logits), NAN)
+    logit = tl.where(found, only(lane, tile, logits), float("nan"))
     tl.store(logprob_out + row, logit - tiles_lse(workspace, row, count, LANES))

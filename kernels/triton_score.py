@@ -13,7 +13,6 @@ from .triton_measure import (
 )
 from .triton_rows import (
     INF,
-    NAN,
     Rows,
     accumulate,
     delta_of,
@@ -84,7 +83,9 @@ def score_rows(
         lse = lse_peak + tl.log(lse_sum_exp)
     z, b = load_target(rows, row, tl.load(targets + row))
     logprob = steered(z, b, steering, REMOVE) - lse
-    tl.store(out + row, tl.where((z == z) & (steering.peak == steering.peak), logprob, NAN))
+    tl.store(
+        out + row, tl.where((z == z) & (steering.peak == steering.peak), logprob, float("nan"))
+    )
 
 
 @kernel
@@ -143,9 +144,9 @@ def project_rows(
     delta = delta_of(z, b, steering)
     kept = z >= steering.threshold
     valid = (z == z) & (steering.peak == steering.peak)
-    tl.store(numerator + row, tl.where(valid, tl.where(kept, delta, 0.0) - mean, NAN))
-    tl.store(gauss_newton + row, tl.where(valid, squares, NAN))
-    tl.store(newton + row, tl.where(valid, spread, NAN))
+    tl.store(numerator + row, tl.where(valid, tl.where(kept, delta, 0.0) - mean, float("nan")))
+    tl.store(gauss_newton + row, tl.where(valid, squares, float("nan")))
+    tl.store(newton + row, tl.where(valid, spread, float("nan")))
     tl.store(in_support + row, kept & valid)
 
 
@@ -171,4 +172,4 @@ def divergence_rows(
     mean_d = tl.sum(tl.where(peaks > -INF, tl.exp(peaks - peak) * sum_exp_d, 0.0)) / sum_exp
     result = mean_d - tl.log(sum_exp) + tl.log(tl.sum(base_scale * base_sum_exps))
     result = tl.where(base_peak < INF, result, INF)
-    tl.store(out + row, tl.where(peak == peak, result, NAN))
+    tl.store(out + row, tl.where(peak == peak, result, float("nan")))

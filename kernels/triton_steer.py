@@ -5,7 +5,6 @@ import triton.language as tl
 from .triton_measure import is_active, steer_row
 from .triton_rows import (
     INF,
-    NAN,
     Rows,
     delta_of,
     kernel,
@@ -59,5 +58,7 @@ def steer_tiles(
         tl.store(place, values.to(out.dtype.element_ty), inside)
     else:
         empty = 0.0 if DELTA else -INF
-        fill = tl.zeros((TILE,), tl.float32) + tl.where(steering.peak == steering.peak, empty, NAN)
+        fill = tl.zeros((TILE,), tl.float32) + tl.where(
+            steering.peak == steering.peak, empty, float("nan")
+        )
         tl.store(place, fill.to(out.dtype.element_ty), inside)

@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from .triton_measure import is_active, steer_row
-from .triton_rows import INF, NAN, Rows, accumulate, kernel, only, per_row, steered_tile
+from .triton_rows import INF, Rows, accumulate, kernel, only, per_row, steered_tile
 
 
 @kernel
@@ -81,7 +81,7 @@ def topk_rows(
         left = (token < vocab) & (is_result == 0)
         place = done + tl.cumsum(left.to(tl.int32), 0) - 1
         fits = left & (place < k)
-        tl.store(logprob_out + place, tl.where(valid, -INF, NAN) + token * 0.0, fits)
+        tl.store(logprob_out + place, tl.where(valid, -INF, float("nan")) + token * 0.0, fits)
         tl.store(token_out + place, tl.where(valid, token, -1), fits)
         done += tl.sum(left.to(tl.int32))
         tile += 1

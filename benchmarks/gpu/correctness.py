@@ -4,8 +4,11 @@ Cases, answers and tolerance are those of tests/ops. Run as a script it calls ea
 rows, for compute-sanitizer.
 """
 
+import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -65,13 +68,54 @@ def _need(device: str, size: int) -> None:
         raise MemoryError(f"{size / 2**30:.0f} GiB are not free")
 
 
+@cache
+def _checks(device: str, quick: bool) -> dict[str, tuple[Check, frozenset[str]]]:
+    """Map each case to its check and operators; the 64-bit offsets first."""
+    everything = frozenset(OPERATORS)
+    found: dict[str, tuple[Check, frozenset[str]]] = {}
+    if not quick:
+        found["64-bit offsets: rows 2^30 apart"] = _far(device), everything
+    if device == "cuda" or quick:
+        found["64-bit offsets: real rows"] = _live(device, quick), everything
+    sizes = [(6000, torch.float32), (6001, torch.float32), (6000, BF16)]
+    for vocab, dtype in sizes if quick else [*sizes, (151936, BF16)]:
+        title = f"alone or in a batch, {str(dtype)[6:]}, V = {vocab}"
+        found[title] = _alone(vocab, dtype, device), everything
+    for case, asked in cases(device, quick):
+        found[case.name] = partial(check, case=case), asked
+    return found
+
+
+def one(title: str, backend: str, device: str, quick: bool) -> dict[str, str | Worst]:
+    """Map each operator to what was found on one case: a Worst, "ok", or what is wrong."""
+    call, asked = _checks(device, quick)[title]
+    found: dict[str, str | Worst] = {}
+    for name in OPERATORS:
+        if name not in asked or absent(name, backend, device) is not None:
+            continue
+        try:
+            found[name] = call(name, backend) or "ok"
+        except MemoryError as error:
+            found[name] = f"skipped: {error}"
+        except WrongError as error:
+            found[name] = f"wrong: {error}"
+        except Exception as error:
+            found[name] = f"wrong: {words(error)}"
+            if device == "cuda":
+                torch.cuda.synchronize()  # raises where the device is lost: the case ends
+    return found
+
+
 def section(run: Run) -> dict[str, Any]:
-    """A row a case: error over tolerance by operator, "ok" for what is equal, or what is wrong."""
+    """A row a case: error over tolerance by operator, "ok" for what is equal, or what is wrong.
+
+    On a GPU the cases are dealt out to processes, because Triton's compiler is what takes the time.
+    """
     backend = run.backends[0] if run.name.endswith(run.backends[0]) else run.backends[1]
     missing = {name: absent(name, backend, run.device) for name in OPERATORS}
-    names = [name for name in OPERATORS if missing[name] is None]
     rows: list[dict[str, Any]] = []
     worst: dict[str, dict[str, Any]] = {}
+    late: list[str] = []
     result: dict[str, Any] = {
         "backend": backend,
         "absent": {name: why for name, why in missing.items() if why},
@@ -80,44 +124,62 @@ def section(run: Run) -> dict[str, Any]:
         "cases": rows,
     }
 
-    def each(case: str, call: Check, names: Sequence[str] = names) -> None:
-        if run.left() < 1:
-            result.setdefault("skipped: time", []).append(case)
-            return
-        row: dict[str, Any] = {"case": case}
-        rows.append(row)
-        for name in names:
-            row[name] = "running"
-            run.keep(result)
-            try:
-                found = call(name, backend)
-                row[name] = "ok" if found is None else found.ratio
-                if found and (name not in worst or found.ratio > worst[name]["ratio"]):
-                    worst[name] = {"case": case, **vars(found)}
-                if found and found.ratio > 1:
-                    raise WrongError(f"error {found.error:.3g}, tolerance {found.tolerance:.3g}")
-            except MemoryError as error:
-                row[name] = f"skipped: {error}"
-            except Exception as error:
-                row[name] = str(error) if isinstance(error, WrongError) else words(error)
-                failure = {"case": case, "operator": name, "what": row[name]}
+    def note(title: str, found: dict[str, str | Worst]) -> None:
+        row: dict[str, Any] = {"case": title}
+        for name, said in found.items():
+            what = said if isinstance(said, str) and said.startswith("wrong: ") else None
+            row[name] = said.ratio if isinstance(said, Worst) else said
+            if isinstance(said, Worst):
+                if name not in worst or said.ratio > worst[name]["ratio"]:
+                    worst[name] = {"case": title, **vars(said)}
+                if said.ratio > 1:
+                    what = f"error {said.error:.3g}, tolerance {said.tolerance:.3g}"
+            if what:
+                failure = {"case": title, "operator": name, "what": what.removeprefix("wrong: ")}
                 result["failures"].append(failure)
-                if run.device == "cuda":
-                    torch.cuda.synchronize()  # raises where the device is lost: the section ends
+        rows.append(row)
+        result["compared"] = sum(len(row) - 1 for row in rows)
+        run.keep(result)
 
-    for case, asked in cases(run.device, run.quick):
-        here = [name for name in names if name in asked]
-        each(case.name, partial(check, case=case), here)
-    sizes = [(6000, torch.float32), (6001, torch.float32), (6000, BF16)]
-    for vocab, dtype in sizes if run.quick else [*sizes, (151936, BF16)]:
-        title = f"alone or in a batch, {str(dtype)[6:]}, V = {vocab}"
-        each(title, _alone(vocab, dtype, run.device))
-    if not run.quick:
-        each("64-bit offsets: rows 2^30 apart", _far(run.device))
-    if run.device == "cuda" or run.quick:
-        each("64-bit offsets: real rows", _live(run.device, run.quick))
-    result["compared"] = sum(len(row) - 1 for row in rows)
-    return result
+    about = (backend, run.device, run.quick)
+    titles = list(_checks(run.device, run.quick))
+    if run.device != "cuda":
+        for title in titles:
+            if run.left() < 1:
+                late.append(title)
+            else:
+                note(title, one(title, *about))
+    else:
+        _deal(run, titles, about, note, late)
+    return result | ({"skipped: time": late} if late else {})
+
+
+def _deal(
+    run: Run,
+    titles: Sequence[str],
+    about: tuple[str, str, bool],
+    note: Callable[[str, dict[str, str | Worst]], None],
+    late: list[str],
+) -> None:
+    """Run the cases in as many processes as there are cores, up to twelve."""
+    pool = ProcessPoolExecutor(
+        max(1, min(12, (os.cpu_count() or 2) - 2)), mp_context=get_context("spawn")
+    )
+    asked = {pool.submit(one, title, *about): title for title in titles}
+    try:
+        for future in as_completed(asked, timeout=max(1.0, run.left())):
+            title = asked.pop(future)
+            try:
+                note(title, future.result())
+            except Exception as error:
+                note(title, {name: f"wrong: {words(error)}" for name in OPERATORS})
+    except TimeoutError:
+        late += asked.values()
+    finally:
+        processes = list(pool._processes.values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes if late else ():
+            process.kill()
 
 
 def tiny() -> None:

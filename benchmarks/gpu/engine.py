@@ -2,14 +2,14 @@
 1 to 64 and contexts of 128 to 8192.
 
 Weights are random, which makes no difference to the clock; SmolLM2-135M is real where it is
-installed. The contenders take turns. A token's time is (64 new tokens - 1 new token) / 63, which
-leaves out prefill and set-up.
+installed. The contenders take turns. A token's time is a difference, such as (129 new tokens - 65
+new tokens) / 64, which leaves out prefill and set-up.
 """
 
 import copy
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -36,9 +36,14 @@ from svd_engine.model.cuda_graphs import GraphedRunner
 from svd_engine.steering_config import SteeringConfig
 
 ROUNDS = 2
-# (batch, prompt tokens); every contender decodes the first shape, those of `WIDE` the others.
-SHAPES = ((1, 128), (1, 1024), (1, 8192), (4, 128), (16, 128), (64, 128))
-WIDE = ("steered", "adapted", "generate, static")
+SHAPES = ((1, 128), (1, 1024), (1, 8192), (4, 128), (16, 128), (64, 128))  # batch, prompt tokens
+# What is raced at how many of the shapes, and over how many tokens: the slow ones over fewer.
+# transformers compiles the last one, so it comes last.
+RACES: tuple[tuple[tuple[str, ...], int, tuple[int, int]], ...] = (
+    (("steered", "adapted"), len(SHAPES), (65, 129)),
+    (("steered", "steered, no graphs", "generate, merged", "naive", "sequential"), 1, (9, 25)),
+    (("steered", "generate, static"), 2, (65, 129)),
+)
 
 
 class Contenders:
@@ -46,7 +51,6 @@ class Contenders:
 
     def __init__(self, run: Run, base: PreTrainedModel, end: float) -> None:
         self.run, self.end = run, end
-        self.new = 4 if run.quick else 64
         self.vocab = vocabulary(base)
         self.bytes = weight_bytes(base)
         self.model = random_adapter(base, random_lora())
@@ -60,7 +64,6 @@ class Contenders:
             "steered, no graphs": partial(generate, plain),
             "adapted": partial(generate, paired, model="adapted"),
             "generate, merged": partial(hugging_face, merged),
-            # transformers compiles this one by itself on a GPU
             "generate, static": partial(hugging_face, merged, cache_implementation="static"),
             "naive": partial(naive, self.model),
             "sequential": partial(generate, sequential),
@@ -74,26 +77,36 @@ class Contenders:
         synchronize(self.run.device)
         return perf_counter() - start
 
-    def race(self, batch: int, context: int, keep: Callable[[dict[str, Any]], None]) -> None:
-        """Measure seconds per token of each contender; `keep` gets them one by one at the end."""
+    def race(
+        self,
+        names: Sequence[str],
+        batch: int,
+        context: int,
+        tokens: tuple[int, int],
+        keep: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Measure seconds per token of each contender; `keep` gets them one by one at the end.
+
+        tokens: two numbers of new tokens, whose times are subtracted.
+        """
+        few, many = tokens
         generator = torch.Generator().manual_seed(batch)
         shape = (batch, context)
         prompts = torch.randint(3, self.vocab, shape, generator=generator).tolist()
         calls: dict[str, Callable[[int], object]] = {}
         seconds: dict[str, list[float]] = {}
-        for name, call in self.calls.items():
-            if (batch, context) != SHAPES[0] and name not in WIDE:
-                continue
+        for name in names:
+            call = self.calls[name]
             about = {"batch": batch, "context": context, "contender": name}
             if time.time() > self.end:
                 keep(about | {"skipped": "time"})
                 continue
             try:  # the first call compiles and captures, at the lengths to come
                 calls[name] = partial(call, prompts)
-                once = self.clock(calls[name], self.new)
+                once = self.clock(calls[name], many)
                 if time.time() + once > self.end:
                     calls.pop(name)
-                    keep(about | {"skipped": "time", "first call, ms/token": once / self.new * 1e3})
+                    keep(about | {"skipped": "time", "first call, ms/token": once / many * 1e3})
             except Exception as error:
                 calls.pop(name, None)
                 keep(about | {"error": words(error)})
@@ -101,8 +114,8 @@ class Contenders:
         for _ in range(ROUNDS):
             for name, ready in calls.items():
                 if not seconds.get(name) or time.time() < self.end:
-                    one, all_ = self.clock(ready, 1), self.clock(ready, self.new)
-                    seconds.setdefault(name, []).append((all_ - one) / (self.new - 1))
+                    start, all_ = self.clock(ready, few), self.clock(ready, many)
+                    seconds.setdefault(name, []).append((all_ - start) / (many - few))
         copy_rate = self.run.before("bandwidth").get("GB/s")
         for name, times in seconds.items():
             found: dict[str, Any] = {"batch": batch, "context": context, "contender": name}
@@ -199,5 +212,7 @@ def _race(
         cases.append(about | found)
         flush()
 
-    for batch, context in SHAPES[:: 3 if run.quick else 1]:
-        contenders.race(batch, context, keep)
+    shapes = SHAPES[::3] if run.quick else SHAPES
+    for names, count, tokens in RACES:
+        for batch, context in shapes[:count]:
+            contenders.race(names, batch, context, (2, 4) if run.quick else tokens, keep)

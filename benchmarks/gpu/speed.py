@@ -27,8 +27,12 @@ def two_softmaxes(adapted: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
 class Rows:
     """Buffer sets of one shape, enough that a round trip finds the L2 cold."""
 
-    def __init__(self, run: Run, n: int, vocab: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, run: Run, n: int, vocab: int, dtype: torch.dtype, peaked: bool = False
+    ) -> None:
+        """`peaked`: three tokens carry a row, as in a language model, instead of about twenty."""
         self.n, self.vocab, self.dtype, self.device = n, vocab, dtype, run.device
+        self.peaked = peaked
         self.size = n * vocab * dtype.itemsize  # of one row set
         count = sets(run.device, 2 * self.size, run.quick)
         generator = torch.Generator(device=run.device).manual_seed(0)
@@ -38,7 +42,12 @@ class Rows:
         for _ in range(count):
             base = torch.randn(n, vocab, device=run.device, generator=generator, dtype=dtype)
             noise = torch.randn(n, vocab, device=run.device, generator=generator, dtype=dtype)
-            self.b.append(base.mul_(3))
+            if peaked:
+                likely = torch.randint(vocab, (n, 3), device=run.device, generator=generator)
+                base.scatter_add_(1, likely, torch.full_like(base[:, :3], 12.0))
+            else:
+                base.mul_(3)
+            self.b.append(base)
             self.z.append(noise.mul_(0.5).add_(base))
             self.out.append(torch.empty_like(base))
         rows = torch.arange(n, device=run.device)
@@ -47,7 +56,8 @@ class Rows:
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"n": self.n, "vocab": self.vocab, "dtype": str(self.dtype)[6:]}
+        about = {"n": self.n, "vocab": self.vocab, "dtype": str(self.dtype)[6:]}
+        return about | ({"rows": "peaked"} if self.peaked else {})
 
     def calls(self, name: str, backend: str) -> list[Call]:
         """Return one call per buffer set; `steer` writes into the set, the others allocate."""
@@ -123,15 +133,17 @@ def operators(run: Run) -> dict[str, Any]:
         run.keep(result)
 
     vocabs, counts = ((500,), (1, 4)) if run.quick else (VOCABS, ROWS)
-    for vocab in vocabs:
+    for vocab, peaked in [(vocabs[0], True), *((vocab, False) for vocab in vocabs)]:
         for dtype in (BF16, F32):
             for n in counts:
                 if run.left() < 2:
                     about = {"n": n, "vocab": vocab, "dtype": str(dtype)[6:]}
                     result["skipped"].append({"name": "all", **about, "why": "time"})
                     continue
-                rows = Rows(run, n, vocab, dtype)
-                for name, backend, make in _contenders(run, rows, vocab == vocabs[0]):
+                rows = Rows(run, n, vocab, dtype, peaked)
+                for name, backend, make in _contenders(
+                    run, rows, vocab == vocabs[0] and not peaked
+                ):
                     point(name, backend, rows, make)
                 del rows, make
     # Compiling takes seconds per shape, so it comes last.

@@ -118,9 +118,9 @@ def _latency(found: Part) -> list[Table]:
 def _operators(found: Part) -> list[Table]:
     result = found["operators"]
     made = []
-    shapes = dict.fromkeys((case["vocab"], case["dtype"]) for case in result["cases"])
-    for vocab, dtype in shapes:
-        cases = [c for c in result["cases"] if (c["vocab"], c["dtype"]) == (vocab, dtype)]
+    shapes = dict.fromkeys(_shape(case) for case in result["cases"])
+    for vocab, dtype, kind in shapes:
+        cases = [c for c in result["cases"] if _shape(c) == (vocab, dtype, kind)]
         counts = sorted({case["n"] for case in cases})
         rows = []
         for name, backend in dict.fromkeys((c["name"], c["backend"]) for c in cases):
@@ -128,11 +128,15 @@ def _operators(found: Part) -> list[Table]:
             rows.append([name, backend, *(_point(at.get(n)) for n in counts)])
         head = ["", "backend", *(f"N = {n}" for n in counts)]
         title = (
-            f"V = {vocab}, {dtype}: us with the L2 cold (hot), share of copy bandwidth "
-            f"({number(result['copy GB/s'])} GB/s)"
+            f"V = {vocab}, {dtype}, {kind} rows: us with the L2 cold (hot), share of copy "
+            f"bandwidth ({number(result['copy GB/s'])} GB/s)"
         )
         made.append(Table(title, head, rows))
     return made
+
+
+def _shape(case: Part) -> tuple[int, str, str]:
+    return case["vocab"], case["dtype"], case.get("rows", "random")
 
 
 def _point(case: Part | None) -> Cell:

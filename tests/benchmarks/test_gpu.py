@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 SECTIONS = [
     "machine", "bandwidth", "correctness_cpu", "correctness_reference", "graph", "latency",
-    "operators", "linear", "engine", "tiles", "sanitizer",
+    "operators", "engine", "linear", "tiles", "sanitizer",
 ]  # fmt: skip
 
 

@@ -305,3 +305,16 @@ def test_a_tree_cloned_from_a_native_tree_is_the_same():
     first.weight.data.copy_(normal(32, seed=1))
     assert torch.equal(first(x), second(x))
     assert torch.equal(first(x), copy.deepcopy(first)(x))
+
+
+def test_attention_takes_what_a_gpu_returns(monkeypatch):
+    """There the kernels of scaled_dot_product_attention put the heads behind the positions."""
+    query, key, value = (normal(2, heads, 3, 8, seed=heads) for heads in (4, 2, 2))
+    right, _ = attention.attend(nn.Module(), query, key, value, None)
+    sdpa = attention.scaled_dot_product_attention
+
+    def behind(*arguments, **options):
+        return sdpa(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", behind)
+    assert torch.equal(attention.attend(nn.Module(), query, key, value, None)[0], right)

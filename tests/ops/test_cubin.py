@@ -1,7 +1,8 @@
 """Everything that is launched compiles for every target, without spills and within its registers.
 
-No GPU is needed. The compiler cannot run in a process that has TRITON_INTERPRET set, so the work is
-done by this file run as a script, a process for each target.
+No GPU is needed: a call goes Triton's own way up to the launch. The compiler cannot run in a
+process that has TRITON_INTERPRET set, so the work is done by this file run as a script, a process
+for each target.
 """
 
 import json
@@ -93,38 +94,27 @@ def launches():
 
 
 def main(target: int) -> None:
-    import torch
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
 
-    types = {
-        torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-        torch.int64: "*i64", torch.bool: "*i1",
-    }  # fmt: skip
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(os.environ.get("TMPDIR", "/tmp")) / f"svd-engine-{os.getpid()}.cubin"
+    asked = launches()
+
+    class Device:
+        """Stands for the driver: what Triton asks of it before it launches."""
+
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", target, 32))
+
+    driver.set_active(Device())
     seen = set()
-    for kernel, arguments, options in launches():
-        values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-        signature, constants = {}, {}
-        for parameter in kernel.params:
-            value = values.pop(parameter.name)
-            if parameter.is_constexpr or value is None:
-                signature[parameter.name], constants[(parameter.num,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = types[value.dtype]
-            else:
-                signature[parameter.name] = parameter.annotation_type
-        key = (kernel.__name__, *signature.items(), *constants.items())
-        if key in seen:
+    for kernel, arguments, options in asked:
+        compiled = kernel.run(*arguments, grid=(1,), warmup=True, **options)
+        if compiled in seen:
             continue
-        seen.add(key)
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constexprs=constants),
-            target=GPUTarget("cuda", target, 32),
-            options=values,
-        )
+        seen.add(compiled)
         wide = WIDE_COPY if kernel.__name__ == "linear_tiles" else "ld.global.v4.b32"
         cubin.write_bytes(compiled.asm["cubin"])
         command = [cuobjdump, "-res-usage", cubin]
@@ -146,8 +136,8 @@ def main(target: int) -> None:
                         for x in kernel.params
                         if not x.is_constexpr and not x.do_not_specialize
                     ],
-                    "signature": " ".join(signature.values()),
-                    "constants": [str(x) for x in constants.values()],
+                    "signature": " ".join(compiled.src.signature.values()),
+                    "constants": [str(x) for x in compiled.src.constants.values()],
                 }
             )
         )

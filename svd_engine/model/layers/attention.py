@@ -85,7 +85,8 @@ def attend(
             weights = torch.cat([weights, sinks[..., None].to(weights.dtype)], -1)
         weights = weights.softmax(-1, dtype=torch.float32).to(value.dtype)
         out = weights[..., : key.shape[2]] @ value
-    return out.view(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
+    # On a GPU the kernels of SDPA return other strides than the query's.
+    return out.reshape(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
 
 
 def _refuse_unknown(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
