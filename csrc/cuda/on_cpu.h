@@ -21,6 +21,7 @@
 #define __forceinline__ inline
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#define SVD_TEAMS 2
 
 namespace on_cpu {
 
