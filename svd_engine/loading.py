@@ -41,7 +41,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a folder, a Hub name or "smollm2".
 
-    dtype "auto" keeps the checkpoint's own (bfloat16 for smollm2). Raises ValueError.
+    dtype "auto" keeps the checkpoint's own. For smollm2 it is bfloat16, but float32 on a CPU without
+    bfloat16 products, which are some ten times slower there. Raises ValueError.
     """
     arguments: dict = {"dtype": dtype}
     folder, tokenizer_arguments = str(name), {}
@@ -55,7 +56,7 @@ def load_base(
         folder, tokenizer_arguments = str(file.parent), {"gguf_file": file.name}
         # Packed weights would be unpacked at every forward pass.
         arguments = {
-            "dtype": torch.bfloat16 if dtype == "auto" else dtype,
+            "dtype": _fast_dtype(device) if dtype == "auto" else dtype,
             "quantization_config": GgufConfig(dequantize=True),
             **tokenizer_arguments,
         }
@@ -68,6 +69,14 @@ def load_base(
     model.name_or_path = str(name)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def _fast_dtype(device: str | torch.device) -> torch.dtype:
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    mkldnn = torch.backends.mkldnn.is_available()
+    fast = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def warm_start(
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     dtype: Annotated[
         str, typer.Option(help="Dtype of the base; the adapter is float32.")
-    ] = "bfloat16",
+    ] = "auto",
     device: Device = "cpu",
 ) -> None:
     """Train an adapter briefly: the warm start that steering continues.
