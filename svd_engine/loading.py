@@ -41,8 +41,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a folder, a Hub name or "smollm2".
 
-    dtype "auto" keeps the checkpoint's own. For smollm2 it is bfloat16, but float32 on a CPU without
-    bfloat16 products, which are some ten times slower there. Raises ValueError.
+    dtype "auto" keeps the checkpoint's own. For smollm2 it is bfloat16, but float32 on a CPU
+    without bfloat16 products, which are some ten times slower there. Raises ValueError.
     """
     arguments: dict = {"dtype": dtype}
     folder, tokenizer_arguments = str(name), {}
