@@ -38,9 +38,7 @@ def warm_start(
         typer.Option(help="Steps between checkpoints; the same command resumes from the last one."),
     ] = 20,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the base; the adapter is float32.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of the base; the adapter is float32.")] = "auto",
     device: Device = "cpu",
 ) -> None:
     """Train an adapter briefly: the warm start that steering continues.
