@@ -72,8 +72,7 @@ class PairedRunner:
 
     def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         """Return logits of (adapted, base) after one more token per row `[B]`, `[B, V]` each."""
-        hidden = self.runner.extend(tokens.repeat(2)[:, None], kv_length)
-        return _halves(self.runner.logits(hidden[:, 0]))
+        return _halves(self.runner.step(tokens.repeat(2), kv_length))
 
     def reorder(self, index: Tensor) -> None:
         """Let row i of both models continue from former row index[i]; int64 `[R]`."""
@@ -115,7 +114,7 @@ class SequentialRunner:
         return tuple(r.extend(tokens, kv_length) for r in self.runners)
 
     def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
-        return self.logits([h[:, 0] for h in self.extend(tokens[:, None], kv_length)])
+        return tuple(r.step(tokens, kv_length) for r in self.runners)
 
     def reorder(self, index: Tensor) -> None:
         for r in self.runners:

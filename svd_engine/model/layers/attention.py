@@ -1,5 +1,8 @@
 """Attention for both halves of a pair, registered with transformers under the name `svd_engine`."""
 
+from contextvars import ContextVar
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,6 +13,21 @@ from svd_engine.model.layers.softcap import softcapped
 from svd_engine.ops import cpu
 
 NAME = "svd_engine"
+
+
+class Call(NamedTuple):
+    """What a layer hands to attention besides tensors."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    window: int | None
+    softcap: float | None
+    is_plain: bool  # values as wide as keys, and no further argument
+
+
+RECORDING: ContextVar[list[Call] | None] = ContextVar("recording", default=None)
 
 
 def causal_mask(positions: Tensor, kv_length: int, dtype: torch.dtype) -> Tensor:
@@ -55,6 +73,10 @@ def attend(
         window = _hide(outside, query.dtype)
         mask = window if mask is None else mask + window
     scaling = dim**-0.5 if scaling is None else scaling
+    if (recording := RECORDING.get()) is not None:
+        is_plain = value.shape[3] == dim
+        call = Call(heads, key.shape[1], dim, scaling, sliding_window, softcap, is_plain)
+        recording.append(call)
     if length == 1 and _can_run_natively(query, key, value):
         out = query.new_empty(rows, 1, heads, value.shape[3])
         cpu.attend(query, key, value, mask, scaling, softcap, out)

@@ -1,0 +1,51 @@
+"""One decode step of a recognised decoder, run from a plan instead of by its modules."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from svd_engine.model.step import cpu
+from svd_engine.model.step.cpu import CpuStep
+from svd_engine.model.step.read import NotDescribed, read_plan
+
+if TYPE_CHECKING:
+    from svd_engine.model.runner import ModelRunner
+
+PROMPTS = ([5, 3, 11], [7])  # any tokens, of different lengths
+NEW = [[2, 9], [4, 1]]
+# Of the norm of a token's hidden states. Roundings fall alike in both, but for those of sums.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def native_step(runner: "ModelRunner") -> tuple[CpuStep | None, str]:
+    """Return the native step of a runner's model, or None, and which step runs and why."""
+    try:
+        plan = read_plan(runner)
+        if (reason := cpu.why_not(plan)) is not None:
+            raise NotDescribed(reason)
+        step = CpuStep(plan)
+        _check(runner, step)
+    except NotDescribed as error:
+        return None, f"module by module: {error}"
+    return step, f"native: {len(plan.layers)} layers in one call"
+
+
+@torch.inference_mode()
+def _check(runner: "ModelRunner", step: CpuStep) -> None:
+    """Raise NotDescribed unless the step computes what the modules compute."""
+    prompts, tokens = list(PROMPTS), torch.tensor(NEW)
+    if runner.paired:
+        prompts, tokens = prompts * 2, tokens.repeat(2, 1)
+    tokens = tokens.to(runner.model.device)
+    runner.prefill(prompts, max_new_tokens=2)
+    positions = runner.positions.clone()
+    want = runner.extend(tokens).float()
+    runner.positions.copy_(positions)
+    runner.native = step
+    try:
+        got = runner.extend(tokens).float()
+    finally:
+        runner.native = None
+    error = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
+    if not error <= TOLERANCE[step.dtype]:
+        raise NotDescribed(f"in a trial the native step was off by {error:.2g} of the modules")
