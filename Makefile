@@ -14,12 +14,13 @@ VERSION_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py mo
 	generation/test_beam_search.py integrations/test_hugging_face.py training/test_warm_start.py)
 
 .PHONY: help demo test test-oldest test-oldest-triton bench quality lint docs clean
-.PHONY: test-fast test-newest site wheel
+.PHONY: test-fast test-newest mutants site wheel
 
 help:
 	@echo "make demo         warm start, calibrate and steer SmolLM2-135M; compare with un-steered"
 	@echo "make test         the test suite"
 	@echo "make test-fast    its quick tests"
+	@echo "make mutants      break the program one line at a time: the tests must notice; 30 minutes"
 	@echo "make test-oldest  what depends on transformers, with the oldest one supported"
 	@echo "make test-newest  the same, with the newest transformers, peft and triton supported"
 	@echo "make test-oldest-triton  that the oldest Triton compiles every kernel without spills"
@@ -39,6 +40,9 @@ test: .venv/ready
 
 test-fast: .venv/ready
 	$(PYTEST) -m "not slow"
+
+mutants: .venv/ready
+	$(BIN)/python tests/run_mutants.py
 
 test-oldest: .venv/oldest/ready
 	PYTHONPATH=.venv/oldest $(BIN)/pytest $(VERSION_TESTS)

@@ -68,6 +68,12 @@ SVD_HD F steered(F adapted, F base, F e, const RowStats& row, const Steering& st
   return adapted > -INFINITY ? kept : adapted;
 }
 
+// (logit - peak) / temperature + noise for `away` = logit - peak, times the temperature if that is
+// below 1, so that the quotient does not overflow: the greatest merit is chosen.
+SVD_HD float merit_of(float away, float noise, float temperature) {
+  return away / std::fmax(temperature, 1.0f) + std::fmin(temperature, 1.0f) * noise;
+}
+
 // First output word of Philox4x32-10 with key = seed and counter = (token, position, 0). A Word is
 // a uint64_t, or a vector of uint64_t, and holds 32 bits per element.
 template <class Word>

@@ -48,7 +48,10 @@ class Draw(NamedTuple):
 
     @property
     def is_cut(self) -> bool:
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        """Whether cuts can change the choice; they keep the greedy token, the coldest choice."""
+        if self.temperature < reference.COLDEST:
+            return False
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def cuts(self) -> tuple[int, float, float]:

@@ -8,7 +8,8 @@ For every operator:
 
 - A token whose adapted logit is -inf has probability 0 and is never chosen.
 - A token whose base logit alone is -inf is not steered: its delta is 0 and it is not in mean_d.
-- A row with NaN or +inf anywhere, or without a finite adapted logit, gives NaN and token -1.
+- A row with NaN or +inf anywhere, without a finite adapted logit, or with a strength that is not
+  finite gives NaN and token -1.
 - Ties go to the lowest token id.
 
 Names in the kernels, here and in Triton, CUDA C++ and CPU C++:
@@ -22,7 +23,8 @@ Names in the kernels, here and in Triton, CUDA C++ and CPU C++:
 - delta              the steering vector p (mean_d - d)  (10), 0 for a token not in base
 - support, threshold z >= threshold = peak + log(alpha)  (12); off the support: any other token
 - steering; logit    strength and mask of a row; the steered logit, -inf for a removed token
-- merit              logit, or (logit - peak) / temperature + noise: the greatest is chosen
+- merit              logit, or (logit - peak) / temperature + noise, times the temperature if that
+                     is below 1: the greatest is chosen
 - log-sum-exp (lse)  peak + log(sum_exp) of steered logits; tempered: of logits / temperature
 - sum_p, mean, spread, squares   of x = I delta: sum p, E_p[x], sum p (x - mean)^2, sum x^2
 - tile; active       consecutive tokens of a row, summed together; a tile with a token left
@@ -37,6 +39,7 @@ import torch
 from torch import Tensor
 
 INF = math.inf
+COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it cuts as this one does
 Strength = float | Tensor
 
 
@@ -111,10 +114,11 @@ def _steered(
 ) -> tuple[Tensor, Tensor]:
     stats = _row_stats(adapted, base, alpha, projection)
     strength = _column(strength, stats.z)
+    valid = stats.valid & strength.isfinite()
     # strength * -inf is never formed: it is NaN for strength 0 and +inf for a negative one.
     off = -INF if penalty == -INF else stats.z + strength.abs() * penalty
     steered = torch.where(stats.support, stats.z + strength * stats.delta, off)
-    return torch.where(stats.valid, steered, math.nan), stats.valid[:, 0]
+    return torch.where(valid, steered, math.nan), valid[:, 0]
 
 
 def steering_vector(adapted: Tensor, base: Tensor) -> Tensor:
@@ -165,15 +169,20 @@ def sample(
 ) -> Sampled:
     """Choose one token per row: the greatest of steered / temperature + gumbel_noise.
 
-    At temperature 0 it is the greatest steered logit. `top_k`, `top_p` and `min_p` first cut the
-    distribution softmax(steered / temperature). `logprob` is taken before temperature and cuts: it
-    equals `score` of the token.
+    At temperature 0 it is the greatest steered logit, and so it is just above: one below 1
+    multiplies the noise instead, because the quotient would overflow. `top_k`, `top_p` and `min_p`
+    first cut the distribution softmax(steered / temperature). `logprob` is taken before temperature
+    and cuts: it equals `score` of the token.
     """
     steered, valid = _steered(adapted, base, strength, alpha, penalty)
     merit = steered
     if temperature > 0:
-        kept = _cut((steered / temperature).log_softmax(-1), top_k, top_p, min_p)
-        merit = kept + gumbel_noise(seed, position, len(kept), kept.shape[1], kept.device)
+        away = steered - steered.amax(-1, keepdim=True)
+        tempered = (away / max(temperature, COLDEST)).log_softmax(-1)
+        kept = _cut(tempered, top_k, top_p, min_p) > -INF
+        noise = gumbel_noise(seed, position, len(away), away.shape[1], away.device)
+        merit = away / max(temperature, 1.0) + min(temperature, 1.0) * noise
+        merit = torch.where(kept, merit, -INF)
     token = merit.argmax(-1)
     logprob = steered.log_softmax(-1).gather(-1, token[:, None])[:, 0]
     return Sampled(token.masked_fill(~valid, -1), logprob)

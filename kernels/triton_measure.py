@@ -95,6 +95,7 @@ def steer_row(
 ):
     """The peaks of the tiles, the sum_exps of the tiles, and the steering of the row."""
     peaks, sum_exps, peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
+    peak = tl.where(tl.abs(strength) < INF, peak, NAN)
     steering = RowSteering(peak, sum_exp, mean_d, peak + log_alpha, strength, penalty)
     return peaks, sum_exps, steering
 

@@ -35,8 +35,10 @@ def choose(
     merit = logits
     if not GREEDY:
         noise = gumbel_noise(random_bits(seed, token, position))
-        # Relative to the peak, so that large logits do not round the noise away.
-        merit = (logits - steering.peak) / temperature + noise
+        # Relative to the peak, so that large logits do not round the noise away. A temperature
+        # below 1 multiplies the noise instead, so that the quotient does not overflow.
+        away = logits - steering.peak
+        merit = away / tl.maximum(temperature, 1.0) + noise * tl.minimum(temperature, 1.0)
     return logits, merit
 
 

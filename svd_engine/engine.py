@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -13,7 +13,6 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
-from svd_engine.data.tokenization import encode_text
 from svd_engine.generation import logits_processors, scoring
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
@@ -32,6 +31,7 @@ from svd_engine.model.pair import (
     pair_models,
 )
 from svd_engine.model.peft_adapter import Adapter
+from svd_engine.model.probe import check as check_pair
 from svd_engine.steering_config import SteeringConfig
 
 if TYPE_CHECKING:
@@ -44,11 +44,14 @@ MODELS = ("steered", "adapted", "base")
 class SteeredEngine:
     """Decodes a PEFT model, steered by its difference from its own base model.
 
-    model: a PEFT causal language model with one active adapter; it is not changed.
+    model: a PEFT causal language model with one active adapter; it is not changed. The engine
+    shares its base weights and copies its adapter, and refuses to decode once either has changed.
     steering: None decodes the adapted model alone; it may be set anew between calls.
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
     cuda_graphs: on a GPU, replay decode steps from CUDA graphs.
+    probe: try a few tokens and raise ValueError unless both models give what they give without the
+    engine.
     """
 
     def __init__(
@@ -58,11 +61,14 @@ class SteeredEngine:
         steering: SteeringConfig | None = None,
         pairing: str = "auto",
         cuda_graphs: bool = True,
+        probe: bool = True,
     ) -> None:
         self._adapter = adapter = Adapter.read(model)
         self.model, self.tokenizer = model, tokenizer
         self.inputs = Inputs(adapter.base_model, tokenizer, adapter.virtual_tokens)
-        self.pair = pair_models(adapter, pairing)  # the adapted and the base model
+        self._pair = pair_models(adapter, pairing)
+        if probe:
+            check_pair(self._pair, adapter, model)
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
@@ -81,17 +87,30 @@ class SteeredEngine:
         device: str | torch.device = "cpu",
         pairing: str = "auto",
         cuda_graphs: bool = True,
+        probe: bool = True,
+        trust_remote_code: bool = False,
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
         base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
-        model alone until `steering` is set.
+        model alone until `steering` is set. A tokenizer or chat template beside the adapter is used
+        where its vocabulary fits the base; the log says so. trust_remote_code: run Python code that
+        comes with the base.
         """
-        model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
+        model, tokenizer = loading.load_base(
+            base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         peft_model = loading.load_adapter(model, adapter)
+        tokenizer = loading.adapter_tokenizer(adapter, model, tokenizer)
         if steering is None and loading.has_steering(adapter):
             steering = SteeringConfig.from_pretrained(adapter)
-        return cls(peft_model, tokenizer, steering, pairing, cuda_graphs)
+        return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a SteeredEngine cannot be pickled or copied: in another process, make one there with "
+            "SteeredEngine.from_pretrained; in this one, share it, since one call runs at a time."
+        )
 
     @property
     def steering(self) -> SteeringConfig | None:
@@ -102,6 +121,12 @@ class SteeredEngine:
         if value is not None:
             value.check_vocabulary(self.inputs.vocab_size)
         self._steering = value
+
+    @property
+    def pair(self) -> ModelPair:
+        """The adapted and the base model. Raise ValueError if the PEFT model has changed."""
+        self._adapter.state.check()
+        return self._pair
 
     def generate(
         self,
@@ -172,12 +197,7 @@ class SteeredEngine:
         penalty 0 leaves tokens off the support as they are, so that an answer is not ranked by how
         many of its tokens fall outside.
         """
-        start = self.inputs.prompts([prompt])[0]
-        passages = [
-            scoring.Passage(start, encode_text(c, self.tokenizer, add_special_tokens=False))
-            for c in continuations
-        ]
-        self.inputs.check_passages(passages)
+        passages = self.inputs.passages(prompt, continuations)
         _, pair, steering = self._decoded(model)
         with self._lock.hold():
             return scoring.score(pair, passages, steering, penalty)
@@ -198,8 +218,9 @@ class SteeredEngine:
         interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """
-        answers = Answers(example_files.encode(examples, self.tokenizer))
-        self.inputs.check_passages(answers.passages)
+        answers = Answers(example_files.encode(examples, self.tokenizer, self.inputs.vocab_size))
+        places = [example_files.place(example, i) for i, example in enumerate(examples)]
+        self.inputs.check_passages(answers.passages, [places[i] for i in answers.example_of()])
         checked = CalibrationOptions.checked(answers, **options)
         with self._lock.hold():
             report = calibrate(self.pair, answers, checked, progress)
@@ -227,6 +248,7 @@ class SteeredEngine:
                 raise ValueError("model='steered' needs engine.steering; set it or calibrate.")
             steering.check_vocabulary(self.inputs.vocab_size)
             return model, self.pair, steering
+        self._adapter.state.check()
         if model not in self._single:
             runner = adapted_runner if model == "adapted" else base_runner
             self._single[model] = SequentialRunner(runner(self._adapter))

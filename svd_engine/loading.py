@@ -1,12 +1,16 @@
 """Load base models, the embedded SmolLM2 and adapters; errors say what to do."""
 
+import copy
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -15,14 +19,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from svd_engine import steering_config
-from svd_engine.model import peft_adapter
+from svd_engine.model import adapter_file, peft_methods
+from svd_engine.utils.files import read_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 SMOLLM2 = "smollm2"
+logger = logging.getLogger(__name__)
+JSON_FILES = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json",
+    "model.safetensors.index.json",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def smollm2_file() -> Path | None:
@@ -38,12 +50,16 @@ def load_base(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a folder, a Hub name or "smollm2".
 
     dtype "auto" keeps the checkpoint's own. For smollm2 it is bfloat16, but float32 on a CPU
-    without bfloat16 products, which are some ten times slower there. Raises ValueError.
+    without bfloat16 products, which are some ten times slower there. trust_remote_code: run Python
+    code that comes with the checkpoint. Raises ValueError.
     """
+    _check_dtype(dtype)
+    _check_device(device)
     arguments: dict = {"dtype": dtype}
     folder, tokenizer_arguments = str(name), {}
     if str(name) == SMOLLM2:
@@ -60,12 +76,14 @@ def load_base(
             "quantization_config": GgufConfig(dequantize=True),
             **tokenizer_arguments,
         }
+    _check_files(Path(folder))
+    trust: dict = {"trust_remote_code": trust_remote_code}
     try:
         with _parsed_once() if tokenizer_arguments else nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_arguments)
-            model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"base {str(name)!r} cannot be loaded: {error}") from error
+            tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_arguments, **trust)
+            model = AutoModelForCausalLM.from_pretrained(folder, **arguments, **trust)
+    except Exception as error:  # of any kind, where a value in the files is wrong
+        raise ValueError(f"base {str(name)!r} cannot be loaded: {_reason(error)}") from error
     model.name_or_path = str(name)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
@@ -77,6 +95,36 @@ def _fast_dtype(device: str | torch.device) -> torch.dtype:
     mkldnn = torch.backends.mkldnn.is_available()
     fast = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def _check_dtype(dtype: str | torch.dtype) -> None:
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name not in ("auto", *DTYPES):
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {str(dtype)!r}.")
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raise ValueError unless tensors can be made on the device."""
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {str(device)!r} is not available: {_first_line(error)} "
+            "Give cpu, or see svd-engine env."
+        ) from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError that names a file of the folder which is not what its name says."""
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            read_object(folder / name, "a configuration")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, "pt"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 @contextmanager
@@ -103,18 +151,96 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
         )
     if not path.is_dir() and (path.is_absolute() or str(folder).startswith((".", "~"))):
         raise ValueError(f"adapter {str(path)!r} does not exist. Train one: svd-engine warm-start.")
+    _check_files(path)
     try:
-        return peft_adapter.load(model, folder)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        config = adapter_file.read_config(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"adapter {str(folder)!r} cannot be loaded: {error}") from error
+    peft_methods.check({str(folder): config})
+    try:
+        return adapter_file.load(model, folder, config)
+    except Exception as error:  # of any kind, where a value in the files is wrong
         raise ValueError(
             f"adapter {str(folder)!r} does not fit the base {model.name_or_path!r} "
             f"({type(model).__name__}, hidden size {model.config.get_text_config().hidden_size}, "
-            f"vocabulary {model.config.get_text_config().vocab_size}): {_first_line(error)}"
+            f"vocabulary {model.config.get_text_config().vocab_size}): {_reason(error)}"
         ) from error
+
+
+def adapter_tokenizer(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved beside the adapter, or else the base's own, `tokenizer`.
+
+    The adapter was trained with it. It is left aside where its vocabulary does not fit the base;
+    either is logged. A chat template alone goes with the base's tokenizer.
+    """
+    template = _beside(folder, "chat_template.jinja")
+    if _beside(folder, "tokenizer_config.json") is None:
+        if template is None:
+            return tokenizer
+        tokenizer = copy.deepcopy(tokenizer)
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{template} is not UTF-8: {error.reason}.") from error
+        logger.warning("The chat template beside the adapter is used (%s).", folder)
+        return tokenizer
+    try:
+        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        reason = _misfit(own, tokenizer, model.config.get_text_config().vocab_size)
+    except Exception as error:  # libraries raise what they like for a broken file
+        reason = f"it cannot be loaded: {_first_line(error)}"
+    if reason is not None:
+        logger.warning(
+            "The tokenizer beside the adapter is not used (%s): %s. The base's is.", folder, reason
+        )
+        return tokenizer
+    if own.chat_template is None:
+        own.chat_template = tokenizer.chat_template
+        logger.warning("The tokenizer beside the adapter is used (%s).", folder)
+    else:
+        logger.warning("The tokenizer and chat template beside the adapter are used (%s).", folder)
+    return own
+
+
+def _beside(folder: str | Path, name: str) -> Path | None:
+    """Find a file in the adapter's folder or Hub repository."""
+    found = cached_file(
+        str(folder),
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _misfit(
+    own: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, vocab_size: int
+) -> str | None:
+    """Say why the adapter's tokenizer does not fit the base; tokens added to it may differ."""
+    vocabulary = own.get_vocab()
+    highest = max(vocabulary.values(), default=0)
+    if highest >= vocab_size:
+        return f"it has token ids up to {highest}, and the model a vocabulary of {vocab_size}"
+    added = {*own.added_tokens_decoder, *base.added_tokens_decoder}
+    for token, number in sorted(base.get_vocab().items(), key=itemgetter(1)):
+        if number not in added and vocabulary.get(token) != number:
+            other = vocabulary.get(token, "missing")
+            return f"its token {token!r} is {other}, and {number} in the base's"
+    return None
 
 
 def has_steering(folder: str | Path) -> bool:
     return (Path(folder) / steering_config.FILE_NAME).is_file()
+
+
+def _reason(error: Exception) -> str:
+    """Say what was wrong; other errors than these are not written to be read alone."""
+    if isinstance(error, OSError | ValueError | ImportError):
+        return str(error)
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

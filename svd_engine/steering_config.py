@@ -4,11 +4,16 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from svd_engine.ops import checks
-from svd_engine.utils.files import write_text
+from svd_engine.utils.files import read_object, write_text
 
 FILE_NAME = "steering_config.json"
+TEXTS = (
+    "objective", "estimator", "verdict", "data_sha256", "base_model", "base_revision",
+    "svd_engine_version",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +35,36 @@ class SteeringConfig:
     svd_engine_version: str | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise ValueError(f"strength must be finite; got {self.strength}.")
+        for name, value in (
+            ("strength", self.strength), ("alpha", self.alpha),
+            *(("interval", end) for end in self.interval or ()),
+        ):  # fmt: skip
+            _check_number(name, value)
+        if self.penalty != -math.inf:
+            _check_number("penalty", self.penalty)
         checks.support(self.alpha, self.penalty)
+        if self.interval is not None and len(self.interval) != 2:
+            raise ValueError(f"interval must be a pair of numbers; got {self.interval!r}.")
+        if not isinstance(self.projection, bool):
+            raise ValueError(f"projection must be True or False; got {self.projection!r}.")
+        if self.vocab_size is not None and not isinstance(self.vocab_size, int):
+            raise ValueError(f"vocab_size must be an integer; got {self.vocab_size!r}.")
+        for name in TEXTS:
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise ValueError(f"{name} must be text; got {value!r}.")
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the file into an adapter's folder and return its path."""
+    def to_json(self) -> str:
+        """The text of the file."""
         known = {k: v for k, v in asdict(self).items() if v is not None}
         if known["penalty"] == -math.inf:
             known["penalty"] = "-inf"  # JSON has no infinity
+        return json.dumps(known, indent=2) + "\n"
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the file into an adapter's folder and return its path."""
         path = Path(folder) / FILE_NAME
-        write_text(path, json.dumps(known, indent=2) + "\n")
+        write_text(path, self.to_json())
         return path
 
     @classmethod
@@ -53,14 +77,15 @@ class SteeringConfig:
             path = Path(hf_hub_download(str(folder), FILE_NAME))
         if not path.is_file():
             raise ValueError(f"{path} does not exist. Write it with `svd-engine calibrate`.")
+        values = read_object(path, "a steering configuration")
+        if values.get("penalty") == "-inf":
+            values["penalty"] = -math.inf
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values["penalty"] = float(values.get("penalty", -math.inf))
             if values.get("interval") is not None:
                 values["interval"] = tuple(values["interval"])
             known = {field.name for field in fields(cls)}
             return cls(**{k: v for k, v in values.items() if k in known})
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a steering configuration: {error}") from error
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -70,3 +95,9 @@ class SteeringConfig:
                 f"{FILE_NAME} was calibrated for a vocabulary of {self.vocab_size} tokens; the "
                 f"model has {vocab_size}. Calibrate again with this model."
             )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number; got {value!r}.")
+    checks.number(name, value)

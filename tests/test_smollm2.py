@@ -5,6 +5,7 @@ import torch
 
 from svd_engine import SteeredEngine, SteeringConfig, loading
 from svd_engine.cli import almanac
+from svd_engine.data import examples
 from svd_engine.training.warm_start import warm_start
 from tests.tiny import assert_same_tokens, teacher_forced_two_pass
 
@@ -44,6 +45,17 @@ def test_the_file_is_parsed_once(smollm2, monkeypatch):
     assert tokenizer(PROMPTS[0]).input_ids == smollm2[1](PROMPTS[0]).input_ids
     pairs = zip(again.parameters(), smollm2[0].parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_prompt_and_answer_alone_are_their_whole_text(smollm2):
+    """A tokenizer without a prefix space: what an answer of the almanac is does not change."""
+    _, tokenizer = smollm2
+    rows = almanac.build()["calibration"]
+    for row, example in zip(rows, examples.encode(rows, tokenizer), strict=True):
+        assert example.prompt == tokenizer(row["prompt"]).input_ids
+        texts = [row["completion"], *row["accepted"], *row["rejected"]]
+        alone = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        assert [example.completion, *example.accepted, *example.rejected] == alone
 
 
 def test_tokens_equal_two_plain_passes(engine):

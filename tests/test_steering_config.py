@@ -43,7 +43,13 @@ def test_a_file_that_is_no_configuration(tmp_path, text):
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="svd-engine calibrate"):
         SteeringConfig.from_pretrained(tmp_path)
-    for bad in (dict(strength=math.nan), dict(strength=1.0, alpha=2), dict(strength=1, penalty=1)):
+    for bad in (
+        dict(strength=math.nan),
+        dict(strength=-1e39),
+        dict(strength=10**400),
+        dict(strength=1.0, alpha=2),
+        dict(strength=1, penalty=1),
+    ):
         with pytest.raises(ValueError):
             SteeringConfig(**bad)
 

@@ -81,13 +81,15 @@ struct Measured {
   int64_t tiles;
 };
 
-// The first pass.
+// The first pass. A row is invalid if its strength is not finite.
 Measured measure(const Kernels& kernels, const Row& row, const Scratch& scratch, bool fork) {
   const int64_t count = tiles_of(row);
   each(count, kFirstPassGrain / kTile, fork, [&](int64_t begin, int64_t end) {
     kernels.measure_tiles(row, begin, end, scratch.tiles);
   });
-  return {kernels.combine(scratch.tiles, count, row.steering.log_alpha), count};
+  Measured measured = {kernels.combine(scratch.tiles, count, row.steering.log_alpha), count};
+  if (!std::isfinite(row.steering.strength)) measured.stats.sum_exp = NAN;
+  return measured;
 }
 
 // Appends the tiles for which keep(tile) is true to the `count` tiles in `active`. It writes every

@@ -262,12 +262,11 @@ void write_vector(const Row& row, const RowStats& stats, int64_t begin, int64_t 
 #endif
 }
 
-// Raises `best` to the greatest merit (logit - peak) / temperature + noise of `count` logits, which
-// are whole vectors, and sets `token` to its token, of equals the one with the lowest id; returns
+// Raises `best` to the greatest merit of `count` logits, which are whole vectors, and sets `token` to its token, of equals the one with the lowest id; returns
 // its index, or -1 if none is better. words(i) are the token ids from the i-th on.
 //
 // Few tokens need the two logarithms of the noise: noise = -log(E) with E = -log(1 - u) >= u, so a
-// token can exceed `best` only if u <= exp(scaled - best). That test takes the random bits and one
+// token can exceed `best` only if u <= exp(scaled - best), in units of the noise. That test takes the random bits and one
 // exponential per token, all in vectors; only the tokens that pass it get the exact noise.
 template <class F>
 SVD_HD int noisy_best(const float* logits, const F& words, int count, float peak,
@@ -277,17 +276,19 @@ SVD_HD int noisy_best(const float* logits, const F& words, int count, float peak
     const Words word = philox(noise.seed, words(i), noise.position);
     for (int j = 0; j < kLanes / 2; ++j) bits[i + j] = static_cast<uint32_t>(word[j]);
   }
+  const float divisor = std::fmax(noise.temperature, 1.0f);
+  const float factor = std::fmin(noise.temperature, 1.0f);
   int at = -1;
   for (int i = 0; i < count; i += kLanes) {
-    const Vec scaled = (load<Vec>(logits + i) - peak) / noise.temperature;
+    const Vec away = load<Vec>(logits + i) - peak;
     const Vec u = (__builtin_convertvector(load<Bits>(bits + i), Vec) + 0.5f) * 0x1p-32f;
-    const Vec ahead = scaled - best;
+    const Vec ahead = (away / divisor - best) / factor;
     const Vec chance = exp(ahead < 0.0f ? ahead : Vec{}) * 1.0001f;  // with room for rounding
-    const Int hopeful = (u <= chance) & (scaled > -INFINITY);
+    const Int hopeful = (u <= chance) & (away > -INFINITY);
     if (!any(hopeful)) continue;
     for (int j = 0; j < kLanes; ++j) {
       if (!hopeful[j]) continue;
-      const float merit = scaled[j] + gumbel(bits[i + j]);
+      const float merit = merit_of(away[j], gumbel(bits[i + j]), noise.temperature);
       if (merit < best) continue;
       const uint64_t id = words(i + j)[0];
       if (merit > best || id < token) best = merit, token = id, at = i + j;

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kWalkThreads) sample_rows(const Sample to) {
         const uint64_t counter = token + j;
         const uint32_t bits = static_cast<uint32_t>(philox(seed, counter, position));
         // Relative to the peak, so that large logits do not round the noise away.
-        merit = (merit - row.stats.peak) / to.temperature + gumbel<float>(bits);
+        merit = merit_of(merit - row.stats.peak, gumbel<float>(bits), to.temperature);
       }
       if (merit > choice.merit) {  // strictly: of equals the lowest token id wins
         choice.merit = merit;

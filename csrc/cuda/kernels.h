@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kStreamThreads) steer_tiles(const Steer to) {
   const int row = blockIdx.x / blocks, first_tile = blockIdx.x % blocks * to.span;
   const Sums* tiles = sums_of<Sums>(rows, row);
   const RowStats stats = combine(tiles, rows.tiles, to.of.log_alpha);
-  const bool valid = is_valid(stats);
   const Steering steering = {value_of(to.of.strength, row), to.of.log_alpha, to.of.penalty};
+  const bool valid = is_valid(stats) && std::fabs(steering.strength) < INFINITY;
   const float fill = !valid ? NAN : to.vector ? 0.0f : -INFINITY;
 
   const int end_tile = first_tile + to.span < rows.tiles ? first_tile + to.span : rows.tiles;

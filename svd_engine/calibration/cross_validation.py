@@ -62,15 +62,15 @@ class AlphaFit:
     def interval(self, draws: Array) -> tuple[float, float]:
         """95 % interval of the strength over resamples of the examples, `[draws, examples]`."""
         if self.estimator == "exact":
-            return bootstrap.percentiles(GRID[(draws @ self.curves).argmin(1)])
+            return bootstrap.percentiles(GRID[estimators.best_points(draws, self.curves)])
         return bootstrap.percentiles(np.array([self.estimate(draw) for draw in draws]))
 
     def loss_of_fit(self, inside: NDArray[np.bool_], outside: NDArray[np.bool_]) -> float:
         """The loss of the examples `outside` at the strength of `inside`, rounded to GRID."""
         if self.estimator == "exact":
-            nearest = (inside.astype(float) @ self.curves).argmin()
+            nearest = int(estimators.best_points(inside.astype(float), self.curves))
         else:
-            nearest = np.abs(GRID - self._of_tokens(inside)).argmin()
+            nearest = int(np.abs(GRID - self._of_tokens(inside)).argmin())
         return float(self.curves[outside, nearest].sum())
 
     def _of_tokens(self, counts: NDArray) -> float:

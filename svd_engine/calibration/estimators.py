@@ -11,6 +11,7 @@ Gauss-Newton denominator, (19) with the Newton one. The paper combines the steps
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svd_engine.calibration.objectives import Array, Losses
 
@@ -20,6 +21,9 @@ EPSILON = 1e-12
 # Dense around 0, where the optimum of the likelihood lies, and wide enough for ranking.
 GRID: Array = np.sinh(np.linspace(-1, 1, 257) * np.arcsinh(BRACKET))
 HESSIANS = ("gauss-newton", "newton")
+FLAT = (
+    1e-6  # nats per example that losses differ by where float32 logits are told apart by rounding
+)
 
 
 def _mean(numerator: Array, denominator: Array) -> float:
@@ -52,12 +56,28 @@ ESTIMATORS = ("exact", *FROM_TOKENS)
 def exact(losses: Losses, counts: Array, curves: Array) -> float:
     """Minimise counts @ losses(strength) globally: the best point of GRID, then ever finer grids.
 
-    curves: the losses at every point of GRID, `[examples, len(GRID)]`.
+    curves: the losses at every point of GRID, `[examples, len(GRID)]`. The strength is 0 unless
+    another one is better.
     """
-    best = int(np.argmin(counts @ curves))
+    if is_flat(counts, curves):
+        return 0.0
+    best = int(best_points(counts, curves))
     low, high = GRID[max(best - 1, 0)], GRID[min(best + 1, len(GRID) - 1)]
     while high - low > 1e-4 * max(1.0, abs(low)):
         points = np.linspace(low, high, 9)
         i = int(np.argmin([counts @ losses(point) for point in points]))
         low, high = points[max(i - 1, 0)], points[min(i + 1, 8)]
-    return float((low + high) / 2)
+    strength = float((low + high) / 2)
+    return strength if counts @ losses(strength) < counts @ losses(0.0) else 0.0
+
+
+def best_points(counts: Array, curves: Array) -> NDArray[np.int64]:
+    """The index in GRID of the best strength for each row of counts, `[draws, examples]`."""
+    totals, zero = counts @ curves, len(GRID) // 2
+    stays = is_flat(counts, curves) | (totals[..., zero] <= totals.min(-1))
+    return np.where(stays, zero, totals.argmin(-1))
+
+
+def is_flat(counts: Array, curves: Array) -> NDArray[np.bool_]:
+    """Whether there is nothing to choose: the losses are the same at every strength."""
+    return np.ptp(counts @ curves, axis=-1) <= FLAT * counts.sum(-1)

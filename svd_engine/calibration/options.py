@@ -77,6 +77,8 @@ class CalibrationOptions:
                     raise ValueError(f"examples[{i}] has no rejected answers to prefer against.")
         elif options.length_normalised:
             raise ValueError("length_normalised compares answers; objective='nll' does not.")
+        if not isinstance(options.seed, int) or options.seed < 0:
+            raise ValueError(f"seed must be an integer >= 0; got {options.seed!r}.")
         examples = len(answers.right)
         if not 2 <= options.folds <= examples:
             raise ValueError(

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svd_engine import __version__
+from svd_engine import __version__, steering_config
 from svd_engine.data import contamination
 from svd_engine.steering_config import SteeringConfig
 from svd_engine.utils import plots
-from svd_engine.utils.files import write_text
+from svd_engine.utils.files import write_together
 
 REPORT_FILE = "calibration.json"
 PLOT_FILE = "calibration.png"
@@ -81,13 +81,16 @@ class CalibrationReport:
 
     def save(self, folder: str | Path) -> Path:
         """Write calibration.json into a folder, and calibration.png if matplotlib is installed."""
-        folder = Path(folder)
-        write_text(folder / REPORT_FILE, json.dumps(asdict(self), indent=2) + "\n")
-        plots.calibration(
-            folder / PLOT_FILE, self.curve, self.optimum, self.interval, self.estimates,
-            f"{self.loss_name} (nats)",
-        )  # fmt: skip
-        return folder / REPORT_FILE
+        write_together(self.files(Path(folder)))
+        return Path(folder) / REPORT_FILE
+
+    def files(self, folder: Path) -> dict[Path, bytes]:
+        """The contents of calibration.json and, if matplotlib is installed, calibration.png."""
+        contents = {folder / REPORT_FILE: (json.dumps(asdict(self), indent=2) + "\n").encode()}
+        plot = plots.calibration(
+            self.curve, self.optimum, self.interval, self.estimates, f"{self.loss_name} (nats)"
+        )
+        return contents | ({} if plot is None else {folder / PLOT_FILE: plot})
 
 
 def save(
@@ -99,11 +102,16 @@ def save(
     """Write a calibration into the adapter's folder; return the path of steering_config.json.
 
     Beside it go the report and the hashes of the examples' prompts, so that `svd-engine evaluate`
-    can refuse questions that the strength was fitted on.
+    can refuse questions that the strength was fitted on. Nothing changes if one cannot be written.
     """
-    report.save(adapter)
-    contamination.record(adapter, "calibration", contamination.prompts(examples))
-    return steering.save_pretrained(adapter)
+    folder = Path(adapter)
+    path = folder / steering_config.FILE_NAME
+    seen = contamination.with_kind(folder, "calibration", contamination.prompts(examples))
+    write_together(
+        report.files(folder)
+        | {folder / contamination.FILE_NAME: seen.encode(), path: steering.to_json().encode()}
+    )
+    return path
 
 
 def verdict(gain: tuple[float, float]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.options import Base, Device, DType
+from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
 
 
 def calibrate(
@@ -49,6 +49,7 @@ def calibrate(
     ] = False,
     dtype: DType = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fit the strength, report what it is worth and write steering_config.json to the adapter.
 
@@ -63,8 +64,11 @@ def calibrate(
     examples = example_files.read(data)
     if not allow_overlap:
         contamination.check(adapter, contamination.prompts(examples), against=("training",))
-    model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
-    engine = SteeredEngine(loading.load_adapter(model, adapter), tokenizer)
+    model, tokenizer = loading.load_base(
+        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    peft_model = loading.load_adapter(model, adapter)
+    engine = SteeredEngine(peft_model, loading.adapter_tokenizer(adapter, model, tokenizer))
     report = engine.calibrate(
         examples, objective=objective, estimator=estimator, hessian=hessian, alpha=alpha or 0.1,
         length_normalised=length_normalised, projection=projection, folds=folds, seed=seed,
@@ -72,7 +76,7 @@ def calibrate(
     )  # fmt: skip
     assert engine.steering is not None
     path = calibration.save(adapter, report, engine.steering, examples)
-    terminal.console.print(tables.calibration(report))
+    terminal.show(tables.calibration(report))
     if not report.worthwhile and not force:
-        terminal.console.print("Strength 0 is written; --force keeps the estimate.")
-    terminal.console.print(f"Written to {path}")
+        terminal.say("Strength 0 is written; --force keeps the estimate.")
+    terminal.say(f"Written to {path}")

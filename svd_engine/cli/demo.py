@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console, Group
+from rich.console import Group
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from svd_engine import calibration, loading
 from svd_engine.calibration import support_stats
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.report import CalibrationReport
-from svd_engine.cli import almanac, tables
+from svd_engine.cli import almanac, tables, terminal
 from svd_engine.data.examples import encode
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate import metrics
@@ -31,36 +32,37 @@ SHOWN = 4  # number of questions whose answers are printed
 TIMED_TOKENS, TIMED_RUNS = 64, 3
 
 
-def run(folder: Path, console: Console, fresh: bool = False) -> None:
+def run(folder: Path, fresh: bool = False) -> None:
     """Train, calibrate, rank, answer and time; keep the files in `folder`."""
     task = almanac.build(SPLIT)
     for split, questions in task.items():
         lines = [json.dumps(question) + "\n" for question in questions]
         write_text(folder / f"{split}.jsonl", "".join(lines))
     summary, _, policy = (almanac.__doc__ or "").partition("\n\n")
-    console.print(f"[bold]{summary}[/bold] {' '.join(policy.split('`almanac')[0].split())}")
+    policy = " ".join(policy.split("`almanac")[0].split())
+    terminal.show(Text.assemble((summary, "bold"), " ", policy))
     sizes = [f"{len(questions)} questions to {split}" for split, questions in task.items()]
-    console.print(", ".join(sizes))
+    terminal.show(", ".join(sizes))
 
-    console.print("\nLoading SmolLM2-135M-Instruct ...")
+    terminal.show("\nLoading SmolLM2-135M-Instruct ...")
     base, tokenizer = loading.load_base(loading.SMOLLM2)
-    adapter = _adapter(folder, base, tokenizer, task["train"], console, fresh)
+    adapter = _adapter(folder, base, tokenizer, task["train"], fresh)
     engine = SteeredEngine(loading.load_adapter(base, adapter), tokenizer)
 
     report = engine.calibrate(task["calibration"], objective="preference", progress=True)
     assert engine.steering is not None
     calibration.save(adapter, report, engine.steering, task["calibration"])
-    console.print(tables.calibration(report))
+    terminal.show(tables.calibration(report))
 
     # Without a gain the saved strength is 0; the comparison still shows the estimate.
     ranked = _rank(engine, task["test"], report)
-    console.print(_metrics_table(ranked, report.strength))
-    console.print(_answers(engine, task["test"], folder / "answers.jsonl"))
+    terminal.show(_metrics_table(ranked, report.strength))
+    terminal.show(_answers(engine, task["test"], folder / "answers.jsonl"))
     times = _times(engine, task["test"][0]["prompt"])
-    console.print(_times_table(times))
+    terminal.show(_times_table(times))
     gains = 100 * (ranked["steered"] - ranked["adapted"]).mean(1)
     gain = float(gains.mean()), *bootstrap.of_ratio(gains)
-    console.print(_last_word(gain, report.strength, adapter))
+    terminal.show(_last_word(gain, report.strength, adapter))
     results = dict(
         training=TRAINING, split=SPLIT,
         calibration={k: v for k, v in asdict(report).items() if k != "curve"},
@@ -79,7 +81,6 @@ def _adapter(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[almanac.Question],
-    console: Console,
     fresh: bool,
 ) -> Path:
     """Return the adapter trained on these questions; train it unless it exists."""
@@ -87,10 +88,10 @@ def _adapter(
     wanted = json.dumps({"training": TRAINING, "rows": questions}, sort_keys=True)
     same = recipe.is_file() and recipe.read_text(encoding="utf-8") == wanted
     if same and adapter.is_dir() and not fresh:
-        console.print(f"The adapter is there ({adapter}); --fresh trains it again.\n")
+        terminal.show(f"The adapter is there ({adapter}); --fresh trains it again.\n")
         return adapter
     settings = ", ".join(f"{k} {v}" for k, v in TRAINING.items())
-    console.print(f"Warm start: {settings}")
+    terminal.show(f"Warm start: {settings}")
     warm_start(base, tokenizer, questions, adapter, overwrite=True, **TRAINING)
     write_text(recipe, wanted)
     return adapter
@@ -184,7 +185,7 @@ def _times_table(times: dict[str, float]) -> Group:
     return tables.section(title, table, note)
 
 
-def _last_word(gain: tuple[float, float, float], strength: float, adapter: Path) -> str:
+def _last_word(gain: tuple[float, float, float], strength: float, adapter: Path) -> Text:
     points, low, high = gain
     verdict = (
         "Steering helped: the interval is above 0."
@@ -193,9 +194,12 @@ def _last_word(gain: tuple[float, float, float], strength: float, adapter: Path)
         if high < 0
         else "The interval contains 0: on these questions steering cannot be told from none."
     )
-    return (
-        f"[bold]Steered against adapted: {points:+.1f} points on average, 95 % interval "
-        f"[{low:+.1f}, {high:+.1f}]. {verdict}[/bold]\n"
+    return Text.assemble(
+        (
+            f"Steered against adapted: {points:+.1f} points on average, 95 % interval "
+            f"[{low:+.1f}, {high:+.1f}]. {verdict}\n",
+            "bold",
+        ),
         f"The strength {strength:+.2f} was fitted on the calibration questions alone.\n"
-        f"Try it: svd-engine generate --adapter {adapter} --compare 'Q: Will it rain today?\\nA:'"
+        f"Try it: svd-engine generate --adapter {adapter} --compare 'Q: Will it rain today?\\nA:'",
     )

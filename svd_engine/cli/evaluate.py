@@ -26,6 +26,7 @@ from svd_engine.cli.options import (
     SplitSeed,
     Strength,
     Task,
+    TrustRemoteCode,
 )
 from svd_engine.cli.terminal import say
 
@@ -45,7 +46,7 @@ def truthfulqa_choice(
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "auto",
-    device: Device = "cpu",
+    device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """TruthfulQA, multiple choice: MC1, MC2 and MC3 on the test fifth."""
     import numpy as np
@@ -56,7 +57,7 @@ def truthfulqa_choice(
     template = truthfulqa.template(prompt)
     questions = _test(data, hub, split_seed, limit)
     seen = _overlap(adapter, questions, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength)
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
     wanted = settings.collect(
         engine, questions, task="truthfulqa", prompt=prompt, split_seed=split_seed,
         batch_size=batch_size, overlap=seen,
@@ -76,7 +77,7 @@ def truthfulqa_open(
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     max_new_tokens: MaxNewTokens = 50, output: Output = RUNS, overwrite: Overwrite = False,
     allow_overlap: AllowOverlap = False, strength: Strength = None, batch_size: BatchSize = 16,
-    dtype: DType = "auto", device: Device = "cpu",
+    dtype: DType = "auto", device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """TruthfulQA, open-ended: greedy answers, judged if SVD_JUDGE_URL names a judge."""
     from svd_engine.evaluate import run, settings, truthfulqa
@@ -86,7 +87,7 @@ def truthfulqa_open(
     template, judged = truthfulqa.template(prompt), Judge.from_environment() is not None
     questions = _test(data, hub, split_seed, limit)
     seen = _overlap(adapter, questions, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength)
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
     wanted = settings.collect(
         engine, questions, task="truthfulqa-open", prompt=prompt, split_seed=split_seed,
         batch_size=batch_size, max_new_tokens=max_new_tokens, overlap=seen,
@@ -129,7 +130,7 @@ def commonsense(
     base: Base = "smollm2", limit: Limit = None, max_new_tokens: MaxNewTokens = 32,
     output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "float32",
-    device: Device = "cpu",
+    device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """A commonsense task in the instruction format of LLM-Adapters: accuracy on its test file.
 
@@ -145,7 +146,7 @@ def commonsense(
         raise ValueError(f"--by must be likelihood or generation; got {by!r}.")
     problems = _first(tasks.read(tasks.find(data, task, "test")), limit)
     seen = _overlap(adapter, problems, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength)
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
     name = f"{task}-{by}"
     more = {"max_new_tokens": max_new_tokens} if by == "generation" else {}
     wanted = settings.collect(
@@ -197,13 +198,20 @@ def _overlap(adapter: Path, items: list, allowed: bool) -> dict[str, int]:
 
 
 def _engine(
-    base: str, adapter: Path, dtype: str, device: str, strength: float | None
+    base: str,
+    adapter: Path,
+    dtype: str,
+    device: str,
+    strength: float | None,
+    trust_remote_code: bool,
 ) -> "SteeredEngine":
     from dataclasses import replace
 
     from svd_engine import SteeredEngine, SteeringConfig
 
-    engine = SteeredEngine.from_pretrained(base, adapter, dtype=dtype, device=device)
+    engine = SteeredEngine.from_pretrained(
+        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     if strength is not None:
         engine.steering = replace(engine.steering or SteeringConfig(0.0), strength=strength)
     if engine.steering is None:
@@ -223,5 +231,5 @@ def _finish(
     for row in rows:
         table.add_row(*row)
     title = f"{name}: {result['questions']} questions"
-    terminal.console.print(tables.section(title, table, report.note(result)), highlight=False)
+    terminal.show(tables.section(title, table, report.note(result)), highlight=False)
     say(f"Written to {' and '.join(map(str, report.save(result, folder, name)))}")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.rule import Rule
 
 from svd_engine.cli import terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength
+from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
 
 if TYPE_CHECKING:
     from svd_engine import SteeredEngine, SteeringConfig
@@ -49,12 +50,15 @@ def generate(
     ] = False,
     dtype: DType = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts, steered, streamed to the terminal or as JSON lines."""
     texts = _prompts(prompts, file)
     from svd_engine.engine import SteeredEngine
 
-    engine = SteeredEngine.from_pretrained(base, adapter, dtype=dtype, device=device)
+    engine = SteeredEngine.from_pretrained(
+        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     engine.steering = _steering(engine.steering, strength, alpha)
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -73,35 +77,44 @@ def generate(
             )  # fmt: skip
             for i, completion in enumerate(completions):
                 line = dict(prompt=texts[i // n], model=model, **asdict(completion))
-                sys.stdout.write(json.dumps(line) + "\n")
+                terminal.write(json.dumps(line) + "\n")
         return
     write = _write if beams > 1 or n > 1 else _stream
     for text, messages in zip(texts, chats, strict=True):
         asked: dict[str, Any] = {"messages": messages} if chat else {"prompts": text}
         if len(texts) > 1 or compare:
             title = text.strip().replace("\n", " ")[:70]
-            terminal.console.rule(title, align="left", style="dim")
+            terminal.show(Rule(title, align="left", style="dim"))
         for model in names:
             if compare:
-                terminal.console.print(f"{model:8}", style="bold", end="")
+                terminal.show(f"{model:8}", style="bold", end="")
             write(engine, dict(asked, model=model, seed=seed, **options))
 
 
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    from svd_engine.data import text_files
+
     if prompts and file:
         raise ValueError("give prompts as arguments or with --file, not both.")
     if file is not None:
         if not file.is_file():
-            raise ValueError(f"--file {file} does not exist.")
-        prompts = file.read_text(encoding="utf-8").splitlines()
+            raise ValueError(f"--file {file} is not a file.")
+        prompts = text_files.read_lines(file)
     elif not prompts:
+        if sys.stdin is None:  # closed
+            raise ValueError("no prompts came; give them as arguments or with --file.")
         if sys.stdin.isatty():
             hint = "Prompts from standard input, one a line; end with Ctrl-D."
             terminal.errors.print(hint, style="dim")
-        prompts = sys.stdin.read().splitlines()
+        prompts = text_files.lines(sys.stdin.buffer.read(), "standard input")
     texts = [_newlines(prompt) for prompt in prompts if prompt.strip()]
     if not texts:
         raise ValueError("no prompts came; give them as arguments, with --file or on stdin.")
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {text[:80]!r} is not UTF-8.") from error
     return texts
 
 
@@ -127,16 +140,15 @@ def _newlines(text: str) -> str:
 
 def _write(engine: "SteeredEngine", options: dict[str, Any]) -> None:
     for completion in engine.generate(**options):
-        sys.stdout.write(completion.text + "\n")
+        terminal.write(completion.text + "\n")
 
 
 def _stream(engine: "SteeredEngine", options: dict[str, Any]) -> None:
     times = [time.perf_counter()]
     for event in engine.stream(**options):
-        sys.stdout.write(event.text)
-        sys.stdout.flush()
+        terminal.write(event.text)
         times.append(time.perf_counter())
-    sys.stdout.write("\n")
+    terminal.write("\n")
     if len(times) > 2:
         each = (times[-1] - times[1]) / (len(times) - 2)
         terminal.errors.print(

@@ -1,6 +1,7 @@
 """The `svd-engine` command: its subcommands, and how errors leave it."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,7 @@ INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
 def _version(show: bool) -> None:
     if show:
-        print(__version__)
+        terminal.say(__version__)
         raise typer.Exit
 
 
@@ -51,7 +52,7 @@ def env() -> None:
     """Print versions, devices and backends, with the reason if one is not available."""
     from svd_engine.cli import tables
 
-    terminal.console.print(tables.environment())
+    terminal.show(tables.environment())
 
 
 @app.command()
@@ -64,7 +65,7 @@ def demo(
     """Run the whole path on SmolLM2-135M: warm start, calibrate, rank, generate, compare."""
     from svd_engine.cli.demo import run
 
-    run(folder, terminal.console, fresh=fresh)
+    run(folder, fresh=fresh)
 
 
 def _quiet(verbose: bool) -> None:
@@ -82,14 +83,21 @@ def _quiet(verbose: bool) -> None:
 
 
 def main() -> None:
-    """Run the command; a ValueError, which the user can fix, prints one line and exits with 2."""
+    """Run the command.
+
+    What the user can fix, a ValueError or an OSError, prints one line and exits with 2.
+    """
     verbose = "--verbose" in sys.argv
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # Python has none if it is closed
     try:
-        app()
-    except ValueError as error:
+        try:
+            app()
+        finally:
+            terminal.write("")
+    except (OSError, ValueError) as error:
         if verbose:
             raise
-        terminal.errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        terminal.fail(error)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

@@ -12,6 +12,9 @@ Adapter = Annotated[Path, typer.Option(help="Folder of the PEFT adapter.")]
 Base = Annotated[str, typer.Option(help='Base model: a folder, a Hub name or "smollm2".')]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")
+]
 Strength = Annotated[float | None, typer.Option(help="Replaces the calibrated strength.")]
 
 # of `svd-engine evaluate`

@@ -7,6 +7,7 @@ import torch
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from svd_engine import __version__, loading, ops
 from svd_engine.calibration.estimators import BRACKET, FROM_TOKENS, HESSIANS
@@ -24,7 +25,7 @@ def grid(*columns: str) -> Table:
 
 def section(title: str, table: Table, note: str = "") -> Group:
     """A table below its title, with a note under it."""
-    return Group(f"[bold]{title}[/bold]", table, *([f"{note}\n"] if note else []))
+    return Group(Text(title, style="bold"), table, *([f"{note}\n"] if note else []))
 
 
 def calibration(report: CalibrationReport) -> Group:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.options import Base, Device
+from svd_engine.cli.options import Base, Device, TrustRemoteCode
 
 
 def warm_start(
@@ -37,9 +37,12 @@ def warm_start(
         int,
         typer.Option(help="Steps between checkpoints; the same command resumes from the last one."),
     ] = 20,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the adapter in the output folder.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Dtype of the base; the adapter is float32.")] = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train an adapter briefly: the warm start that steering continues.
 
@@ -47,17 +50,21 @@ def warm_start(
     """
     from svd_engine import loading
     from svd_engine.data import examples as example_files
+    from svd_engine.training import checks
     from svd_engine.training.warm_start import warm_start as train_adapter
 
+    checks.output(output, overwrite)
     examples = example_files.read(train)
-    model, tokenizer = loading.load_base(base, dtype=dtype, device=device)
+    model, tokenizer = loading.load_base(
+        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     folder = train_adapter(
         model, tokenizer, examples, output, method=method, rank=rank, lora_alpha=lora_alpha,
         dropout=dropout, virtual_tokens=virtual_tokens, steps=steps, epochs=epochs,
         batch_size=batch_size, accumulation=accumulation, learning_rate=_rate(learning_rate),
         max_length=max_length, seed=seed, checkpoint_every=checkpoint_every, overwrite=overwrite,
     )  # fmt: skip
-    terminal.console.print(f"Adapter written to {folder}")
+    terminal.say(f"Adapter written to {folder}")
 
 
 def _rate(text: str) -> float | str:

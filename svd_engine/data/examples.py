@@ -2,6 +2,8 @@
 
 A line has `prompt` and `completion`, or chat `messages` that end with the assistant's answer. For
 ranking it also has `rejected`, a list of wrong answers, and optionally `accepted`, more right ones.
+A prompt is text, token ids or messages; an answer is text, token ids or, after messages, a list of
+one message of the assistant.
 """
 
 import hashlib
@@ -13,7 +15,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from svd_engine.data.tokenization import Text, encode_chat, encode_text
+from svd_engine.data.checks import ANSWERS, answers_of, check_example
+from svd_engine.data.text_files import read_lines
+from svd_engine.data.tokenization import (
+    Text,
+    encode_answers,
+    is_chat,
+    located,
+    render_answer,
+    render_chat,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,85 +37,101 @@ class Example:
     rejected: tuple[list[int], ...] = ()
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
+class Line(dict[str, Any]):
+    """The example of a line, which knows its file and line."""
+
+    where: str
+
+
+def read(path: str | Path) -> list[Line]:
     """Read a file of JSON lines. Raises ValueError with the file and the line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Give a file of JSON lines.")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
+    for number, text in enumerate(read_lines(path), 1):
+        if not text.strip():
             continue
+        where = f"{path}:{number}"
         try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-        check(example, f"{path}:{number}")
-        examples.append(example)
+            example = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        check_example(example, where)
+        line = Line(example)
+        line.where = where
+        examples.append(line)
     if not examples:
         raise ValueError(f"{path} holds no examples. Write one JSON object a line.")
     return examples
 
 
-def check(example: Any, where: str) -> None:
-    """Raise ValueError, prefixed with `where`, unless `example` is well-formed."""
-    if not isinstance(example, Mapping):
-        raise ValueError(f"{where}: an example is an object; got {type(example).__name__}.")
-    if "messages" in example:
-        messages = example["messages"]
-        if not isinstance(messages, list) or len(messages) < 2:
-            raise ValueError(f"{where}: messages must hold a question and an answer at least.")
-        if messages[-1].get("role") != "assistant":
-            raise ValueError(f"{where}: the last of messages must be the assistant's answer.")
-        answers = [messages[-1].get("content")]
-    else:
-        for key in ("prompt", "completion"):
-            if key not in example:
-                raise ValueError(f"{where}: {key!r} is missing; got {sorted(example)}.")
-        if not example["prompt"]:
-            raise ValueError(f"{where}: prompt is empty.")
-        answers = [example["completion"]]
-    for key in ("accepted", "rejected"):
-        more = example.get(key, [])
-        if not isinstance(more, list):
-            raise ValueError(f"{where}: {key} must be a list of answers; got {more!r}.")
-        answers += more
-    for answer in answers:
-        if not answer:
-            raise ValueError(f"{where}: an answer is empty.")
-        if not isinstance(answer, str | list):
-            raise ValueError(f"{where}: an answer is text or token ids; got {answer!r}.")
+def place(example: Mapping[str, Any], number: int) -> str:
+    """Return where an example comes from: its file and line, or its index."""
+    return example.where if isinstance(example, Line) else f"examples[{number}]"
 
 
 def encode(
-    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase | None
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int | None = None,
 ) -> list[Example]:
-    """Turn examples, each text a string or token ids, into token ids. Raises ValueError."""
-    if not examples:
+    """Turn examples into token ids, all of which are below `vocab_size`.
+
+    Raises ValueError with the file and line of an example, or its index.
+    """
+    if not hasattr(examples, "__len__"):
+        raise ValueError(f"examples must be a list; got {type(examples).__name__}.")
+    if not len(examples):
         raise ValueError("examples is empty; give at least one.")
-
-    def answer(text: Text) -> list[int]:
-        return encode_text(text, tokenizer, add_special_tokens=False)
-
+    for i, example in enumerate(examples):
+        check_example(example, place(example, i))
     encoded = []
     for i, example in enumerate(examples):
-        check(example, f"examples[{i}]")
-        if "messages" in example:
-            if tokenizer is None or tokenizer.chat_template is None:
-                raise ValueError(f"examples[{i}] has messages and needs a chat template.")
-            *before, last = example["messages"]
-            prompt = encode_chat(before, tokenizer)
-            completion = last["content"]
-        else:
-            prompt = encode_text(example["prompt"], tokenizer, add_special_tokens=True)
-            completion = example["completion"]
-        answers = {
-            key: tuple(answer(a) for a in example.get(key, [])) for key in ("accepted", "rejected")
-        }
-        encoded.append(Example(prompt, answer(completion), **answers))
+        with located(place(example, i)):
+            encoded.append(_encode(example, tokenizer, vocab_size))
     return encoded
 
 
 def fingerprint(examples: Sequence[Mapping[str, Any]]) -> str:
     """Return the sha256 of the examples, independent of their file."""
-    return hashlib.sha256(json.dumps(list(examples), sort_keys=True).encode()).hexdigest()
+    plain = [dict(example) for example in examples]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None
+) -> Example:
+    prompt: Any
+    if "messages" in example:
+        *prompt, last = example["messages"]
+        completion = [last]
+    else:
+        prompt, completion = example["prompt"], example["completion"]
+    more = [answers_of(example.get(key, [])) for key in ANSWERS]
+    answers: list[Text] = [_text(answer) for answer in (completion, *more[0], *more[1])]
+    if is_chat(prompt):
+        # `messages` are whole turns; a `prompt` may end in the beginning of the answer.
+        text = render_chat(prompt, tokenizer, continued="messages" not in example)
+        written = [
+            render_answer(answer, prompt, text, tokenizer) if isinstance(answer, str) else answer
+            for answer in answers
+        ]
+        ids, (first, *rest) = encode_answers(text, written, tokenizer, add_special_tokens=False)
+    else:
+        ids, (first, *rest) = encode_answers(prompt, answers, tokenizer)
+    for name, tokens in (("prompt", ids), *(("an answer", answer) for answer in (first, *rest))):
+        if not tokens:
+            raise ValueError(f"{name} has no tokens.")
+        if min(tokens) < 0 or (vocab_size is not None and max(tokens) >= vocab_size):
+            raise ValueError(
+                f"{name} has token ids from {min(tokens)} to {max(tokens)}; the vocabulary has "
+                f"{vocab_size}."
+            )
+    accepted = len(more[0])
+    return Example(ids, first, tuple(rest[:accepted]), tuple(rest[accepted:]))
+
+
+def _text(answer: Any) -> Text:
+    """Text or token ids of an answer, which may be a list of one message."""
+    return answer[0]["content"] if is_chat(answer) else answer

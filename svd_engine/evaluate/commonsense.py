@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from svd_engine.data import contamination
+from svd_engine.data.prompt_keys import prompt_key
 from svd_engine.evaluate import metrics, sources
 
 METRICS = ("accuracy",)
@@ -87,10 +87,10 @@ def split(
 
     Duplicates and problems of the test are dropped.
     """
-    known = {contamination.prompt_key(problem.question) for problem in test}
+    known = {prompt_key(problem.question) for problem in test}
     shuffled = []
     for problem in train:
-        key = contamination.prompt_key(problem.question)
+        key = prompt_key(problem.question)
         if key not in known:
             known.add(key)
             shuffled.append(problem)

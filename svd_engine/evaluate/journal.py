@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from svd_engine.utils.files import check_place, naming, parse_object, write_text
 
 
 class Journal:
@@ -18,25 +21,46 @@ class Journal:
         self, path: str | Path, settings: Mapping[str, Any], overwrite: bool = False
     ) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_place(self.path)
         head = json.loads(json.dumps({"settings": settings}))  # tuples become lists, as in the file
         self.settings: dict[str, Any] = head["settings"]
         fingerprint = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
         self.results: dict[int, dict[str, Any]] = {}
+        self._lines: dict[int, int] = {}  # number of a question -> its line
         lines = [] if overwrite else whole_lines(self.path)
-        if not lines:
-            self.path.write_text(json.dumps({"fingerprint": fingerprint, **head}) + "\n", "utf-8")
-        elif lines[0].get("fingerprint") != fingerprint:
-            changes = "; ".join(_changes(lines[0].get("settings", {}), self.settings))
+        self._head = json.dumps({"fingerprint": fingerprint, **head}) + "\n"
+        self._is_new = not lines
+        if self._is_new:
+            return
+        if lines[0].get("fingerprint") != fingerprint:
+            kept = lines[0].get("settings")
+            if not isinstance(kept, dict):
+                raise ValueError(f"{self.path}:1: not the settings of results.")
+            changes = "; ".join(_changes(kept, self.settings))
             raise ValueError(
                 f"{self.path} holds results of other settings ({changes}). Give another --output, "
                 "or --overwrite to start anew."
             )
-        else:
-            self.results = {line["id"]: line for line in lines[1:]}
+        self._read(lines[1:])
+
+    def _read(self, lines: list[dict[str, Any]]) -> None:
+        questions = self.settings.get("questions", math.inf)
+        for number, line in enumerate(lines, 2):
+            which = line.get("id")
+            if type(which) is not int or not 0 <= which < questions:
+                raise ValueError(f"{self.path}:{number}: id is not the number of a question.")
+            self.results[which], self._lines[which] = line, number
+
+    def where(self, question: int) -> str:
+        """File, and line if it was read, of the result of a question."""
+        line = self._lines.get(question)
+        return str(self.path) if line is None else f"{self.path}:{line}"
 
     def add(self, results: Mapping[int, Mapping[str, Any]]) -> None:
         """Append results, keyed by the number of their question."""
+        if self._is_new:  # not before there is a result
+            write_text(self.path, self._head)
+            self._is_new = False
         lines = [{"id": number, **result} for number, result in results.items()]
         append(self.path, lines)
         # Keep them as they will be read, so that a resumed evaluation gives the same numbers.
@@ -45,29 +69,31 @@ class Journal:
 
 def append(path: Path, lines: list[dict[str, Any]]) -> None:
     """Append JSON lines to a file and flush them to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON lines of a file; truncate a partial last line, which a kill leaves behind."""
-    if not path.is_file():
+    """Read the JSON lines of a file; truncate a partial last line, which a kill leaves behind.
+
+    Raises ValueError with file and line for one that is no object.
+    """
+    if not path.exists():
         return []
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
     lines = []
-    for number, line in enumerate(content[:whole].decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
         try:
-            lines.append(json.loads(line))
-            if not isinstance(lines[-1], dict):
-                raise ValueError("not an object")
+            lines.append(parse_object(line))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a result: {error}") from error
+    if whole < len(content):
+        os.truncate(path, whole)
     return lines
 
 

@@ -1,12 +1,14 @@
 """Run base, adapted and steered over the questions of a task, in reproducible batches."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
-from svd_engine.data.tokenization import encode_text
+from svd_engine.data.tokenization import located
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.journal import Journal
 from svd_engine.generation import scoring
@@ -39,26 +41,11 @@ def by_likelihood(
 
     The penalty is 0, which keeps answers with tokens off the support comparable.
     """
-    passages = [
-        [
-            scoring.Passage(
-                encode_text(
-                    template.format(question=item.question),
-                    engine.tokenizer,
-                    add_special_tokens=True,
-                ),
-                encode_text(answer, engine.tokenizer, add_special_tokens=False),
-            )
-            for answer in item.answers
-        ]
-        for item in items
-    ]
-    for item, group in zip(items, passages, strict=True):
-        for answer, (prompt, completion) in zip(item.answers, group, strict=True):
-            name = f"{item.where}: the answer {answer!r}"
-            if not completion:
-                raise ValueError(f"{name} has no tokens.")
-            engine.inputs.check_room(name, len(prompt) + len(completion))
+    passages = []
+    for item in items:
+        with located(item.where):
+            prompt = template.format(question=item.question)
+            passages.append(engine.inputs.passages(prompt, item.answers))
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         found = _scores(engine, [passage for i in numbers for passage in passages[i]])
@@ -70,8 +57,16 @@ def by_likelihood(
             start = end
         return results
 
-    _in_batches(journal, len(items), batch_size, work)
-    return _by_model(journal, len(items), "scores", models(engine))
+    def are_scores(i: int, value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == len(passages[i])
+            and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+        )
+
+    kept = _Kept(journal, items, "scores", models(engine), are_scores)
+    _in_batches(kept, batch_size, work)
+    return kept.by_model()
 
 
 def by_generation(
@@ -88,10 +83,13 @@ def by_generation(
 
     more: further journal entries of a question.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be >= 1; got {max_new_tokens}.")
     prompts = [template.format(question=item.question) for item in items]
     for item, prompt in zip(items, prompts, strict=True):
-        length = len(encode_text(prompt, engine.tokenizer, add_special_tokens=True))
-        engine.inputs.check_room(f"{item.where}: the question", length, max_new_tokens)
+        with located(item.where):
+            (ids,) = engine.inputs.prompts([prompt])
+            engine.inputs.check_room("the question", len(ids), max_new_tokens)
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         texts = {
@@ -110,8 +108,9 @@ def by_generation(
             for k, i in enumerate(numbers)
         ]
 
-    _in_batches(journal, len(items), batch_size, work)
-    return _by_model(journal, len(items), "answers", models(engine))
+    kept = _Kept(journal, items, "answers", models(engine), lambda i, x: isinstance(x, str))
+    _in_batches(kept, batch_size, work)
+    return kept.by_model()
 
 
 @torch.inference_mode()
@@ -131,11 +130,38 @@ def _scores(engine: SteeredEngine, passages: Sequence[scoring.Passage]) -> dict[
     return {name: total.tolist() for name, total in totals.items()}
 
 
+@dataclass
+class _Kept:
+    """The results of a journal, checked before they are used."""
+
+    journal: Journal
+    items: Sequence[Item]
+    key: str  # "scores" or "answers", which map a model to its value
+    models: Sequence[str]
+    is_good: Callable[[int, Any], bool]  # of a question's number and the value of one model
+
+    def check(self) -> None:
+        """Raise ValueError, with file and line, for a result that is not one of its question."""
+        for i, result in self.journal.results.items():
+            values = result.get(self.key)
+            if (
+                result.get("question") != self.items[i].question
+                or not isinstance(values, dict)
+                or not all(self.is_good(i, values.get(model)) for model in self.models)
+            ):
+                raise ValueError(
+                    f"{self.journal.where(i)}: not the {self.key} of {self.items[i].where}. "
+                    "Take the line out, or give --overwrite to start anew."
+                )
+
+    def by_model(self) -> dict[str, list]:
+        self.check()
+        results = [self.journal.results[i][self.key] for i in range(len(self.items))]
+        return {model: [values[model] for values in results] for model in self.models}
+
+
 def _in_batches(
-    journal: Journal,
-    count: int,
-    size: int,
-    work: Callable[[Sequence[int]], list[dict[str, Any]]],
+    kept: _Kept, size: int, work: Callable[[Sequence[int]], list[dict[str, Any]]]
 ) -> None:
     """Run the questions that the journal lacks.
 
@@ -144,6 +170,8 @@ def _in_batches(
     """
     if size < 1:
         raise ValueError(f"batch_size must be >= 1; got {size}.")
+    kept.check()
+    journal, count = kept.journal, len(kept.items)
     with tqdm(total=count, desc="evaluating", unit="question") as bar:
         for start in range(0, count, size):
             batch = range(start, min(start + size, count))
@@ -152,7 +180,3 @@ def _in_batches(
                 results = work(batch)
                 journal.add({i: results[i - start] for i in missing})
             bar.update(len(batch))
-
-
-def _by_model(journal: Journal, count: int, key: str, names: Sequence[str]) -> dict[str, list]:
-    return {name: [journal.results[i][key][name] for i in range(count)] for name in names}

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from svd_engine.utils.files import parse_integer
+
 _GAP = re.compile(r"[\s,]*")
 
 
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (where, item) of a JSON array or of JSON lines. Raises ValueError with the line."""
     text = _text(path)
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=parse_integer)
     array = text.lstrip().startswith("[")
     position, line = text.index("[") + 1 if array else 0, 1
     counted = 0
@@ -33,16 +35,21 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from error
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}:{line}: it is nested too deeply.") from error
         yield f"{path}:{line}", item
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (where, row) of a CSV file with a header."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     start = 2
-    for row in reader:
-        yield f"{path}:{start}", row
-        start = reader.line_num + 1
+    try:
+        for row in reader:
+            yield f"{path}:{start}", row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{start}: not CSV: {error}.") from error
 
 
 def texts(where: str, name: str, values: Iterable[Any]) -> list[str]:
@@ -68,7 +75,7 @@ def distinct(where: str, answers: list[str]) -> None:
 
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
+        raise ValueError(f"{path} is no file." if path.exists() else f"{path} does not exist.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

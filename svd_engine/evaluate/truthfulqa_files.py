@@ -53,7 +53,7 @@ def _from_targets(where: str, item: Any) -> Question:
     groups = []
     for key in ("mc1_targets", "mc2_targets"):
         labels = item[key]
-        if not isinstance(labels, dict) or not set(labels.values()) <= {0, 1}:
+        if not isinstance(labels, dict) or not all(label in (0, 1) for label in labels.values()):
             raise ValueError(f"{where}: {key} must map each answer to 1 or 0; got {labels!r}.")
         groups += [
             [answer for answer, label in labels.items() if label == wanted] for wanted in (1, 0)

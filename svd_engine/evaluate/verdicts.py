@@ -1,8 +1,8 @@
 """A judge's verdicts on open answers, cached on disk so that nothing is asked twice."""
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,25 @@ def read_answers(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     settings: dict[str, Any] = {}
     lines: list[dict[str, Any]] = []
     for where, line in sources.read_json(path):
+        if not isinstance(line, dict):
+            raise ValueError(f"{where}: an answer is an object; got {type(line).__name__}.")
         if "fingerprint" in line:
-            settings = line["settings"]
+            settings = line["settings"] if isinstance(line.get("settings"), dict) else {}
+            if type(settings.get("questions")) is not int:
+                raise ValueError(f"{where}: not the settings of an evaluation.")
             continue
         for name, kind in (("question", str), ("right", list), ("wrong", list), ("answers", dict)):
             if not isinstance(line.get(name), kind):
                 raise ValueError(f"{where}: {name} is missing or not a {kind.__name__}.")
+        for name in ("right", "wrong"):
+            sources.texts(where, name, line[name])
         models = line["answers"].keys()
         if not models or (lines and models != lines[0]["answers"].keys()):
             raise ValueError(f"{where}: answers must name the same models as the first line.")
+        if not all(isinstance(answer, str) for answer in line["answers"].values()):
+            raise ValueError(f"{where}: answers must map each model to text.")
+        if type(line.get("id", 0)) is not int:
+            raise ValueError(f"{where}: id must be an integer; got {line['id']!r}.")
         lines.append(line)
     if len(lines) < settings.get("questions", 1):
         raise ValueError(
@@ -78,26 +88,49 @@ def collect(
     Verdicts in `cache` are reused. An empty answer claims nothing: it is truthful and not
     informative.
     """
-    known = {line["key"]: line["verdict"] for line in whole_lines(cache)}
+    known = _known(cache)
     prompts: dict[str, str] = {}
     for line in lines:
         for answer in line["answers"].values():
             if answer:
                 prompts |= {_key(judge, p): p for p in _questions(line, answer)}
-    missing = [key for key in prompts if key not in known]
-    with ThreadPoolExecutor(PARALLEL) as pool, tqdm(total=len(missing), desc="judging") as bar:
-        asked = {pool.submit(judge.ask, prompts[key]): key for key in missing}
-        try:
-            for future in as_completed(asked):
-                key = asked[future]
-                known[key] = future.result()
-                verdict = {"key": key, "verdict": known[key], "model": judge.model}
-                append(cache, [{**verdict, "prompt": prompts[key]}])
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    missing = {key: prompt for key, prompt in prompts.items() if key not in known}
+    asyncio.run(_ask(judge, missing, known, cache))
     return _table(lines, lambda prompt: known[_key(judge, prompt)])
+
+
+async def _ask(
+    judge: Judge, missing: Mapping[str, str], known: dict[str, bool], cache: Path
+) -> None:
+    """Ask PARALLEL questions at a time; keep each verdict as it arrives."""
+    waiting = iter(missing.items())
+
+    async def work() -> None:
+        for key, prompt in waiting:
+            known[key] = await judge.ask(client, prompt)
+            verdict = {"key": key, "verdict": known[key], "model": judge.model, "url": judge.url}
+            append(cache, [{**verdict, "prompt": prompt}])
+            bar.update()
+
+    async with judge.client() as client:
+        with tqdm(total=len(missing), desc="judging") as bar:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(PARALLEL):
+                        group.create_task(work())
+            except ExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+
+
+def _known(cache: Path) -> dict[str, bool]:
+    """Read the verdicts of earlier runs. Raises ValueError with file and line."""
+    known = {}
+    for number, line in enumerate(whole_lines(cache), 1):
+        key, verdict = line.get("key"), line.get("verdict")
+        if not isinstance(key, str) or not isinstance(verdict, bool):
+            raise ValueError(f"{cache}:{number}: not a verdict. Take the line out.")
+        known[key] = verdict
+    return known
 
 
 def _table(
@@ -121,4 +154,4 @@ def _questions(line: Mapping[str, Any], answer: str) -> tuple[str, str]:
 
 
 def _key(judge: Judge, prompt: str) -> str:
-    return hashlib.sha256(f"{judge.model}\n{prompt}".encode()).hexdigest()
+    return hashlib.sha256(f"{judge.url}\n{judge.model}\n{prompt}".encode()).hexdigest()

@@ -1,6 +1,7 @@
 """A lock that lets one call run at a time, for threads and for coroutines."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,13 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
+POLL = 0.1  # seconds after which one who waits looks whether waiting makes sense
+# Set when the program ends, before Python waits for its threads, also for those of executors.
+_ending = threading.Event()
+threading._register_atexit(_ending.set)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -31,18 +38,33 @@ class CallLock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._owner: Owner | None = None
+        self._process = os.getpid()
 
     @contextmanager
     def hold(self, owner: Owner | None = None) -> Iterator[None]:
         """Wait for the lock and hold it for the owner, by default this thread."""
         owner = owner or Owner(threading.get_ident())
         self._check(owner)
-        with self._lock:
-            self._owner = owner
-            try:
-                yield
-            finally:
-                self._owner = None
+        self._wait(owner)
+        self._owner = owner
+        try:
+            yield
+        finally:
+            self._owner = None
+            self._lock.release()
+
+    def _wait(self, owner: Owner) -> None:
+        while not self._lock.acquire(timeout=POLL):
+            if owner.thread is None:
+                raise RuntimeError("the stream was cancelled while it waited for another call.")
+            if _ending.is_set() and self._is_forsaken():
+                raise RuntimeError("the program ended with the engine's stream open; close() it.")
+
+    def _is_forsaken(self) -> bool:
+        """Whether the stream that is open belongs to the main thread, or to one that has ended."""
+        owner = self._owner
+        others = {t.ident for t in threading.enumerate()} - {threading.main_thread().ident}
+        return owner is not None and owner.thread is not None and owner.thread not in others
 
     def stream(self, items: Generator[T, None, None]) -> Generator[T, None, None]:
         """Yield the items; hold the lock from the first to the last, or until closed."""
@@ -62,10 +84,20 @@ class CallLock:
                 yield item
         finally:  # also if the task is cancelled, after the current step
             owner.thread = None  # it requests no more items, so it may wait
-            thread.submit(held.close)
+            try:
+                thread.submit(held.close)
+            except RuntimeError:  # the program ends
+                held.close()
             thread.shutdown(wait=False)
 
     def _check(self, owner: Owner) -> None:
+        """Raise RuntimeError if the owner would wait for itself, or for another process."""
+        if self._process != os.getpid() and (torch.get_num_threads() > 1 or self._lock.locked()):
+            raise RuntimeError(
+                "the engine was made before this process was forked, and PyTorch's threads do not "
+                "survive a fork: start the process with the method 'spawn', and make an engine "
+                "there."
+            )
         if self._owner is not None and self._owner.would_deadlock(owner):
             raise RuntimeError(
                 "the engine's stream is open in this thread; exhaust it or close() it first."

@@ -1,24 +1,33 @@
 """Incremental detokenization: whole characters, cut before a stop string."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import compress
+
+from transformers import PreTrainedTokenizerBase
 
 
 class Detokenizer:
     """Turns token ids into text, per token or at once, and finds stop strings.
 
-    decode: text of token ids. `add` holds back text that may begin a stop string, and incomplete
-    characters.
+    decode: text of token ids without special tokens. special: id -> text of the special tokens that
+    stop strings hold: stop strings are searched in a text with them, which is released without
+    them. `add` holds back text that may begin a stop string, and incomplete characters.
     """
 
     # tokenizers' DecodeStream does the same for Rust tokenizers only, and cannot release an
     # incomplete character after the last token.
 
     def __init__(
-        self, decode: Callable[[list[int]], str], stop_strings: Sequence[str] = ()
+        self,
+        decode: Callable[[list[int]], str],
+        stop_strings: Sequence[str] = (),
+        special: Mapping[int, str] | None = None,
     ) -> None:
-        self.decode, self.stop_strings = decode, stop_strings
+        self.decode, self.stop_strings, self.special = decode, stop_strings, special or {}
         self.stop_string: str | None = None  # the one found by `add`
         self._held = ""
+        self._visible: list[bool] = []  # of each character held: False in special tokens
         self._token_ids: list[int] = []
         # Text depends on the token before it: tokens [start, shown) are decoded with the new ones.
         self._start = self._shown = 0
@@ -26,20 +35,38 @@ class Detokenizer:
     def add(self, token_id: int, last: bool) -> str:
         """Add one token; return the text released by it, which is all of it after the last."""
         self._token_ids.append(token_id)
-        self._held += self._new_text(last)
+        special = self.special.get(token_id, "")
+        self._hold(self._new_text(last or bool(special)), is_visible=True)
+        self._hold(special, is_visible=False)
         if found := first_stop(self._held, self.stop_strings):
             start, self.stop_string = found
-            return self._held[:start]
+            return self._release(start)
         keep = 0 if last else _stop_prefix_length(self._held, self.stop_strings)
-        shown = len(self._held) - keep
-        released, self._held = self._held[:shown], self._held[shown:]
-        return released
+        return self._release(len(self._held) - keep)
 
     def decode_to_stop(self, token_ids: list[int]) -> tuple[str, str | None]:
         """Text of all tokens up to the first stop string, and that string."""
+        if self.special:
+            anew = Detokenizer(self.decode, self.stop_strings, self.special)
+            text = ""
+            for i, token_id in enumerate(token_ids, 1):
+                text += anew.add(token_id, last=i == len(token_ids))
+                if anew.stop_string is not None:
+                    break
+            return text, anew.stop_string
         text = self.decode(token_ids)
         found = first_stop(text, self.stop_strings)
         return (text, None) if found is None else (text[: found[0]], found[1])
+
+    def _hold(self, text: str, is_visible: bool) -> None:
+        self._held += text
+        self._visible += [is_visible] * len(text)
+
+    def _release(self, end: int) -> str:
+        """Take the first `end` characters, and return the visible ones."""
+        text = "".join(compress(self._held[:end], self._visible))
+        self._held, self._visible = self._held[end:], self._visible[end:]
+        return text
 
     def _new_text(self, last: bool) -> str:
         before = self.decode(self._token_ids[self._start : self._shown])
@@ -49,6 +76,23 @@ class Detokenizer:
             return ""
         self._start, self._shown = self._shown, len(self._token_ids)
         return text[len(before) :]
+
+
+def special_in(
+    stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[int, str]:
+    """Id -> text of the special tokens that stop strings hold; decoding would leave them out."""
+    if tokenizer is None or not stop_strings:
+        return {}
+    texts = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    with suppress(NotImplementedError):  # Mistral's own tokenizers have no others
+        texts |= {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
+    return {
+        id: text
+        for id, text in texts.items()
+        if any(text in stop for stop in stop_strings)
+        and not tokenizer.decode([id], skip_special_tokens=True)
+    }
 
 
 def first_stop(text: str, stop_strings: Sequence[str]) -> tuple[int, str] | None:

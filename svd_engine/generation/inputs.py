@@ -7,11 +7,22 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svd_engine.data.tokenization import Text, encode_chat, encode_text
+from svd_engine.data.checks import check_messages
+from svd_engine.data.tokenization import (
+    Text,
+    as_list,
+    encode_answers,
+    encode_chat,
+    encode_prompt,
+    is_chat,
+    located,
+    token_ids,
+)
 from svd_engine.generation import sequence
-from svd_engine.generation.detokenizer import Detokenizer
+from svd_engine.generation.detokenizer import Detokenizer, special_in
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scoring import Passage
+from svd_engine.model.layers import longrope
 
 Prompt = Text
 Message = Mapping[str, str]  # role and content
@@ -41,30 +52,41 @@ class Inputs:
         for i, ids in enumerate(encoded):
             if not ids:
                 raise ValueError(f"prompts[{i}] is empty; give at least one token.")
-            if min(ids) < 0 or max(ids) >= self.vocab_size:
-                raise ValueError(
-                    f"prompts[{i}] has token ids from {min(ids)} to {max(ids)}; the vocabulary has "
-                    f"{self.vocab_size}."
-                )
+            self._check_ids(f"prompts[{i}]", ids)
         return encoded
 
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise ValueError(
+                f"{name} has token ids from {min(ids)} to {max(ids)}; the vocabulary has "
+                f"{self.vocab_size}."
+            )
+
     def _texts(self, prompts: Any) -> list[list[int]]:
-        if isinstance(prompts, str) or (len(prompts) > 0 and _is_id(prompts[0])):
+        if isinstance(prompts, str):
             prompts = [prompts]
-        return [encode_text(prompt, self.tokenizer, add_special_tokens=True) for prompt in prompts]
+        prompts = as_list(prompts, "prompts")
+        if len(prompts) > 0 and _is_id(prompts[0]):
+            prompts = [prompts]
+        encoded = []
+        for i, prompt in enumerate(prompts):
+            with located(f"prompts[{i}]"):
+                encoded.append(encode_prompt(prompt, self.tokenizer))
+        return encoded
 
     def _conversations(self, messages: Any) -> list[list[int]]:
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise ValueError("the engine has no chat template for messages; give prompts.")
-        if len(messages) > 0 and isinstance(messages[0], Mapping):
-            messages = [messages]
         encoded = []
-        for i, conversation in enumerate(messages):
-            if not conversation or not all({"role", "content"} <= set(m) for m in conversation):
+        conversations = [messages] if is_chat(messages) else as_list(messages, "messages")
+        for i, conversation in enumerate(conversations):
+            if not is_chat(conversation):
                 raise ValueError(
                     f"messages[{i}] must be a list of {{'role': ..., 'content': ...}}."
                 )
-            encoded.append(encode_chat(conversation, self.tokenizer))
+            check_messages(conversation, f"messages[{i}]")
+            with located(f"messages[{i}]"):
+                encoded.append(encode_chat(conversation, self.tokenizer))
         return encoded
 
     def sequences(
@@ -80,6 +102,7 @@ class Inputs:
             )
         eos_token_ids = self._eos_token_ids(sampling.eos_token_id)
         stop_strings = self._stop_strings(sampling.stop_strings, len(prompts))
+        special = {stops: special_in(stops, self.tokenizer) for stops in set(stop_strings)}
         searches_for_stops = any(stop_strings) and sampling.num_beams == 1
         copies = sampling.num_return_sequences
         return [
@@ -89,7 +112,7 @@ class Inputs:
                 max_new_tokens=limits[i],
                 seed=seeds[i] + copy,
                 eos_token_ids=eos_token_ids,
-                detokenizer=Detokenizer(self._decode, stop_strings[i]),
+                detokenizer=Detokenizer(self._decode, stop_strings[i], special[stop_strings[i]]),
                 is_text_incremental=is_streamed or searches_for_stops,
             )
             for i in range(len(prompts))
@@ -106,25 +129,45 @@ class Inputs:
         self.check_room(f"prompts[{i}]", len(prompt_ids), limit)
         return limit
 
-    def check_room(self, name: str, length: int, new: int = 0) -> None:
-        """Raise ValueError unless `length` tokens and `new` more fit the model's context."""
+    def check_room(self, name: str, length: int, new: int = 0, completion: int = 0) -> None:
+        """Raise ValueError unless a prompt and what follows it fit the model's context.
+
+        new: tokens to be generated; completion: tokens that are given.
+        """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        total = self.virtual_tokens + length + new
+        total = self.virtual_tokens + length + completion + new
         if context is not None and total > context:
-            parts = [f"{length} tokens"]
+            parts = [f"{length + completion} tokens"]
             parts += [f"{self.virtual_tokens} virtual tokens"] if self.virtual_tokens else []
             parts += [f"max_new_tokens = {new}"] if new else []
             raise ValueError(
                 f"{name} does not fit: {' and '.join(parts)} make {total}; the model's context is "
                 f"{context}. Shorten the prompt{' or lower max_new_tokens' if new else ''}."
             )
+        for virtual in {self.virtual_tokens, 0}:  # the base's rows have none
+            start = virtual + length
+            longrope.check_constant(name, self.model.config, start, start + completion + new)
 
-    def check_passages(self, passages: Sequence[Passage]) -> None:
-        """Raise ValueError for an empty prompt or completion, or one beyond the context."""
-        for i, (prompt, completion) in enumerate(passages):
-            if not prompt or not completion:
-                raise ValueError(f"passage {i} has an empty prompt or completion.")
-            self.check_room(f"passage {i}", len(prompt) + len(completion))
+    def passages(self, prompt: Prompt, answers: Sequence[Prompt]) -> list[Passage]:
+        """A prompt with each of its answers; every one begins where the prompt ends."""
+        answers = as_list(answers, "the answers")
+        with located("prompt or answers"):
+            start, encoded = encode_answers(prompt, answers, self.tokenizer)
+        passages = [Passage(start, ids) for ids in encoded]
+        names = [f"the answer {a!r}" if isinstance(a, str) else "an answer" for a in answers]
+        self.check_passages(passages, names)
+        return passages
+
+    def check_passages(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
+        """Raise ValueError for a passage without tokens, or with one too many for the model."""
+        for name, (prompt, completion) in zip(names, passages, strict=True):
+            if not prompt:
+                raise ValueError(f"the prompt of {name} has no tokens of its own.")
+            if not completion:
+                raise ValueError(f"{name} has no tokens.")
+            self._check_ids(f"the prompt of {name}", prompt)
+            self._check_ids(name, completion)
+            self.check_room(name, len(prompt), completion=len(completion))
 
     def _eos_token_ids(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         """The ids that end a sequence; by default the model's own."""
@@ -136,16 +179,21 @@ class Inputs:
         if eos_token_id is None:
             return frozenset()
         ids: Any = [eos_token_id] if _is_id(eos_token_id) else eos_token_id
-        return frozenset(int(token) for token in ids)
+        with located("eos_token_id"):
+            return frozenset(token_ids(ids))
 
-    def _stop_strings(self, stop_strings: Any, prompts: int) -> list[list[str]]:
+    def _stop_strings(self, stop_strings: Any, prompts: int) -> list[tuple[str, ...]]:
         """Stop strings per prompt, from one, a list for all prompts, or a list of lists."""
         if isinstance(stop_strings, str):
             stop_strings = [stop_strings]
+        stop_strings = as_list(stop_strings, "stop_strings")
         if all(isinstance(stop, str) for stop in stop_strings):
-            each = [list(stop_strings)] * prompts
+            each = [tuple(stop_strings)] * prompts
         else:
-            each = [[s] if isinstance(s, str) else list(s or ()) for s in stop_strings]
+            each = [
+                (s,) if isinstance(s, str) else tuple(as_list(s or (), "each of stop_strings"))
+                for s in stop_strings
+            ]
         if len(each) != prompts:
             raise ValueError(
                 f"stop_strings has {len(each)} lists for {prompts} prompts; give one list for all "

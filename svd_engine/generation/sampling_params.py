@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from svd_engine.ops import checks
 
+MOST = 2**31 - 1  # of everything that is counted
 NEW_TOKENS = 128  # unless max_new_tokens or max_length says otherwise
 # The top_k of transformers when it samples and none is set.
 TRANSFORMERS_TOP_K = 50
@@ -57,8 +58,10 @@ class SamplingParams:
             ("num_return_sequences", 1), ("top_logprobs", 0),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer >= {least}; got {value!r}.")
+            if value is not None and (not isinstance(value, int) or not least <= value <= MOST):
+                raise ValueError(
+                    f"{name} must be an integer from {least} to {MOST}; got {value!r}."
+                )
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be > 0; got {self.repetition_penalty}.")
         if not math.isfinite(self.length_penalty):
@@ -99,11 +102,14 @@ class SamplingParams:
         """Each prompt's seed; its sequence j draws with seed + j."""
         seed: Any = self.seed
         if isinstance(seed, Integral):
-            return [int(seed) + i * self.num_return_sequences for i in range(prompts)]
+            seed = [int(seed) + i * self.num_return_sequences for i in range(prompts)]
         if len(seed) != prompts:
             raise ValueError(
                 f"seed must be an integer or one per prompt; got {len(seed)} for {prompts}."
             )
+        for one in seed:
+            if not -(2**63) <= int(one) < 2**63 - self.num_return_sequences:
+                raise ValueError(f"seed must fit 64 bits; got {one}.")
         return [int(one) for one in seed]
 
     @classmethod

@@ -20,6 +20,7 @@ from svd_engine.generation.sequence import Sequence
 from svd_engine.integrations import generate_kwargs as arguments
 from svd_engine.integrations.logits_processor import SteeringLogitsProcessor
 from svd_engine.integrations.pair_cache import borrow
+from svd_engine.model.layers import longrope
 from svd_engine.steering_config import SteeringConfig
 
 __all__ = ["SteeringLogitsProcessor", "steered_generate"]
@@ -62,6 +63,9 @@ def steered_generate(
     ]
     streamer = arguments.streamer()
     output = Output(input_ids, sequences, processors, generation_config)
+    for row, prompt in enumerate(prompts):
+        total = len(prompt) + max_new_tokens
+        longrope.check_constant(f"row {row}", model.config, len(prompt), total)
     with borrow(model) as pair:
         process_logits = output.process_logits if output.needs_logits else None
         batch = Batch(Request(pair, steering, sampling, sequences, process_logits), sequences)

@@ -12,7 +12,9 @@ from transformers import GenerationMixin, LogitsProcessor
 
 from svd_engine import ops
 from svd_engine.generation import distribution
-from svd_engine.model.pair import PerModel, SequentialRunner, base_runner
+from svd_engine.model import probe
+from svd_engine.model.layers import longrope
+from svd_engine.model.pair import PerModel, SequentialRunner, adapted_runner, base_runner
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.steering_config import SteeringConfig
 
@@ -49,7 +51,9 @@ class SteeringLogitsProcessor(LogitsProcessor):
             raise ValueError("give attention_mask or pad_token_id; got both.")
         self.steering, self.pad_token_id = steering, pad_token_id
         self._pads = None if attention_mask is None else left_pads(attention_mask)
+        self._state = adapter.state
         self._base = SequentialRunner(base_runner(adapter))
+        probe.check(SequentialRunner(adapted_runner(adapter), *self._base.runners), adapter, model)
         self._rows: list[list[int]] = []  # token ids that the KV cache holds
         self._max_rows = self._steps = 0  # rows and further steps that fit the KV cache
 
@@ -71,6 +75,9 @@ class SteeringLogitsProcessor(LogitsProcessor):
         before = [row[:-1] for row in rows]
         if not self._steps or len(rows) > self._max_rows:
             return None
+        config = self._base.runners[0].model.config
+        if any(longrope.changes(config, len(row) - 1, len(row)) for row in rows):
+            return None
         if before != self._rows:
             place = {tuple(row): i for i, row in enumerate(self._rows)}
             index = [place.get(tuple(row), -1) for row in before]
@@ -81,7 +88,11 @@ class SteeringLogitsProcessor(LogitsProcessor):
         return self._base.step(torch.tensor([row[-1] for row in rows], device=self._base.device))
 
     def _prefill(self, rows: list[list[int]]) -> PerModel:
-        """Prefill the rows anew, with slots for as many tokens again."""
+        """Prefill the rows anew, with slots for as many tokens again.
+
+        Raise ValueError if the base model is not what it was.
+        """
+        self._state.check_base()
         self._max_rows, self._steps = len(rows), max(256, *map(len, rows))
         return self._base.logits(self._base.prefill(rows, self._steps))
 

@@ -7,10 +7,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
-from svd_engine.model import cuda_graphs
+from svd_engine.model import cuda_graphs, probe
 from svd_engine.model.pair import Decoder, PairedRunner, pair_models
 from svd_engine.model.peft_adapter import Adapter
 
@@ -23,13 +23,16 @@ def borrow(model: PreTrainedModel) -> Iterator[Decoder]:
     """Lend the pair behind `model`, which `generate` runs; a call in another thread gets another.
 
     The pair is built once, and again whenever the adapter's weights, scale or name have changed.
-    Raises ValueError where there is no PEFT model or its base model cannot be recovered.
+    Raises ValueError where there is no PEFT model, its base model cannot be recovered, or the first
+    pair does not give what the plain models give.
     """
-    adapter = _read(model)
+    owner, adapter = _read(model)
     fingerprint = _fingerprint(adapter)
     kept, decoder = _pairs.pop(model, (None, None))
     if decoder is None or kept != fingerprint:
         pair = pair_models(adapter)
+        if decoder is None:
+            probe.check(pair, adapter, owner)
         for runner in (pair.runner,) if isinstance(pair, PairedRunner) else pair.runners:
             # PEFT puts a bound method here, which would keep the model alive for ever.
             vars(runner.model).pop("prepare_inputs_for_generation", None)
@@ -40,33 +43,29 @@ def borrow(model: PreTrainedModel) -> Iterator[Decoder]:
         _pairs[model] = fingerprint, decoder
 
 
-def _read(model: PreTrainedModel) -> Adapter:
+def _read(model: PreTrainedModel) -> tuple[nn.Module, Adapter]:
+    """Return the adapter, and the model that it was read from."""
     # While a prompt method generates, PEFT puts its own method in the model's place.
     owner = getattr(model.prepare_inputs_for_generation, "__self__", None)
-    return Adapter.read(owner) if isinstance(owner, PeftModel) else Adapter.read_injected(model)
+    if isinstance(owner, PeftModel):
+        return owner, Adapter.read(owner)
+    return model, Adapter.read_injected(model)
 
 
 @torch.no_grad()
 def _fingerprint(adapter: Adapter) -> Fingerprint:
     """Return a value that differs once a pair built from the adapter would differ.
 
-    Contents are compared: some optimizers write to weights without telling autograd.
+    Contents are compared too: some optimizers write to weights without telling autograd.
     """
-    weights: list[Tensor] = [
-        weight
-        for layer in adapter.layers
-        for name, part in layer.named_children()  # type: ignore[attr-defined]
-        if name != "base_layer"
-        for weight in part.parameters()
-    ]
+    weights = adapter.state.adapter_tensors
     if adapter.prompt_embeddings is not None:
         weights.append(adapter.prompt_embeddings)
     weights += [tensor for layer in adapter.prefix or () for tensor in layer]
     sums = [weight.sum(dtype=torch.float64) for weight in weights]
     return (
-        adapter.name,
+        adapter.state.identity,
         [id(module) for module in adapter.base_model.modules()],
-        [repr(getattr(layer, "scaling", None)) for layer in adapter.layers],
         [(weight.dtype, weight.device) for weight in weights],
         torch.stack([x.to(sums[0].device) for x in sums]).tolist(),
     )

@@ -1,6 +1,7 @@
 """A KV cache in which every row has its own position."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,9 @@ class KVCache:
     def stored(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, `[max_rows, kv_heads, slots, head_dim]`, contiguous."""
         return self._layers[layer_idx]
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a cache of keys and values has no {name}, which the model asks for")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._kv_length

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from svd_engine.model.adapter_layers import paired_layer
-from svd_engine.model.layers import attention, linear, rms_norm, rotary
+from svd_engine.model.adapter_layers import LoraParameter, for_second_half
+from svd_engine.model.layers import attention, linear, longrope, rms_norm, rotary
 from svd_engine.model.peft_adapter import Adapter
 
 Replacements = Mapping[Any, nn.Module]  # by the module to be replaced
@@ -24,20 +24,40 @@ def paired_tree(adapter: Adapter) -> PreTrainedModel:
 
     Only for an adapter without a `reason_not_paired`.
     """
-    return _tree(adapter, {x: paired_layer(x, adapter.name, paired=True) for x in adapter.layers})
+    return _tree(adapter, {x: for_second_half(copied) for x, copied in adapter.copies.items()})
 
 
 def adapted_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the adapted model's tree, without the virtual tokens of the prompt methods."""
-    if adapter.reason_not_paired is not None:
-        return _tree(adapter, {})
-    return _tree(adapter, {x: paired_layer(x, adapter.name, paired=False) for x in adapter.layers})
+    return _tree(adapter, adapter.copies)
 
 
 def base_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the tree of the pre-trained model under the adapter."""
+    return _tree(adapter, _originals(adapter))
+
+
+def plain_trees(
+    model: nn.Module, adapter: Adapter, replacements: Replacements
+) -> tuple[nn.Module, nn.Module]:
+    """Build the adapted and the base model as PEFT and transformers compute them.
+
+    model: the PEFT model that the adapter was read from, taken with the replacements. Attention is
+    eager, the one that defines an architecture; nothing is replaced by layers of ours.
+    """
+    adapted = clone_sharing_parameters(model, replacements, native=False)
+    base = clone_sharing_parameters(adapter.base_model, _originals(adapter), native=False)
+    for tree in (adapted, base):
+        for module in tree.modules():
+            if isinstance(module, PreTrainedModel):
+                module.set_attn_implementation("eager")
+                break
+    return adapted, base
+
+
+def _originals(adapter: Adapter) -> dict[Any, nn.Module]:
     layers = {layer: layer.get_base_layer() for layer in adapter.layers}
-    return _tree(adapter, layers | {x: x.original_module for x in adapter.wrappers})
+    return layers | {x: x.original_module for x in adapter.wrappers}
 
 
 def _tree(adapter: Adapter, replacements: Replacements) -> PreTrainedModel:
@@ -47,24 +67,33 @@ def _tree(adapter: Adapter, replacements: Replacements) -> PreTrainedModel:
     return tree
 
 
-def clone_sharing_parameters(root: nn.Module, replacements: Replacements) -> nn.Module:
-    """Build a tree like `root`, in evaluation mode, with the replacements in it."""
+def clone_sharing_parameters(
+    root: nn.Module, replacements: Replacements, native: bool = True
+) -> nn.Module:
+    """Build a tree like `root`, in evaluation mode, with the replacements in it.
+
+    native: also replace the layers that have a form of ours.
+    """
     configs: dict[int, PretrainedConfig] = {}
     clones: dict[int, nn.Module] = {}  # by id of the module in `root`, which keeps it alive
 
-    def visit(found: nn.Module) -> nn.Module:
+    def visit(found: nn.Module, above: nn.Module | None = None) -> nn.Module:
         if id(found) in clones:
             return clones[id(found)]
         module = replacements.get(found, found)
         clone = clones[id(found)] = copy.copy(module)
+        clone._parameters = dict(module._parameters)
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             setattr(clone, hooks, OrderedDict(getattr(module, hooks)))
-        if type(clone) is nn.Linear:
-            clone.__class__ = linear.Linear
-        rms_norm.use_native_forward(clone)
-        rotary.use_native_forward(clone)
+        if native:
+            if type(clone) is nn.Linear and not isinstance(above, LoraParameter):
+                clone.__class__ = linear.Linear
+            rms_norm.use_native_forward(clone)
+            rotary.use_native_forward(clone)
+            longrope.choose_per_row(clone)
         clone._modules = {
-            name: None if child is None else visit(child) for name, child in module._modules.items()
+            name: None if child is None else visit(child, module)
+            for name, child in module._modules.items()
         }
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
             clone.config = configs.setdefault(id(config), copy.deepcopy(config))  # type: ignore

@@ -1,7 +1,7 @@
 """The adapted and the base model as one object: what a decoding loop and a scorer call."""
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from svd_engine.model.module_tree import adapted_tree, base_tree, paired_tree
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.runner import ModelRunner
+from svd_engine.model.shortened import shortened
+from svd_engine.model.step import use_native_step
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,15 @@ ModelPair = PairedRunner | SequentialRunner
 
 def adapted_runner(adapter: Adapter) -> ModelRunner:
     """Build the runner of the adapted model alone."""
+    return _with_native_step(_adapted_runner, adapter)
+
+
+def base_runner(adapter: Adapter) -> ModelRunner:
+    """Build the runner of the base model alone."""
+    return _with_native_step(_base_runner, adapter)
+
+
+def _adapted_runner(adapter: Adapter) -> ModelRunner:
     return ModelRunner(
         adapted_tree(adapter),
         virtual_tokens=adapter.virtual_tokens,
@@ -137,9 +148,14 @@ def adapted_runner(adapter: Adapter) -> ModelRunner:
     )
 
 
-def base_runner(adapter: Adapter) -> ModelRunner:
-    """Build the runner of the base model alone."""
+def _base_runner(adapter: Adapter) -> ModelRunner:
     return ModelRunner(base_tree(adapter))
+
+
+def _with_native_step(build: Callable[[Adapter], ModelRunner], adapter: Adapter) -> ModelRunner:
+    runner = build(adapter)
+    use_native_step(runner, lambda: build(shortened(adapter)))
+    return runner
 
 
 def pair_models(adapter: Adapter, pairing: str = "auto") -> ModelPair:
@@ -148,7 +164,9 @@ def pair_models(adapter: Adapter, pairing: str = "auto") -> ModelPair:
         raise ValueError(f"pairing must be 'auto', 'paired' or 'sequential'; got {pairing!r}.")
     reason = adapter.reason_not_paired
     if reason is None and pairing != "sequential":
-        return PairedRunner(adapter)
+        pair = PairedRunner(adapter)
+        use_native_step(pair.runner, lambda: PairedRunner(shortened(adapter)).runner)
+        return pair
     if pairing == "paired":
         raise ValueError(f"pairing='paired' is not possible: {reason}. pairing='auto' decodes it.")
     if pairing == "auto":

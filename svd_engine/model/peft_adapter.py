@@ -1,22 +1,21 @@
 """PEFT models read into an `Adapter`, which holds all that the runners are built from."""
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from svd_engine.model import adapter_layers
-
-PROMPT_METHODS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
+from svd_engine.model import adapter_layers, peft_methods
+from svd_engine.model.shared_state import KINDS, UNDER, Modules, SharedState
 
 Prefix = list[tuple[Tensor, Tensor]]  # keys and values [kv_heads, P, head_dim] per layer
-PeftModules = list[tuple[str, Any]]  # names and modules that PEFT put into the base model
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +30,7 @@ class Adapter:
     layers: tuple[BaseTunerLayer, ...]  # the adapted layers
     wrappers: tuple[AuxiliaryTrainingWrapper, ...]  # around modules that PEFT replaces as a whole
     reason_not_paired: str | None  # why the two models cannot share one batch; None if they can
+    state: SharedState  # what must not change while runners of this adapter decode
     virtual_tokens: int = 0  # P
     prompt_embeddings: Tensor | None = None  # [P, H], of prompt tuning and P-tuning
     prefix: Prefix | None = None  # of prefix tuning; with a sliding window, only slots in its reach
@@ -40,10 +40,14 @@ class Adapter:
         """Read a `PeftModel`. Raise ValueError where its base model cannot be recovered."""
         if not isinstance(model, PeftModel):
             raise ValueError(f"model must be a PeftModel; got {type(model).__name__}.")
+        peft_methods.check(model.peft_config)
         _check_one_active(model.active_adapters)
-        config, modules = model.active_peft_config, _peft_modules(model)
-        adapter = cls._from_modules(model.get_base_model(), model.active_adapter, config, modules)
-        return replace(adapter, **_prompt(model)) if config.is_prompt_learning else adapter
+        modules = list(model.named_modules())
+        adapter = cls._from_modules(
+            model.get_base_model(), model.active_adapter, model.peft_config, modules, model
+        )
+        is_prompt = model.active_peft_config.is_prompt_learning
+        return replace(adapter, **_prompt(model)) if is_prompt else adapter
 
     @classmethod
     def read_injected(cls, model: PreTrainedModel) -> "Adapter":
@@ -51,13 +55,14 @@ class Adapter:
 
         Raise ValueError where there are none or the base model cannot be recovered.
         """
-        modules = _peft_modules(model)
+        modules = list(model.named_modules())
         layers = [module for _, module in modules if isinstance(module, BaseTunerLayer)]
         if not layers:
             raise ValueError(
                 f"model must be a PeftModel; got {type(model).__name__} without an adapter. Load "
                 "one with PeftModel.from_pretrained(model, adapter)."
             )
+        peft_methods.check(model.peft_config)
         for layer in layers:
             for hook in layer._forward_pre_hooks.values():  # type: ignore[attr-defined]
                 names = getattr(hook, "keywords", {}).keys() & {"adapter_names", "alora_offsets"}
@@ -67,26 +72,37 @@ class Adapter:
                     )
         active = sorted({name for layer in layers for name in layer.active_adapters})
         _check_one_active(active)
-        return cls._from_modules(model, active[0], model.peft_config[active[0]], modules)
+        return cls._from_modules(model, active[0], model.peft_config, modules)
+
+    @functools.cached_property
+    def copies(self) -> dict[Any, nn.Module]:
+        """Copies of what PEFT put into the base model, by what is copied; made once.
+
+        Where the models pair, each adapted layer is reduced to its arithmetic for all rows.
+        """
+        if self.reason_not_paired is None:
+            return {x: adapter_layers.reduced(x, self.name) for x in self.layers}
+        return adapter_layers.copies(self.layers, self.wrappers)
 
     @classmethod
     def _from_modules(
-        cls, base_model: Any, name: str, config: Any, modules: PeftModules
+        cls,
+        base_model: Any,
+        name: str,
+        configs: Mapping[str, Any],
+        modules: Modules,
+        owner: PeftModel | None = None,
     ) -> "Adapter":
-        _check_recoverable(config, modules)
+        _check_known(base_model, modules)
+        put: list[tuple[str, Any]] = [x for x in modules if isinstance(x[1], KINDS)]
         return cls(
             base_model,
             name,
-            layers=tuple(m for _, m in modules if isinstance(m, BaseTunerLayer)),
-            wrappers=tuple(m for _, m in modules if isinstance(m, AuxiliaryTrainingWrapper)),
-            reason_not_paired=_reason_not_paired(config.peft_type, modules),
+            layers=tuple(m for _, m in put if isinstance(m, BaseTunerLayer)),
+            wrappers=tuple(m for _, m in put if isinstance(m, AuxiliaryTrainingWrapper)),
+            reason_not_paired=_reason_not_paired(configs[name].peft_type.value, put),
+            state=SharedState(modules, name, configs.keys() - {name}, owner),
         )
-
-
-def _peft_modules(root: nn.Module) -> PeftModules:
-    """Walk the tree of modules: the only walk that reading takes."""
-    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
-    return [(name, module) for name, module in root.named_modules() if isinstance(module, kinds)]
 
 
 def _check_one_active(adapters: list[str]) -> None:
@@ -97,30 +113,29 @@ def _check_one_active(adapters: list[str]) -> None:
         )
 
 
-def _check_recoverable(config: Any, modules: PeftModules) -> None:
-    """Raise ValueError where the base model cannot be recovered from the PEFT model."""
-    if config.is_prompt_learning and config.peft_type not in PROMPT_METHODS:
-        known = ", ".join(method.value for method in PROMPT_METHODS)
-        raise ValueError(f"model uses {config.peft_type.value}; of its kind {known} are supported.")
-    if (bias := getattr(config, "bias", "none")) != "none":
-        raise ValueError(
-            f"model was trained with bias={bias!r}, which changes the base model's own "
-            "biases, so the base model is gone. Train with bias='none'."
-        )
+def _check_known(base_model: nn.Module, modules: Modules) -> None:
+    """Raise ValueError for a module of PEFT that would stay in the base model."""
+    in_base: dict[str, nn.Module] = {}
     for name, module in modules:
-        if isinstance(module, BaseTunerLayer) and (module.merged or module.disable_adapters):
-            state, remedy = (
-                ("merged", "unmerge_adapter()")
-                if module.merged
-                else ("disabled", "base_model.enable_adapter_layers()")
+        parent, _, last = name.rpartition(".")
+        above = in_base.get(parent)
+        if above is None and module is not base_model:
+            continue
+        if isinstance(above, KINDS) and last not in UNDER:
+            continue  # a part of PEFT's own layer
+        in_base[name] = module
+        if type(module).__module__.startswith("peft.") and not isinstance(module, KINDS):
+            raise ValueError(
+                f"model has a {type(module).__name__} of PEFT in {name}, from which the base "
+                "model cannot be taken: it cannot be steered. docs/limits.md lists the methods "
+                "that can."
             )
-            raise ValueError(f"model has a {state} adapter in {name}. Call {remedy} first.")
 
 
-def _reason_not_paired(method: PeftType, modules: PeftModules) -> str | None:
-    if method not in (PeftType.LORA, PeftType.IA3, *PROMPT_METHODS):
-        return f"{method.value} has no paired form"
-    for name, module in modules:
+def _reason_not_paired(method: str, put: list[tuple[str, Any]]) -> str | None:
+    if method not in peft_methods.PAIRED:
+        return f"{method} has no paired form"
+    for name, module in put:
         if not isinstance(module, BaseTunerLayer):
             return f"{name} is replaced as a whole"
         if "experts" in name.split("."):
@@ -135,13 +150,7 @@ def _prompt(model: PeftModel) -> dict[str, Any]:
     """Return the fields of an adapter that only the prompt methods have."""
     config, prompt = model.active_peft_config, model.get_prompt(batch_size=1)
     fields: dict[str, Any] = {"virtual_tokens": config.num_virtual_tokens}
-    if config.peft_type != PeftType.PREFIX_TUNING:
+    if config.peft_type.value != "PREFIX_TUNING":
         return fields | {"prompt_embeddings": prompt[0]}
     cache: Cache = prompt  # type: ignore[assignment]
     return fields | {"prefix": [(layer.keys[0], layer.values[0]) for layer in cache.layers]}  # type: ignore
-
-
-def load(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Load the adapter in a folder or Hub repository on top of `model`."""
-    config = PeftConfig.from_pretrained(str(folder))
-    return PeftModel.from_pretrained(model, str(folder), config=config).eval()

@@ -38,6 +38,7 @@ class ModelRunner:
     prompt_embeddings: Tensor | None = None  # of the virtual tokens, [P, H]
     prefix: Prefix | None = None  # or their keys and values
     native: CpuStep | None = None  # runs a few new tokens in the place of the modules
+    how: str = "module by module"  # how steps run
     cache: KVCache = field(default_factory=KVCache)
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [rows]
     _position_buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -75,7 +76,10 @@ class ModelRunner:
         start = int(before[0])
         kv_length = int(before[-1]) + len(columns)
         common_start = start if start == int(before[-1]) else None
-        hidden = self._forward(positions, kv_length, common_start, inputs_embeds=inputs)
+        own = torch.minimum(positions, last[:, None].to(tokens.device))  # padding adds no length
+        hidden = self._forward(
+            positions, kv_length, common_start, position_ids=own, inputs_embeds=inputs
+        )
         return hidden[torch.arange(rows), last - before]
 
     @torch.inference_mode()
@@ -95,7 +99,9 @@ class ModelRunner:
             kv_length = max(next_slots) + length
             start = min(next_slots) if min(next_slots) == max(next_slots) else None
         positions = self.positions[:, None] + torch.arange(length, device=tokens.device)
-        hidden = self._forward(positions, kv_length, start, input_ids=tokens)
+        hidden = self._forward(
+            positions, kv_length, start, position_ids=positions, input_ids=tokens
+        )
         self.positions += length
         return hidden
 
@@ -165,7 +171,6 @@ class ModelRunner:
             mask = causal_mask(alike, kv_length, self.model.dtype)
         return self.model.get_decoder()(
             attention_mask=mask,
-            position_ids=positions,
             use_cache=True,
             **{self._cache_argument: self.cache},
             **inputs,

@@ -75,7 +75,7 @@ def steer(
     adapted, base = _rows(adapted, base, backend)
     mask = checks.mask(strength, alpha, penalty, adapted)
     if out is not None:
-        checks.out(out, adapted)
+        checks.out(out, adapted, base)
     dtype = None if out is None else out.dtype
     return _call("steer", backend, adapted, base, mask, dtype, out=out)[0]
 

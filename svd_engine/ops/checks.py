@@ -1,16 +1,16 @@
 """Checks of the operators' arguments: an error names the argument, its value and a remedy."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svd_engine.kernels.arguments import Draw, Mask, PerRow, named
+from svd_engine.kernels.arguments import INF, Draw, Mask, PerRow, named
 from svd_engine.kernels.reference import Strength
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL_DTYPES = (*DTYPES, torch.float64)  # of the reference
+LARGEST = torch.finfo(torch.float32).max  # kernels take every number as float32
 
 
 def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
@@ -51,7 +51,7 @@ def rows(adapted: Tensor, base: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
 
 def mask(strength: Strength, alpha: float, penalty: float, like: Tensor) -> Mask:
     """Pack how the rows of `like` are steered."""
-    plain = type(strength) is float and math.isfinite(strength)
+    plain = type(strength) is float and -LARGEST <= strength <= LARGEST
     by = (strength, None) if plain else per_row("strength", strength, like, torch.float32)
     support(alpha, penalty)
     return named(Mask, (by, alpha, penalty))
@@ -76,13 +76,18 @@ def draw(
 def support(alpha: float, penalty: float) -> None:
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1]; got {alpha}. alpha=0 keeps every token.")
-    if not penalty <= 0:
-        raise ValueError(f"penalty must be <= 0 (-inf removes the token); got {penalty}.")
+    if not (-LARGEST <= penalty <= 0 or penalty == -INF):
+        raise ValueError(
+            "penalty must be <= 0, and in float32: at least -3.4e38, or -inf, which removes the "
+            f"token; got {penalty}."
+        )
 
 
 def sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be >= 0 and finite (0 is greedy); got {temperature}.")
+    if not 0 <= temperature <= LARGEST:
+        raise ValueError(
+            f"temperature must be >= 0 and at most 3.4e38 (0 is greedy); got {temperature}."
+        )
     if top_k < 0:
         raise ValueError(f"top_k must be >= 0 (0 keeps every token); got {top_k}.")
     if not 0 < top_p <= 1:
@@ -96,9 +101,9 @@ def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) 
     if type(value) is int and -(2**63) <= value < 2**63:
         return value, None
     if not isinstance(value, Tensor):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite; got {value}.")
-        if dtype == torch.int64 and not (-(2**63) <= value < 2**63 and value == int(value)):
+        if dtype == torch.float32:
+            number(name, value)
+        elif not (-(2**63) <= value < 2**63 and value == int(value)):
             raise ValueError(f"{name} must be an integer of 64 bits; got {value}.")
         return value, None
     if value.shape not in ((), like.shape[:1]):
@@ -110,11 +115,22 @@ def per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) 
         raise ValueError(f"{name} must be on {like.device}, as the logits are; got {value.device}.")
     if dtype == torch.int64 and (value.is_floating_point() or value.is_complex()):
         raise ValueError(f"{name} must be an integer tensor; got {value.dtype}.")
+    each = value.to(dtype)
     # Reading a device tensor would wait for the device; there a NaN gives a NaN row instead.
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not value.isfinite().all():
-            raise ValueError(f"{name} must be finite; got {value.tolist()}.")
-    return 0, value.to(dtype).expand(like.shape[0]).contiguous()
+        if not each.isfinite().all():
+            raise not_finite(name, value.tolist())
+    return 0, each.expand(like.shape[0]).contiguous()
+
+
+def number(name: str, value: float) -> None:
+    """Check that float32 holds a number."""
+    if not -LARGEST <= value <= LARGEST:
+        raise not_finite(name, value)
+
+
+def not_finite(name: str, value: object) -> ValueError:
+    return ValueError(f"{name} must be finite, and in float32: at most 3.4e38; got {value}.")
 
 
 def k(k: int, vocab: int) -> None:
@@ -141,7 +157,9 @@ def target(target: Tensor, like: Tensor, vocab: int) -> None:
             )
 
 
-def out(out: Tensor, like: Tensor) -> None:
+def out(out: Tensor, adapted: Tensor, base: Tensor) -> None:
+    """Check where the result goes: to memory of its own, or exactly to that of an operand."""
+    like = adapted
     if out.shape != like.shape or out.dtype not in DTYPES or out.device != like.device:
         raise ValueError(
             f"out must be a float tensor of shape {list(like.shape)} on {like.device}; "
@@ -151,3 +169,37 @@ def out(out: Tensor, like: Tensor) -> None:
         raise ValueError(
             f"out must have strides [>= V, 1]; got {list(out.stride())}. Pass a contiguous tensor."
         )
+    if torch.compiler.is_compiling():
+        return  # `out` is copied to afterwards
+    for name, rows in (("adapted", adapted), ("base", base)):
+        same = out.data_ptr() == rows.data_ptr() and out.dtype == rows.dtype
+        if not (same and out.stride() == rows.stride()) and overlap(out, rows):
+            raise ValueError(
+                f"out must be {name} itself or share no memory with it; it overlaps {name} in "
+                "part. Pass another tensor."
+            )
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two `[N, V]` tensors with last stride 1 have a byte in common."""
+    if a.numel() == 0 or a.device != b.device:
+        return False
+    (a_start, a_step, a_width), (b_start, b_step, b_width) = map(_rows_in_bytes, (a, b))
+    last = len(a) - 1
+    if a_start + last * a_step + a_width <= b_start or b_start + last * b_step + b_width <= a_start:
+        return False
+    # Where rows are apart, those of b that reach the start of a's row i, or begin within it.
+    for start in range(a_start, a_start + last * a_step + 1, a_step or 1):
+        if b_step == 0:
+            if b_start < start + a_width and start < b_start + b_width:
+                return True
+            continue
+        first = max(0, (start - b_width - b_start) // b_step + 1)
+        if first <= last and b_start + first * b_step < start + a_width:
+            return True
+    return False
+
+
+def _rows_in_bytes(x: Tensor) -> tuple[int, int, int]:
+    """Address of the first row, bytes from one to the next, bytes of each."""
+    return x.data_ptr(), x.stride(0) * x.itemsize, x.shape[1] * x.itemsize

@@ -1,11 +1,13 @@
 """The training loop of a warm start: loss on answer tokens only, exact resumption."""
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import (
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from svd_engine.data import examples as example_files
+from svd_engine.utils.files import read_object
 
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last
 WEIGHTS_FILE = "trained.safetensors"
@@ -28,6 +31,10 @@ class AdapterTrainer(Trainer):
 
     PEFT's own files store the output of P-tuning's encoder, not the encoder.
     """
+
+    def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
+        with saving(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(*arguments, **keywords)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -60,6 +67,7 @@ def train(
     weights as an uninterrupted run.
     """
     device = next(model.parameters()).device
+    bar = _Progress()
     trainer = AdapterTrainer(
         model=model,
         args=TrainingArguments(
@@ -77,41 +85,66 @@ def train(
         ),
         train_dataset=sequences,  # type: ignore[arg-type]
         data_collator=pad,
-        callbacks=[_Progress()] if progress else [],
+        callbacks=[bar] if progress else [],
     )
     trainer.remove_callback(PrinterCallback)  # it would print every log as a dictionary
     start = newest_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    return [
-        (int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log
-    ]
+    state = read_object(start / STATE_FILE, "the state of a trainer") if start else {}
+    if start and state["global_step"] >= state["max_steps"]:
+        trainer._load_from_checkpoint(str(start))  # the Trainer would take one step more
+        history = state["log_history"]
+    else:
+        with closing(bar):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        history = trainer.state.log_history
+    return [(int(log["step"]), float(log["loss"])) for log in history if "loss" in log]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint."""
-    found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
+    found = {
+        int(path.name.partition("-")[2]): path
+        for path in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d{1,9}", path.name)
+    }
     for _, path in sorted(found.items(), reverse=True):
         try:
-            json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state = read_object(path / STATE_FILE, "the state of a trainer")
+            with safe_open(path / WEIGHTS_FILE, "pt"):
+                pass
+        except (OSError, ValueError, SafetensorError):
             continue
-        return path
+        if {"global_step", "max_steps", "log_history"} <= set(state):
+            return path
     return None
 
 
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Turn the errors of torch and safetensors on a full disk into one that names the folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{folder} cannot be written: {reason}") from error
+
+
 def labelled(
-    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vocab_size: int | None = None,
 ) -> list[Labelled]:
     """Return one sequence per answer, labelled on the answer and its end-of-sequence token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = []
-    for i, example in enumerate(example_files.encode(examples, tokenizer)):
+    for i, example in enumerate(example_files.encode(examples, tokenizer, vocab_size)):
         for answer in (example.completion, *example.accepted):
             ids = [*example.prompt, *answer, *end]
             if len(ids) > max_length:
                 raise ValueError(
-                    f"examples[{i}] has {len(ids)} tokens; max_length is {max_length}. "
-                    "Shorten it or raise max_length."
+                    f"{example_files.place(examples[i], i)} has {len(ids)} tokens; max_length is "
+                    f"{max_length}. Shorten it or raise max_length."
                 )
             labels = [-100] * len(example.prompt) + [*answer, *end]
             found.append({"input_ids": ids, "labels": labels})
@@ -137,6 +170,9 @@ def pad(sequences: Sequence[Labelled]) -> dict[str, torch.Tensor]:
 class _Progress(TrainerCallback):
     """A progress bar that shows the loss."""
 
+    def __init__(self) -> None:
+        self.bar = tqdm(disable=True)
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="warm start", unit="step"
@@ -149,5 +185,5 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
         self.bar.close()

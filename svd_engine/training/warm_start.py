@@ -1,9 +1,6 @@
 """The warm start: trains an ordinary PEFT adapter briefly."""
 
 import json
-import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from svd_engine.data import contamination
 from svd_engine.data import examples as example_files
-from svd_engine.training import trainer
+from svd_engine.training import checks, partial_folder, trainer
 from svd_engine.utils import plots
-from svd_engine.utils.files import write_text
+from svd_engine.utils.files import write_together
 
 PAPER_RATE = 5e-5
 # method -> learning rate of "auto", which changes the model visibly in about 30 steps
 RATES = {"lora": 5e-4, "ia3": 5e-3, "prompt": 1e-2, "p-tuning": 1e-2, "prefix": 1e-2}
 CURVE_FILE = "warm_start.json"
-logger = logging.getLogger(__name__)
 
 
 def warm_start(
@@ -61,25 +57,22 @@ def warm_start(
     paper's P-Tuning v2). steps overrides epochs; a step takes batch_size x accumulation answers.
     learning_rate: "auto" takes the method's rate of `RATES`. The base keeps its dtype; the adapter
     is float32. The folder appears only when training is complete; after an interruption the same
-    call resumes from the last checkpoint. Raises ValueError.
+    call resumes from the last checkpoint. overwrite replaces an adapter, and nothing else. Raises
+    ValueError.
     """
     output = Path(output)
     if method not in RATES:
         raise ValueError(f"method must be one of {', '.join(RATES)}; got {method!r}.")
-    if output.exists() and not overwrite:
-        raise ValueError(f"output {output} exists. Choose another folder or overwrite it.")
     rate = RATES[method] if learning_rate == "auto" else learning_rate
-    if isinstance(rate, str) or not rate > 0:
-        raise ValueError(f"learning_rate must be above 0 or 'auto'; got {learning_rate!r}.")
-    for name, value in dict(
-        rank=rank, lora_alpha=lora_alpha, virtual_tokens=virtual_tokens, steps=steps, epochs=epochs,
-        batch_size=batch_size, accumulation=accumulation, checkpoint_every=checkpoint_every,
-    ).items():  # fmt: skip
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} must be above 0; got {value}.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
-    sequences = trainer.labelled(examples, tokenizer, max_length)
+    checks.options(
+        learning_rate=rate, dropout=dropout, epochs=epochs, lora_alpha=lora_alpha, rank=rank,
+        virtual_tokens=virtual_tokens, steps=steps, batch_size=batch_size,
+        accumulation=accumulation, checkpoint_every=checkpoint_every, max_length=max_length,
+        seed=seed,
+    )  # fmt: skip
+    checks.output(output, overwrite)
+    vocab_size = model.config.get_text_config().vocab_size
+    sequences = trainer.labelled(examples, tokenizer, max_length, vocab_size)
     settings = dict(
         method=method, rank=rank, lora_alpha=lora_alpha, dropout=dropout,
         virtual_tokens=virtual_tokens, steps=steps, epochs=epochs, batch_size=batch_size,
@@ -89,47 +82,38 @@ def warm_start(
     )  # fmt: skip
     torch.manual_seed(seed)
     config = _config(method, rank, lora_alpha, dropout, virtual_tokens)
-    peft_model = get_peft_model(model, config)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        _prepare(partial, settings)
-        losses = trainer.train(
-            peft_model,
-            sequences,
-            partial,
-            progress,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=steps or -1,
-            num_train_epochs=epochs,
-            learning_rate=rate,
-            save_steps=checkpoint_every,
-            seed=seed,
-        )
-        peft_model.eval()
-        finished = partial / "adapter"
-        # Otherwise PEFT would query the Hub to see whether the embedding was resized.
-        peft_model.save_pretrained(str(finished), save_embedding_layers=False)
+    with partial_folder.opened(output, overwrite) as partial:
+        partial_folder.prepare(partial, settings)
+        peft_model = get_peft_model(model, config)
+        try:
+            losses = trainer.train(
+                peft_model,
+                sequences,
+                partial,
+                progress,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                max_steps=steps or -1,
+                num_train_epochs=epochs,
+                learning_rate=rate,
+                save_steps=checkpoint_every,
+                seed=seed,
+            )
+            peft_model.eval()
+            finished = partial / "adapter"
+            with trainer.saving(finished):
+                # Otherwise PEFT would query the Hub to see whether the embedding was resized.
+                peft_model.save_pretrained(str(finished), save_embedding_layers=False)
+        finally:
+            if not config.is_prompt_learning:
+                peft_model.unload()  # give the base back without the adapter
         contamination.record(finished, "training", contamination.prompts(examples))
-        write_text(
-            finished / CURVE_FILE, json.dumps(dict(settings=settings, losses=losses), indent=1)
-        )
-        plots.training(finished / "warm_start.png", losses)
-        if output.exists():
-            os.replace(output, partial / "replaced")
-        os.replace(finished, output)
-        shutil.rmtree(partial)
-    except BaseException:
-        kept = trainer.newest_checkpoint(partial)
-        if kept is None:
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            step = kept.name.split("-")[1]
-            logger.warning("Stopped. The same call goes on after step %s (%s).", step, partial)
-        raise
-    finally:
-        if not peft_model.active_peft_config.is_prompt_learning:
-            peft_model.unload()  # give the base back without the adapter
+        curve = json.dumps(dict(settings=settings, losses=losses), indent=1)
+        contents = {finished / CURVE_FILE: curve.encode()}
+        if plot := plots.training(losses):
+            contents[finished / "warm_start.png"] = plot
+        write_together(contents)
+        partial_folder.publish(finished, output, overwrite)
     return output
 
 
@@ -149,15 +133,3 @@ def _config(
         task_type="CAUSAL_LM", r=rank, lora_alpha=lora_alpha,  # type: ignore[arg-type]
         lora_dropout=dropout, target_modules="all-linear",
     )  # fmt: skip
-
-
-def _prepare(partial: Path, settings: dict[str, Any]) -> None:
-    """Keep what an interrupted run with the same settings left in the folder; delete the rest."""
-    recipe = partial / "settings.json"
-    wanted = json.dumps(settings, sort_keys=True)
-    if recipe.is_file() and recipe.read_text(encoding="utf-8") == wanted:
-        if checkpoint := trainer.newest_checkpoint(partial):
-            logger.warning("Going on after step %s.", checkpoint.name.split("-")[1])
-    else:
-        shutil.rmtree(partial, ignore_errors=True)
-        write_text(recipe, wanted)

@@ -1,32 +1,30 @@
-"""Plots of curves as PNG files, if matplotlib is installed."""
+"""Plots of curves as PNG images, if matplotlib is installed."""
 
+import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 Curve = Sequence[tuple[float, float]]
 
 
-def training(path: Path, losses: Curve) -> Path | None:
+def training(losses: Curve) -> bytes | None:
     """Plot the loss of each training step."""
     if find_spec("matplotlib") is None:
         return None
     figure, axes = _figure(6, 3.5)
     axes.plot(*zip(*losses, strict=True), marker="." if len(losses) < 50 else None)
     axes.set(xlabel="step", ylabel="loss per token (nats)", title="Warm start")
-    figure.savefig(path, dpi=150)
-    return path
+    return _png(figure)
 
 
 def calibration(
-    path: Path,
     curve: Curve,
     optimum: float,
     interval: tuple[float, float],
     estimates: Mapping[str, float],
     loss: str,
-) -> Path | None:
+) -> bytes | None:
     """Plot the loss over the strength with its optimum, the interval, and every estimate.
 
     The window covers the optimum, the interval and 0; estimates outside appear in the legend only.
@@ -48,8 +46,7 @@ def calibration(
             axes.plot([], [], " ", label=f"{label} (outside)")
     axes.set(xlabel="strength (mu)", ylabel=loss, title="Calibration")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.savefig(path, dpi=150)
-    return path
+    return _png(figure)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -59,3 +56,9 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
+    return image.getvalue()

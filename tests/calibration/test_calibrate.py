@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,12 @@ import torch
 
 from svd_engine import SteeredEngine, SteeringConfig, calibration
 from svd_engine.calibration import estimators, support_stats
-from svd_engine.calibration.calibrate import calibrate
+from svd_engine.calibration.calibrate import calibrate, fit
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.data import contamination
 from svd_engine.data.examples import encode
+from svd_engine.generation.scoring import Predictions
 from svd_engine.kernels import reference
 from svd_engine.utils import bootstrap, plots
 from tests.tiny import VOCAB, tiny_peft
@@ -70,6 +71,19 @@ def test_supports_give_the_score_at_any_strength(engine, alpha):
     for mu in (-20.0, 0.0, 3.0):
         got = stats.totals(stats.logprob(mu), len(passages)).numpy()
         np.testing.assert_allclose(got, scores(mu, alpha), atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [-64.0, -1.0, 64.0])
+def test_strengths_whose_exponentials_overflow(strength):
+    """One position is moved by hundreds of nats, the other hardly, with mass off its support."""
+    adapted = torch.tensor([[0.2, 0.0, -3.0, -4.0], [0.3, 0.0, -0.9, -0.8]])
+    base = adapted + torch.tensor([[40.0, -40.0, 0.0, 0.0], [0.02, 0.0, 0.01, -0.01]])
+    target = torch.tensor([1, 2])
+    predicted = Predictions((adapted, base), target, torch.arange(2))
+    got = support_stats.gather([predicted], 0.5).logprob(strength)
+    rows = adapted.double(), base.double()
+    truth = reference.score(*rows, strength, target, alpha=0.5, penalty=0.0)
+    torch.testing.assert_close(got, truth, atol=2e-4, rtol=1e-5)
 
 
 def test_projections_are_those_of_the_operator(engine):
@@ -323,6 +337,82 @@ def test_divergence_is_that_of_whole_rows(engine):
     torch.testing.assert_close(
         stats.divergence(-3.0)[order], torch.cat(expected), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("objective", ["nll", "preference", "ranking"])
+@pytest.mark.parametrize("rounding", [0.0, 1e-9])
+def test_strength_is_0_where_nothing_is_to_choose(objective, rounding):
+    """An adapter that has learnt nothing."""
+    logits = torch.tensor([[1.0, 0.8, 0.7, -9.0]])
+    examples = [dict(prompt=[3], completion=[i % 2], rejected=[[2]]) for i in range(10)]
+    held = Answers(encode(examples, None))
+    options = CalibrationOptions.checked(held, objective=objective)
+    stats = support_stats.collect(Planted(logits, logits), held.passages, 0.1)
+    shift = torch.tensor([rounding, -rounding, rounding / 2], dtype=torch.float64)
+    report = fit(held, replace(stats, delta=shift.repeat(20)), options)
+    assert report.strength == report.optimum == report.likelihood_strength == 0
+    assert report.interval == (0, 0) and not report.at_bracket and not report.worthwhile
+    assert report.loss_after == report.loss_before and "indifferent" in report.verdict
+
+
+def test_strength_0_is_kept_unless_another_is_better():
+    def losses(strength):
+        return np.array([max(strength, 0.0)])
+
+    curves = np.maximum(estimators.GRID, 0.0)[None]  # every strength below 0 is as good
+    assert estimators.exact(losses, np.ones(1), curves) == 0
+    assert estimators.GRID[estimators.best_points(np.ones((1, 1)), curves)] == 0
+
+
+def least(losses, counts):
+    """A strength of the bracket at which counts @ losses is least, by ever finer searches."""
+    best, step = 0.0, 0.5
+    tried = np.arange(-64, 64.1, step)
+    for _ in range(4):
+        best = tried[np.argmin([counts @ losses(strength) for strength in tried])]
+        tried = np.clip(best + step * np.linspace(-1, 1, 41), -64, 64)
+        step /= 20
+    return best
+
+
+@pytest.mark.parametrize("objective", ["nll", "preference"])
+@pytest.mark.parametrize("alphas", [(0.1,), (0.5, 0.01)])
+def test_held_out_figures_are_those_of_a_loop_over_folds(engine, objective, alphas):
+    """No example has a part in the alpha or the strength that its loss is measured at."""
+    examples, folds, seed = answers(9, seed=4), 3, 7
+    report = engine.calibrate(examples, objective=objective, alpha=alphas, folds=folds, seed=seed)
+    held = Answers(encode(examples, None))
+    stats = support_stats.collect(engine.pair, held.passages, min(alphas))
+    fold = np.random.default_rng(seed).permutation(9) % folds
+    losses = {alpha: held.losses(stats.at(alpha), objective) for alpha in alphas}
+    nll = {alpha: held.losses(stats.at(alpha), "nll") for alpha in alphas}
+    curves = {
+        alpha: np.stack([losses[alpha](strength) for strength in estimators.GRID], 1)
+        for alpha in alphas
+    }
+    loss_after, nll_after = np.zeros(9), np.zeros(9)
+    for outer in range(folds):
+        others = fold != outer
+        tried = []
+        for alpha in alphas:
+            parts = [others & (fold == inner) for inner in range(folds) if inner != outer]
+            points = [curves[alpha][others & ~part].sum(0).argmin() for part in parts]
+            tried.append(
+                sum(curves[alpha][p, at].sum() for p, at in zip(parts, points, strict=True))
+            )
+        alpha = alphas[int(np.argmin(tried))]
+        strength = least(losses[alpha], others.astype(float))
+        loss_after[~others] = losses[alpha](strength)[~others]
+        nll_after[~others] = nll[alpha](strength)[~others]
+    weights = held.tokens() if objective == "nll" else np.ones(9)
+    before = losses[report.alpha](0.0)
+    near = dict(rel=1e-4, abs=1e-5)
+    assert report.loss_before == pytest.approx(before.sum() / weights.sum(), **near)
+    assert report.loss_after == pytest.approx(loss_after.sum() / weights.sum(), **near)
+    assert report.nll_after == pytest.approx(nll_after.sum() / held.tokens().sum(), **near)
+    if objective == "preference":
+        gain = bootstrap.of_ratio(before - loss_after, weights, seed)
+        assert report.gain_interval == pytest.approx(gain, rel=1e-3, abs=1e-4)
 
 
 def test_strength_is_0_where_nothing_is_gained(engine):

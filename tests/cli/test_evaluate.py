@@ -2,31 +2,22 @@
 
 import json
 import shutil
-import sys
 
 import pytest
-from rich.console import Console
 
 from svd_engine import SteeringConfig
-from svd_engine.cli import main, terminal
 from svd_engine.data import contamination, examples
 from svd_engine.evaluate import commonsense, truthfulqa
 from tests.evaluate.test_judge import server  # noqa: F401
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def evaluate(run):
     """Run `svd-engine evaluate`; returns (exit code, output and errors)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["svd-engine", "evaluate", *map(str, arguments)])
-        monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=300))
-        try:
-            main.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        return code, "".join(capsys.readouterr())
+        code, out, err = run("evaluate", *arguments)
+        return code, out + err
 
     return call
 
@@ -67,9 +58,9 @@ def options(folder, tiny_folder, tmp_path):
     return ["--adapter", folder / "adapter", "--base", tiny_folder / "base", "--output", tmp_path]
 
 
-def test_truthfulqa(run, folder, options, tmp_path):
+def test_truthfulqa(evaluate, folder, options, tmp_path):
     data = ["truthfulqa", "--data", folder / "mc_task.json", *options]
-    code, out = run(*data)
+    code, out = evaluate(*data)
     assert code == 0 and "steered - adapted" in out and "the adapter saw 0 in training" in out
     result = json.loads((tmp_path / "truthfulqa.json").read_text())
     assert result["questions"] == 4 and result["columns"] == ["MC1", "MC2", "MC3", "average"]
@@ -82,19 +73,19 @@ def test_truthfulqa(run, folder, options, tmp_path):
     mc1 = [tested.metrics(line["scores"]["steered"])[0] for line in lines]
     assert result["models"]["steered"]["MC1"]["mean"] == 100 * sum(mc1) / 4
     first = (tmp_path / "truthfulqa.json").read_bytes()
-    assert run(*data)[0] == 0 and (tmp_path / "truthfulqa.json").read_bytes() == first
-    assert run(*data, "--overwrite")[0] == 0
+    assert evaluate(*data)[0] == 0 and (tmp_path / "truthfulqa.json").read_bytes() == first
+    assert evaluate(*data, "--overwrite")[0] == 0
     assert (tmp_path / "truthfulqa.json").read_bytes() == first
-    code, out = run(*data, "--strength", 2)
+    code, out = evaluate(*data, "--strength", 2)
     assert code == 2 and "holds results of other settings (steering:" in out
-    code, out = run(*data, "--strength", 2, "--limit", 2, "--overwrite")
+    code, out = evaluate(*data, "--strength", 2, "--limit", 2, "--overwrite")
     assert code == 0 and "truthfulqa: 2 questions" in out
     assert "| base |" in (tmp_path / "truthfulqa.md").read_text()
 
 
-def test_overlap_is_refused(run, folder, options, tmp_path):
+def test_overlap_is_refused(evaluate, folder, options, tmp_path):
     out = tmp_path / "parts"
-    code, said = run(
+    code, said = evaluate(
         "split", "truthfulqa", out, "--data", folder / "mc_task.json", "--calibration", 3,
         "--split-seed", 5, "--prompt", "primer",
     )  # fmt: skip
@@ -104,52 +95,52 @@ def test_overlap_is_refused(run, folder, options, tmp_path):
     for kind in ("training", "calibration"):
         contamination.record(folder / "adapter", kind, contamination.prompts(parts[kind]))
     same = ["truthfulqa", "--data", folder / "mc_task.json", "--split-seed", 5, *options]
-    code, said = run(*same)
+    code, said = evaluate(*same)
     assert code == 0 and "the adapter saw 0 in training, 0 in calibration" in said
     other = ["truthfulqa", "--data", folder / "mc_task.json", "--split-seed", 6, *options]
-    code, said = run(*other)
+    code, said = evaluate(*other)
     assert code == 2 and "prompts were seen in" in said and "--allow-overlap" in said
-    code, said = run(*other, "--allow-overlap", "--overwrite")
+    code, said = evaluate(*other, "--allow-overlap", "--overwrite")
     assert code == 0 and "the adapter saw 0 in training" not in said
     (folder / "adapter" / contamination.FILE_NAME).unlink()
-    code, said = run(*other, "--overwrite")
+    code, said = evaluate(*other, "--overwrite")
     assert code == 0 and "not recorded which questions" in said
 
 
-def test_open_answers_and_their_judge(run, folder, options, tmp_path, monkeypatch, server):  # noqa: F811
+def test_open_answers_and_their_judge(evaluate, folder, options, tmp_path, monkeypatch, server):  # noqa: F811
     monkeypatch.delenv("SVD_JUDGE_URL", raising=False)
     data = ["truthfulqa-open", "--data", folder / "mc_task.json", *options]
-    code, out = run(*data, "--max-new-tokens", 5)
+    code, out = evaluate(*data, "--max-new-tokens", 5)
     answers = tmp_path / "truthfulqa-open.jsonl"
     assert code == 0 and f"evaluate judge {answers}" in out
     assert not (tmp_path / "truthfulqa-open.json").exists()
-    code, out = run("judge", answers)
+    code, out = evaluate("judge", answers)
     assert code == 2 and "set SVD_JUDGE_URL" in out
     monkeypatch.setenv("SVD_JUDGE_URL", server.url)
     monkeypatch.setenv("SVD_JUDGE_MODEL", "m")
-    code, out = run("judge", answers)
+    code, out = evaluate("judge", answers)
     assert code == 0 and "truthful" in out and "steered - adapted" in out
     asked = len(server.prompts)
     assert 0 < asked <= 4 * 3 * 2
     result = json.loads((tmp_path / "truthfulqa-open.json").read_text())
     assert result["models"]["base"]["both"]["mean"] == 100 and result["settings"]["judge"] == "m"
-    code, out = run(*data, "--max-new-tokens", 5)  # with a judge, in one go; all is there already
+    code, out = evaluate(*data, "--max-new-tokens", 5)  # all is there
     assert code == 0 and "steered - adapted" in out and len(server.prompts) == asked
 
 
 @pytest.mark.parametrize("by", ["likelihood", "generation"])
-def test_commonsense(run, folder, options, tmp_path, by):
+def test_commonsense(evaluate, folder, options, tmp_path, by):
     data = ["commonsense", "--data", folder, "--task", "arc-easy", "--by", by, *options]
-    code, out = run(*data, "--max-new-tokens", 4)
+    code, out = evaluate(*data, "--max-new-tokens", 4)
     assert code == 0 and f"arc-easy-{by}: 6 questions" in out
     result = json.loads((tmp_path / f"arc-easy-{by}.json").read_text())
     wanted = ["accuracy"] if by == "likelihood" else ["accuracy", "answered"]
     assert result["columns"] == wanted and len(result["models"]) == 3
-    assert run(*data[:-2], "--output", tmp_path / "more", "--limit", 2)[0] == 0
+    assert evaluate(*data[:-2], "--output", tmp_path / "more", "--limit", 2)[0] == 0
 
 
-def test_commonsense_split(run, folder, tmp_path):
-    code, out = run(
+def test_commonsense_split(evaluate, folder, tmp_path):
+    code, out = evaluate(
         "split", "commonsense", tmp_path, "--data", folder, "--task", "arc-easy", "--calibration", 4
     )
     assert code == 0 and "8 questions to" in out
@@ -157,7 +148,7 @@ def test_commonsense_split(run, folder, tmp_path):
     assert line["prompt"].startswith(commonsense.TEMPLATE[:40]) and len(line["rejected"]) == 1
 
 
-def test_errors_are_one_line(run, folder, options, tmp_path):
+def test_errors_are_one_line(evaluate, folder, options, tmp_path):
     for arguments, message in (
         (["truthfulqa"], "give --data with a file, or --hub"),
         (["truthfulqa", "--data", folder / "absent.json"], "absent.json does not exist"),
@@ -167,12 +158,12 @@ def test_errors_are_one_line(run, folder, options, tmp_path):
         (["commonsense", "--data", folder, "--task", "piqa"], "piqa/test.json"),
         (["commonsense", "--data", folder, "--task", "arc-easy", "--by", "x"], "--by must be"),
     ):
-        code, out = run(*arguments, *options)
+        code, out = evaluate(*arguments, *options)
         assert code == 2 and message in out and "Traceback" not in out, out
     assert not list(tmp_path.iterdir())
 
 
-def test_help(run):
-    code, out = run("--help")
+def test_help(evaluate):
+    code, out = evaluate("--help")
     names = ("truthfulqa", "truthfulqa-open", "judge", "commonsense", "split")
     assert code == 0 and all(name in out for name in names)

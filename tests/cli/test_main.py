@@ -1,36 +1,11 @@
 """The command: the whole path on a tiny model, and errors of one line with exit code 2."""
 
-import io
 import json
-import sys
 
 import pytest
-from rich.console import Console
 
 from svd_engine import __version__
-from svd_engine.cli import main, terminal
 from tests.tiny import tiny_base, tiny_peft
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command; returns (exit code, standard output, standard error)."""
-
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["svd-engine", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        # rich looks for the terminal when a console is made, before pytest takes it over
-        monkeypatch.setattr(terminal, "console", Console(width=100))
-        monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=200))
-        try:
-            main.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def write(path, lines):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from svd_engine.data import contamination, examples
+from svd_engine.data import checks, contamination
 from svd_engine.evaluate import commonsense
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "commonsense"
@@ -36,7 +36,7 @@ def test_likelihood_by_hand(tmp_path):
     line = commonsense.example(problem)
     assert line["prompt"].endswith("answer1/answer2/answer3\n\n### Response:\n")
     assert line["completion"] == problem.answers[0] and line["rejected"] == problem.answers[1:]
-    examples.check(line, "here")
+    checks.check_example(line, "here")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The judge against a small server: what it is asked, how failures are met, what is kept."""
 
+import asyncio
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,15 @@ import pytest
 from svd_engine.evaluate import judge as endpoint
 from svd_engine.evaluate import verdicts
 from svd_engine.evaluate.judge import Judge
+
+
+def ask(judge, prompt="Is it?"):
+    async def once():
+        async with judge.client() as client:
+            return await judge.ask(client, prompt)
+
+    return asyncio.run(once())
+
 
 LINE = {"question": "Why?", "right": ["So."], "wrong": ["Luck."]}
 
@@ -72,13 +82,13 @@ def test_the_environment_names_it(monkeypatch):
 
 
 def test_the_request(server):
-    assert Judge(server.url, "m", "key").ask("Is it?") is True
+    assert ask(Judge(server.url, "m", "key")) is True
     assert server.bodies == [
         {"model": "m", "messages": [{"role": "user", "content": "Is it?"}], "temperature": 0}
     ]
     assert server.headers[0]["Authorization"] == "Bearer key"
     assert server.headers[0]["path"] == "/v1/chat/completions"
-    Judge(server.url, "m").ask("Is it?")
+    ask(Judge(server.url, "m"))
     assert "Authorization" not in server.headers[1]
 
 
@@ -95,26 +105,30 @@ def test_the_request(server):
 )
 def test_it_asks_again(server, failure):
     server.failures = [failure, failure]
-    assert Judge(server.url, "m").ask("Is it?") is True
+    assert ask(Judge(server.url, "m")) is True
     assert len(server.prompts) == 3
 
 
 def test_a_thought_is_not_the_verdict(server):
     server.failures = [(200, "<think>yes or no?</think>\n**No**, it is not.", {})]
-    assert Judge(server.url, "m").ask("Is it?") is False
+    assert ask(Judge(server.url, "m")) is False
 
 
 def test_it_gives_up(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(endpoint.time, "sleep", waits.append)
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(endpoint.asyncio, "sleep", sleep)
     server.failures = [(503, "busy", {})] * endpoint.ATTEMPTS
     with pytest.raises(ValueError, match=r"judge 'm' at .* HTTP 503: \"busy\" .*run it again"):
-        Judge(server.url, "m", "hidden").ask("Is it?")
+        ask(Judge(server.url, "m", "hidden"))
     assert waits == [0.001 * 2**n for n in range(endpoint.ATTEMPTS - 1)]
     server.failures = [(401, "no key", {})]
     before = len(server.prompts)
     with pytest.raises(ValueError, match="HTTP 401") as raised:
-        Judge(server.url, "m", "hidden").ask("Is it?")
+        ask(Judge(server.url, "m", "hidden"))
     assert len(server.prompts) == before + 1 and "hidden" not in str(raised.value)
 
 

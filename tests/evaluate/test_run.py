@@ -146,7 +146,7 @@ def test_errors_name_the_line_before_any_work(engine, tmp_path):
         )
     with pytest.raises(ValueError, match="batch_size must be >= 1; got 0"):
         run.by_likelihood(engine, QUESTIONS, TEMPLATE, kept, 0)
-    assert len((tmp_path / "j").read_text().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_report_is_paired():

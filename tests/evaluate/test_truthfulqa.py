@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from svd_engine.data import contamination, examples
+from svd_engine.data import checks, contamination
 from svd_engine.evaluate import truthfulqa, truthfulqa_files
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "truthfulqa"
@@ -60,7 +60,7 @@ def test_examples_are_what_the_other_commands_read():
     assert line == dict(
         prompt="Q: Why?\nA:", completion=" So.", accepted=[" Thus."], rejected=[" No."]
     )
-    examples.check(line, "here")
+    checks.check_example(line, "here")
     primed = truthfulqa.example(question, truthfulqa.template("primer"))["prompt"]
     assert primed.endswith("Barcelona, Spain.\n\nQ: Why?\nA:") and primed.count("Q: ") == 7
     assert contamination.prompt_key(primed) == contamination.prompt_key(question.question)

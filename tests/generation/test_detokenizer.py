@@ -3,11 +3,14 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LogitsProcessor, StopStringCriteria
 
 from svd_engine import SteeredEngine, SteeringConfig
-from svd_engine.generation.detokenizer import Detokenizer, first_stop
+from svd_engine.generation.detokenizer import Detokenizer, first_stop, special_in
+from tests.data import forms
 from tests.tiny import PROMPTS, tiny_peft
 
 
@@ -128,3 +131,95 @@ def test_an_end_of_sequence_is_told_by_its_id(engine):
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
         SteeredEngine(tiny_peft()).generate([5], max_new_tokens=2, stop_strings="a")
+
+
+# special tokens in stop strings
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    return forms.build("byte-level")
+
+
+STOPS = ["</s>", "<s>", "</s>\n", "?</s>", "\n<s>A", "</s></s>", "it", "\nA:", " the", "Q"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_special_tokens_in_stop_strings_end_where_transformers_ends(byte_level, data):
+    """The same tokens as `StopStringCriteria` of transformers; the text is what stands before."""
+    tokenizer = byte_level
+    drawn = data.draw(
+        st.lists(st.sampled_from(["</s>", "<s>", "\n", "?", "A", ":", " the", "Q", "i", "t"]))
+    )
+    ids = tokenizer("".join(drawn)).input_ids
+    stops = data.draw(st.lists(st.sampled_from(STOPS), min_size=1, max_size=3, unique=True))
+    stops = [stop for stop in stops if any(s in stop for s in ("</s>", "<s>"))] or ["</s>"]
+    detokenizer = Detokenizer(
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stops,
+        special_in(stops, tokenizer),
+    )  # fmt: skip
+    criterion = StopStringCriteria(tokenizer, stops)
+    text = ""
+    for n in range(1, len(ids) + 1):
+        text += detokenizer.add(ids[n - 1], last=n == len(ids))
+        is_stopped = bool(criterion(torch.tensor([ids[:n]]), None))
+        assert (detokenizer.stop_string is not None) == is_stopped
+        if is_stopped:
+            break
+    else:
+        assert text == tokenizer.decode(ids, skip_special_tokens=True)
+        return
+    raw = tokenizer.decode(ids[:n])
+    before, stop = raw, None
+    if found := first_stop(raw, stops):
+        before, stop = raw[: found[0]], found[1]
+    assert text == before.replace("</s>", "").replace("<s>", "") and stop == detokenizer.stop_string
+    anew = Detokenizer(detokenizer.decode, stops, detokenizer.special)
+    assert anew.decode_to_stop(ids) == (text, stop)
+
+
+def test_only_special_tokens_that_a_stop_string_holds_are_looked_for(byte_level):
+    assert special_in(["a</s>b", "<s"], byte_level) == {2: "</s>"}
+    assert special_in(["Q", "\n"], byte_level) == special_in([], byte_level) == {}
+    assert special_in(["</s>"], None) == {}
+    stops = ["<"]  # of the text: special tokens are not in it
+    detokenizer = Detokenizer(
+        lambda ids: byte_level.decode(ids, skip_special_tokens=True), stops,
+        special_in(stops, byte_level),
+    )  # fmt: skip
+    assert [detokenizer.add(token, False) for token in byte_level("A</s>:").input_ids] == [
+        "A", "", ":",
+    ]  # fmt: skip
+
+
+class Forced(LogitsProcessor):
+    """Leaves one token at each place after a prompt of one token."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.ids[input_ids.shape[1] - 1]] = 0.0
+        return forced
+
+
+def test_the_engine_stops_at_special_tokens(engine):
+    forced = [Forced([5, 17, 2, 40, 41])]
+    options = dict(max_new_tokens=5, model="adapted", logits_processor=forced, eos_token_id=[])
+    (free,) = engine.generate([9], **options)
+    assert free.text == "w005 w017 w040 w041" and free.finish_reason == "length"
+    for stop, text, tokens in (
+        ("w002", "w005 w017", 3), ("w002 w04", "w005 w017", 4), ("w040", "w005 w017 ", 4),
+    ):  # fmt: skip
+        (got,) = engine.generate([9], stop_strings=[stop, "never"], **options)
+        assert (got.text, got.stop_reason, len(got.token_ids)) == (text, stop, tokens)
+        events = list(engine.stream([9], stop_strings=stop, **options))
+        assert "".join(event.text for event in events) == text
+        assert events[-1].stop_reason == stop
+    (got,) = engine.generate([9], stop_strings=["w002"], **options | dict(eos_token_id=2))
+    assert (got.text, got.stop_reason) == ("w005 w017", "w002")
+    beams = dict(options, num_beams=2)
+    (got,) = engine.generate([9], stop_strings=["w002"], **beams)
+    assert (got.text, got.stop_reason) == ("w005 w017", "w002")

@@ -333,7 +333,7 @@ def test_messages(engine, words):
             engine.generate(["w010 w007 w011", "w010 w005 w006 w011"], max_new_tokens=4)
         )
         assert engine.generate(messages=one, max_new_tokens=4)[0].token_ids == got[1].token_ids
-        with pytest.raises(ValueError, match=r"messages\[0\] must be"):
+        with pytest.raises(ValueError, match=r"messages\[0\]\[0\]: content must be"):
             engine.generate(messages=[[{"role": "user"}]])
     finally:
         words.chat_template = None

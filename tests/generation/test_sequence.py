@@ -115,7 +115,7 @@ def test_a_request_makes_them_once_with_limits_and_seeds(engine):
     assert [s.max_new_tokens for s in sequences[::2]] == [20 - len(p) for p in PROMPTS]
     assert [s.seed for s in sequences] == [9, 10, 0, 1, 4, 5, 7, 8]
     assert all(s.eos_token_ids == {5, 6} for s in sequences)
-    assert [s.detokenizer.stop_strings for s in sequences[1::2]] == [["w1"], [], [], ["w2"]]
+    assert [s.detokenizer.stop_strings for s in sequences[1::2]] == [("w1",), (), (), ("w2",)]
     assert len({id(s.detokenizer) for s in sequences}) == 8
 
 

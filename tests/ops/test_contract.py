@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from svd_engine import ops
 from svd_engine.kernels import reference
+from svd_engine.kernels.arguments import Draw, Mask
+from svd_engine.ops import dispatch
 
 from . import oracle
 from .cases import BF16, F16, F32, INF, NAN, OPERATORS, RECIPES, TILE, logits, options
@@ -148,6 +150,66 @@ def test_out_takes_any_dtype_and_stride(lead, dtype, runner):
         assert (buffer[:, :lead] == 7).all() and (buffer[:, lead + vocab :] == 7).all()
         assert out[1].isnan().all()
         oracle.check_narrow(out, wide, dtype, runner.slack)
+
+
+@each_runner
+@pytest.mark.parametrize("at", [0, 1])
+def test_out_may_be_an_operand_itself(at, runner):
+    rows = [*on_device(runner, *logits(3, 2304 * runner.tile // TILE, "cpu"))[:2]]
+    with runner.running():
+        want = ops.steer(*rows, 3.0, penalty=-1.0, backend=runner.backend)
+        got = ops.steer(*rows, 3.0, penalty=-1.0, out=rows[at], backend=runner.backend)
+    assert got is rows[at] and torch.equal(got, want)
+
+
+STEERED = {  # and what follows the mask
+    "steer": (None,),
+    "sample": (Draw(0.0, 0, 1.0, 0.0, (0, None), (0, None)),),
+    "sample, noisy": (Draw(0.7, 0, 1.0, 0.0, (0, None), (0, None)),),
+    "sample, cut": (Draw(0.7, 5, 0.9, 0.01, (0, None), (0, None)),),
+    "topk": (5,),
+    "score": (torch.zeros(4, dtype=torch.int64),),
+}
+
+
+@each_runner
+@pytest.mark.parametrize("penalty", [-INF, -1.0])
+def test_a_strength_that_is_not_finite_gives_a_nan_row(penalty, runner):
+    """`ops` refuses one that it can read; on a device it reads none."""
+    z, b, _ = on_device(runner, *logits(4, 70, "cpu"))
+    strength = torch.tensor([2.0, NAN, INF, -INF], device=z.device)
+    mask = Mask((0.0, strength), 0.1, penalty)
+    for name, rest in STEERED.items():
+        rest = [x.to(z.device) if isinstance(x, torch.Tensor) else x for x in rest]
+        with runner.running():
+            got = dispatch.launch(name.split(",")[0], runner.backend, (z, b, mask, *rest))
+        for x in got:
+            lost = x.isnan() if x.is_floating_point() else x == -1
+            assert lost[1:].all() and not lost[0].any(), name
+
+
+COLD = [  # temperature, mask, cuts
+    (1e-30, {"alpha": 0.1}, {}),
+    (1e-38, {"alpha": 0.0}, {}),
+    (5e-324, {"penalty": -1.0}, {}),
+    (1e-30, {"penalty": -1.0}, {"top_k": 40, "top_p": 0.9, "min_p": 0.1}),
+    (1.2e-38, {"alpha": 0.1}, {"top_p": 0.5}),
+    (1e-42, {"alpha": 0.0}, {"top_k": 3}),
+]
+
+
+@each_runner
+@pytest.mark.parametrize("temperature, mask, cuts", COLD)
+def test_the_coldest_draw_is_the_greedy_token(temperature, mask, cuts, runner):
+    """However cold: the quotient of a logit and the temperature overflows, or that is 0 itself."""
+    z, b, on = on_device(runner, *logits(3, 70, "cpu"))
+    z[0], b[0] = z[0] * 1e30, b[0] * 1e-30
+    # Some steered logits exceed every adapted one.
+    greedy = reference.steer(z.double(), b.double(), -40.0, **mask).argmax(-1)
+    draw = dict(temperature=temperature, seed=3, position=torch.arange(3, device=z.device))
+    with runner.running():
+        got = ops.sample(z, b, -40.0, **mask, **draw, **cuts, **on)
+    assert torch.equal(got.token, greedy) and got.logprob.isfinite().all()
 
 
 @each_runner

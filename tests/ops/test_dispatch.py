@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from svd_engine import ops
 from svd_engine.kernels import reference
@@ -80,6 +81,41 @@ def test_one_graph_holds_every_operator():
     compiled = torch.compile(every_operator, fullgraph=True, backend="aot_eager")
     for got, truth in zip(compiled(z, b), every_operator(z, b), strict=True):
         torch.testing.assert_close(got, truth)
+
+
+def _targets(n):
+    return torch.arange(n) % 50
+
+
+HEAD = torch.randn(100, 16)
+CALLS = {  # a call of each operator on n rows
+    ops.steer: lambda z, b, n: (z, b, 1.0),
+    ops.steering_vector: lambda z, b, n: (z, b),
+    ops.sample: lambda z, b, n: (z, b, -1.0),
+    ops.topk: lambda z, b, n: (z, b, 1.0, 3),
+    ops.score: lambda z, b, n: (z, b, 1.0, _targets(n)),
+    ops.project_strength: lambda z, b, n: (z, b, _targets(n)),
+    ops.divergence: lambda z, b, n: (z, b),
+    ops.linear_topk: lambda z, b, n: (z, b, HEAD, 1.0, 3),
+    ops.linear_score: lambda z, b, n: (z, b, HEAD, torch.ones(n), _targets(n)),
+    ops.linear_project_strength: lambda z, b, n: (z, b, HEAD, _targets(n)),
+    ops.linear_divergence: lambda z, b, n: (z, b, HEAD),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", CALLS, ids=lambda operator: operator.__name__)
+def test_one_compilation_serves_every_batch_size(operator):
+    """Dynamo gives up at the ninth."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(operator, fullgraph=True, dynamic=True, backend=counter)
+    width = 16 if operator.__name__.startswith("linear") else 100
+    counts = set()
+    for n in range(2, 13):
+        arguments = CALLS[operator](torch.randn(n, width), torch.randn(n, width), n)
+        torch.testing.assert_close(compiled(*arguments), operator(*arguments))
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
 
 
 def test_opcheck():

@@ -1,6 +1,7 @@
 """The warm start trains a real adapter, whole or not at all, and goes on where it was stopped."""
 
 import json
+import math
 import random
 
 import pytest
@@ -177,7 +178,7 @@ def test_the_folder_tells_what_was_trained_on(tmp_path, words, monkeypatch):
     pytest.importorskip("matplotlib")
     assert (folder / "warm_start.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    assert plots.training(tmp_path / "none.png", [(1, 1.0)]) is None
+    assert plots.training([(1, 1.0)]) is None
 
 
 def test_the_loss_looks_at_the_answers_alone(words):
@@ -227,16 +228,25 @@ def test_overwrite_keeps_the_old_adapter_until_the_new_one_is_there(tmp_path, wo
 
 BAD = {
     "method must be one of lora, ia3": dict(method="qlora"),
-    "steps must be above 0": dict(steps=0),
+    "steps must be an integer from 1": dict(steps=0),
     "epochs must be above 0": dict(epochs=-1.0),
-    "batch_size must be above 0": dict(batch_size=0),
+    "epochs must be above 0 and finite; got nan": dict(epochs=math.nan),
+    "epochs must be above 0 and finite; got inf": dict(epochs=math.inf),
+    "lora_alpha must be above 0 and finite; got nan": dict(lora_alpha=math.nan),
+    "lora_alpha must be above 0 and finite; got inf": dict(lora_alpha=math.inf),
+    "learning_rate must be above 0 and finite, or 'auto'; got nan": dict(learning_rate=math.nan),
+    "learning_rate must be above 0 and finite, or 'auto'; got inf": dict(learning_rate=math.inf),
+    r"dropout must lie in \[0, 1\); got nan": dict(dropout=math.nan),
+    "seed must be an integer from 0": dict(seed=-1),
+    "steps must be an integer from 1 .* got 1.5": dict(steps=1.5),
+    "batch_size must be an integer from 1": dict(batch_size=0),
     "max_length is 3": dict(max_length=3),
-    "rank must be above 0": dict(rank=0),
-    "virtual_tokens must be above 0": dict(virtual_tokens=0),
-    "accumulation must be above 0": dict(accumulation=0),
-    "checkpoint_every must be above 0": dict(checkpoint_every=0),
+    "rank must be an integer from 1": dict(rank=0),
+    "virtual_tokens must be an integer from 1": dict(virtual_tokens=0),
+    "accumulation must be an integer from 1": dict(accumulation=0),
+    "checkpoint_every must be an integer from 1": dict(checkpoint_every=0),
     r"dropout must lie in \[0, 1\)": dict(dropout=1.0),
-    "learning_rate must be above 0 or 'auto'": dict(learning_rate="fast"),
+    "learning_rate must be above 0 and finite, or 'auto'; got 'fast'": dict(learning_rate="fast"),
     "learning_rate must be": dict(learning_rate=0.0),
 }
 

@@ -1,7 +1,7 @@
 """Attention for both halves of a pair, registered with transformers under the name `svd_engine`."""
 
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from svd_engine.model.layers.softcap import softcapped
 from svd_engine.ops import cpu
 
 NAME = "svd_engine"
+# What models hand to any attention and what changes nothing in evaluation over a cache.
+WITHOUT_EFFECT = frozenset(
+    {"dropout", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
+)
 
 
 class Call(NamedTuple):
@@ -56,13 +60,18 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     position_ids: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Return softmax(query key^T * scaling) value over visible slots, `[rows, q, heads, head_dim]`.
+    """Return softmax(query key^T * scaling) value over visible slots, `[rows, q, heads, out]`.
 
     Query heads that share a key head become extra query positions of it, so keys and values are
-    never repeated. A mask of None hides nothing.
+    never repeated. A mask of None hides nothing. s_aux: a learned sink per head, `[heads]`: one
+    more score, which takes weight and has no value. Raise ValueError for an argument that is
+    neither known nor None.
     """
+    if not kwargs.keys() <= WITHOUT_EFFECT:
+        _refuse_unknown(module, kwargs)
     rows, heads, length, dim = query.shape
     group = heads // key.shape[1]
     mask = attention_mask
@@ -74,25 +83,38 @@ def attend(
         mask = window if mask is None else mask + window
     scaling = dim**-0.5 if scaling is None else scaling
     if (recording := RECORDING.get()) is not None:
-        is_plain = value.shape[3] == dim
+        is_plain = value.shape[3] == dim and s_aux is None
         call = Call(heads, key.shape[1], dim, scaling, sliding_window, softcap, is_plain)
         recording.append(call)
-    if length == 1 and _can_run_natively(query, key, value):
+    if length == 1 and s_aux is None and _can_run_natively(query, key, value):
         out = query.new_empty(rows, 1, heads, value.shape[3])
         cpu.attend(query, key, value, mask, scaling, softcap, out)
         return out, None
     if mask is not None and length > 1:
         mask = mask.repeat(1, 1, group, 1)
     packed = query.reshape(rows, key.shape[1], group * length, dim)
-    if softcap is None:
+    if softcap is None and s_aux is None:
         out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     else:
         weights = packed @ key.transpose(-1, -2) * scaling
         weights = softcapped(weights, softcap)
         if mask is not None:
             weights = weights + mask
-        out = weights.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    return out.view(rows, heads, length, dim).transpose(1, 2).contiguous(), None
+        if s_aux is not None:
+            sinks = s_aux.view(1, -1, group, 1).expand(rows, -1, -1, length).flatten(2)
+            weights = torch.cat([weights, sinks[..., None].to(weights.dtype)], -1)
+        weights = weights.softmax(-1, dtype=torch.float32).to(value.dtype)
+        out = weights[..., : key.shape[2]] @ value
+    return out.view(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
+    unknown = {name for name in arguments if arguments[name] is not None} - WITHOUT_EFFECT
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} hands {', '.join(sorted(unknown))} to attention, which is "
+            "not supported."
+        )
 
 
 def _can_run_natively(*tensors: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """One decode step of a recognised decoder, run from a plan instead of by its modules."""
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,23 +13,37 @@ from svd_engine.model.step.read import NotDescribed, read_plan
 if TYPE_CHECKING:
     from svd_engine.model.runner import ModelRunner
 
+logger = logging.getLogger(__name__)
 PROMPTS = ([5, 3, 11], [7])  # any tokens, of different lengths
 NEW = [[2, 9], [4, 1]]
 # Of the norm of a token's hidden states. Roundings fall alike in both, but for those of sums.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def native_step(runner: "ModelRunner") -> tuple[CpuStep | None, str]:
-    """Return the native step of a runner's model, or None, and which step runs and why."""
+def use_native_step(runner: "ModelRunner", build_short: Callable[[], "ModelRunner"]) -> None:
+    """Let a runner decode by one native call per step, where its model is recognised.
+
+    build_short: builds a runner of a few layers of the same model, on which the step is compared
+    with the modules. `runner.how` says which step runs, and why.
+    """
     try:
-        plan = read_plan(runner)
-        if (reason := cpu.why_not(plan)) is not None:
-            raise NotDescribed(reason)
-        step = CpuStep(plan)
-        _check(runner, step)
+        short = build_short()
+        _check(short, _native(short))
+        runner.native = _native(runner)
     except NotDescribed as error:
-        return None, f"module by module: {error}"
-    return step, f"native: {len(plan.layers)} layers in one call"
+        runner.how = f"module by module, because {error}"
+    except Exception as error:  # a model may refer to layers that are left out
+        logger.debug("No native step", exc_info=True)
+        runner.how = f"module by module, because of a {type(error).__name__} in a trial"
+    else:
+        runner.how = "one native call"
+
+
+def _native(runner: "ModelRunner") -> CpuStep:
+    plan = read_plan(runner)
+    if (reason := cpu.why_not(plan)) is not None:
+        raise NotDescribed(reason)
+    return CpuStep(plan)
 
 
 @torch.inference_mode()
@@ -48,4 +64,4 @@ def _check(runner: "ModelRunner", step: CpuStep) -> None:
         runner.native = None
     error = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
     if not error <= TOLERANCE[step.dtype]:
-        raise NotDescribed(f"in a trial the native step was off by {error:.2g} of the modules")
+        raise NotDescribed(f"in a trial the native step was off by {error:.2g}")

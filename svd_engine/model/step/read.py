@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from svd_engine.model.adapter_layers import AdaptedLayer, PairedIa3, PairedLoraLinear
 from svd_engine.model.layers import attention, linear, rms_norm
 from svd_engine.model.step.plan import Layer, Linear, Norm, Plan, Rotary
+
+if TYPE_CHECKING:
+    from svd_engine.model.runner import ModelRunner
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # a position's angles depend on it alone
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,10 +35,12 @@ class NotDescribed(Exception):  # noqa: N818
     """Why a decoder has no plan."""
 
 
-def read_plan(runner: Any) -> Plan:
+def read_plan(runner: "ModelRunner") -> Plan:
     """Read the plan of a `ModelRunner`'s model. Raise NotDescribed where it has none."""
-    model = runner.model
+    model: Any = runner.model
     decoder = model.get_decoder()
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
+        raise NotDescribed(f"{type(decoder).__name__} has no layers and norm")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise NotDescribed(f"{name} has hooks")
@@ -57,7 +62,9 @@ def read_plan(runner: Any) -> Plan:
     )
 
 
-def _record(runner: Any, first_layer: nn.Module) -> tuple[tuple[Tensor, Tensor], list[Any]]:
+def _record(
+    runner: "ModelRunner", first_layer: nn.Module
+) -> tuple[tuple[Tensor, Tensor], list[Any]]:
     """Run a token; return it, the first layer's input, and what attention was called with."""
     token = torch.ones(2 if runner.paired else 1, 1, dtype=torch.int64)
     seen: list[Tensor] = []
@@ -177,8 +184,8 @@ def _parts(
     return [part(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _linear(module: nn.Module) -> Linear:
-    base = module.base_layer if isinstance(module, AdaptedLayer) else module
+def _linear(module: Any) -> Linear:
+    base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module
     if type(base) not in (nn.Linear, linear.Linear):
         raise NotDescribed(f"it has a {type(base).__name__}")
     weight, bias = base.weight, base.bias
@@ -191,12 +198,13 @@ def _linear(module: nn.Module) -> Linear:
         return Linear(plain.weight, plain.bias, low_rank=module.low_rank)
     if isinstance(module, PairedIa3):
         scale = module.scale.contiguous()
-        at = "input_scale" if module.is_feedforward else "output_scale"
-        return Linear(plain.weight, plain.bias, **{at: scale})
+        if module.is_feedforward:
+            return Linear(plain.weight, plain.bias, input_scale=scale)
+        return Linear(plain.weight, plain.bias, output_scale=scale)
     raise NotDescribed(f"it has a {type(module).__name__}")
 
 
-def _norm(module: nn.Module | None) -> Any:
+def _norm(module: Any) -> Any:
     if module is None:
         return None
     found = rms_norm.recognise(module)

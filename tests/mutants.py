@@ -1,0 +1,453 @@
+"""Breakages of one line each, with the tests that must notice: `make mutants` tries them all.
+
+A text occurs exactly once in its file. A breakage that no test notices is a gap of the tests.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    file: str
+    text: str
+    broken: str  # what stands in its place
+    tests: str  # arguments of pytest
+
+
+CONTRACT = "tests/ops/test_contract.py -k"
+TRITON = f"{CONTRACT} 'tiles and 64 and "
+CUDA = f"{CONTRACT} 'emulated and "
+CPU = f"{CONTRACT} 'DEFAULT and "
+CALIBRATE = "tests/calibration/test_calibrate.py -k"
+GENERATE = "tests/generation/test_generate.py -k"
+
+BY_FILE = {
+    "svd_engine/ops/checks.py": [
+        ("if not -LARGEST <= value <= LARGEST:", "if value != value:", "tests/ops/test_checks.py"),
+        ("if not 0 <= alpha <= 1:", "if alpha < 0 or alpha > 1:", "tests/ops/test_checks.py"),
+        ("if not each.isfinite().all():", "if each.isinf().any():", "tests/ops/test_checks.py"),
+        (
+            "b_start + first * b_step < start + a_width:",
+            "b_start + first * b_step < start:",
+            "tests/ops/test_checks.py",
+        ),
+        (
+            "if not (same and out.stride() == rows.stride())",
+            "if not same",
+            "tests/ops/test_checks.py",
+        ),
+        ("if low < 0 or high >= vocab:", "if low < 0 or high > vocab:", "tests/ops/test_checks.py"),
+    ],
+    "svd_engine/ops/dispatch.py": [
+        ("return next(able, reference)", "return next(able)", "tests/ops/test_dispatch.py"),
+    ],
+    "svd_engine/ops/schema.py": [
+        (
+            "return next(leaves), next(leaves)",
+            "return next(leaves), (next(leaves), None)[1]",
+            "tests/ops/test_hidden_states.py -k equal",
+        ),
+    ],
+    "svd_engine/ops/hidden_states.py": [
+        ("some = (x[part] if", "some = (x[: len(x[part])] if", "tests/ops/test_hidden_states.py"),
+    ],
+    "svd_engine/ops/cuda.py": [
+        (
+            "return rows * -(-vocab // library.tile_tokens) *",
+            "return rows * (vocab // library.tile_tokens) *",
+            f"{CUDA}steer'",
+        ),
+    ],
+    "svd_engine/ops/cpu.py": [
+        (
+            "draw.top_k, draw.top_p, draw.min_p, *draw.seed, *draw.position, token",
+            "draw.top_k, draw.top_p, draw.min_p, *draw.seed, *draw.seed, token",
+            f"{CPU}cut'",
+        ),
+    ],
+    "kernels/reference.py": [
+        (
+            "delta = torch.where(in_base, (p if projection else 1) * (mean_d - d), 0.0)",
+            "delta = (p if projection else 1) * (mean_d - d)",
+            "tests/ops/test_reference.py",
+        ),
+        ("drop[:, 0] = False", "pass", "tests/ops/test_cpu.py -k cuts_keep"),
+        (
+            "away / max(temperature, 1.0) + min(temperature, 1.0) * noise",
+            "away / max(temperature, 1.0) + noise",
+            "tests/ops/test_reference.py -k sampling_follows",
+        ),
+        (
+            "valid = stats.valid & strength.isfinite()",
+            "valid = stats.valid",
+            f"{CONTRACT} 'not_finite and reference'",
+        ),
+        (
+            "position & mask, (position >> 32) & mask",
+            "position & mask, position & 0",
+            "tests/ops/test_reference.py",
+        ),
+        (
+            "numerator = delta.gather(-1, target[:, None])[:, 0] - mean",
+            "numerator = delta.gather(-1, target[:, None])[:, 0]",
+            "tests/ops/test_reference.py",
+        ),
+    ],
+    "kernels/triton_steer.py": [
+        ("empty = 0.0 if DELTA else -INF", "empty = 0.0", f"{TRITON}steer and spoilt'"),
+    ],
+    "kernels/triton_sample.py": [
+        (
+            "if tile_merit > best:  # strictly",
+            "if tile_merit >= best:  # strictly",
+            f"{TRITON}greedy and ties'",
+        ),
+        (
+            "away / tl.maximum(temperature, 1.0) + noise * tl.minimum(temperature, 1.0)",
+            "away / temperature + noise",
+            f"{TRITON}coldest'",
+        ),
+        (
+            "tl.store(place + 2 * count, best_logit)",
+            "tl.store(place + 2 * count, best)",
+            f"{TRITON}noisy and stretches'",
+        ),
+    ],
+    "kernels/triton_cut.py": [
+        (
+            "fits = (before + rank < top_k)",
+            "fits = (rank < top_k)",
+            f"{TRITON}cut and equals and 72'",
+        ),
+    ],
+    "kernels/triton_topk.py": [
+        (
+            "after = (logits < last) | ((logits == last) & (token > last_token))",
+            "after = logits < last",
+            f"{TRITON}topk and rounded'",
+        ),
+    ],
+    "kernels/triton_score.py": [
+        (
+            "tl.where(off_support > -INF, tl.exp(off_support - peak) * sum_exps, 0.0)",
+            "tl.where(off_support > -INF, 0.0, 0.0)",
+            f"{TRITON}score and pushed'",
+        ),
+        (
+            "spread += tl.sum(p * away * away) + step * step * sum_p * share",
+            "spread += tl.sum(p * away * away)",
+            f"{TRITON}project and certain'",
+        ),
+        (
+            "sum_exps * ((peaks - peak) - (base_peaks - base_peak))",
+            "sum_exps * (peaks - peak)",
+            f"{TRITON}divergence and shifted'",
+        ),
+    ],
+    "kernels/triton_measure.py": [
+        ("tl.sum(tl.where(in_base, e, 0.0))", "tl.sum(e)", f"{TRITON}steer and stretches'"),
+        (
+            "peak = tl.where(tl.abs(strength) < INF, peak, NAN)",
+            "peak = tl.where(tl.abs(strength) <= INF, peak, NAN)",
+            f"{TRITON}not_finite'",
+        ),
+    ],
+    "kernels/triton_rows.py": [
+        (
+            "return tl.where((z > -INF) & (b > -INF), z - b, 0.0)",
+            "return tl.where(z > -INF, z - b, 0.0)",
+            f"{TRITON}steer and stretches'",
+        ),
+    ],
+    "kernels/triton_noise.py": [
+        ("zero + (seed >> 32).to(tl.uint32)", "zero", "tests/ops/test_triton.py -k noise_is_the"),
+    ],
+    "kernels/launch.py": [
+        (
+            "return rows * STATISTICS.value * _tiles(vocab)",
+            "return rows * STATISTICS.value * (_tiles(vocab) - 1)",
+            f"{TRITON}greedy and stretches'",
+        ),
+    ],
+    "kernels/launch_linear.py": [
+        (
+            "whole = splits == 1 and not low_rank",
+            "whole = not low_rank",
+            "tests/ops/test_triton_linear.py -k any_size",
+        ),
+    ],
+    "csrc/cuda/walk.h": [
+        (
+            "LogSumExp{tile.peak + shift, tile.sum_exp}",
+            "LogSumExp{tile.peak, tile.sum_exp}",
+            f"{CUDA}score'",
+        ),
+    ],
+    "csrc/cuda/choose.h": [
+        (
+            "return before.count < to.top_k &&",
+            "return before.count <= to.top_k &&",
+            f"{CUDA}cut and equals and 72'",
+        ),
+        (
+            "(b.merit == a.merit && b.token < a.token)",
+            "(b.merit == a.merit && b.token > a.token)",
+            f"{CUDA}greedy and ties'",
+        ),
+    ],
+    "csrc/cuda/rows.h": [
+        (
+            "sums.sum_exp_in_base += base[j] > -INFINITY ? e : 0.0f;",
+            "sums.sum_exp_in_base += e;",
+            f"{CUDA}steer and stretches'",
+        ),
+    ],
+    "csrc/cuda/score.h": [
+        (
+            "to.in_support[row.index] = valid && kept;",
+            "to.in_support[row.index] = kept;",
+            f"{CUDA}project and spoilt'",
+        ),
+        (
+            "a.spread + b.spread + a.sum_exp * share * step * step",
+            "a.spread + b.spread",
+            f"{CUDA}project and certain'",
+        ),
+    ],
+    "csrc/cuda/kernels.h": [
+        (
+            "is_valid(stats) && std::fabs(steering.strength) < INFINITY",
+            "is_valid(stats)",
+            f"{CUDA}not_finite'",
+        ),
+    ],
+    "csrc/cpu/rows.h": [
+        (
+            "sum_exp_in_base += b > -INFINITY ? e : Vec{};",
+            "sum_exp_in_base += e;",
+            f"{CPU}steer and stretches'",
+        ),
+    ],
+    "csrc/cpu/row_ops.h": [
+        (
+            "(a.logit == b.logit && a.token < b.token)",
+            "(a.logit == b.logit && a.token > b.token)",
+            f"{CPU}topk and ties'",
+        ),
+        (
+            "if (!std::isfinite(row.steering.strength)) measured",
+            "if (false) measured",
+            f"{CPU}not_finite'",
+        ),
+    ],
+    "csrc/cpu/ops.cpp": [
+        (
+            "return data ? data[i * stride] : scalar;",
+            "return data ? data[0] : scalar;",
+            f"{CPU}steer and seventh'",
+        ),
+    ],
+    "svd_engine/generation/decode_loop.py": [
+        (
+            "self._positions = self._positions + 1",
+            "self._positions = self._positions + 0",
+            "tests/generation/test_draws.py",
+        ),
+        (
+            "seed=self._seeds,",
+            "seed=self._seeds[:1].expand(len(self.rows)),",
+            "tests/generation/test_draws.py",
+        ),
+        (
+            "self._tokens[index], self._seeds[index]",
+            "self._tokens[index], self._seeds[: len(index)]",
+            "tests/generation/test_draws.py",
+        ),
+        (
+            "self._positions = self._positions[index]",
+            "self._positions = self._positions[: len(index)]",
+            "tests/generation/test_draws.py",
+        ),
+    ],
+    "svd_engine/generation/sequence.py": [
+        (
+            "is_full = len(self.token_ids) == self.max_new_tokens",
+            "is_full = len(self.token_ids) > self.max_new_tokens",
+            "tests/generation/test_sequence.py -k limit",
+        ),
+        (
+            "token_id if token_id in self.eos_token_ids else None",
+            "None",
+            "tests/generation/test_sequence.py",
+        ),
+    ],
+    "svd_engine/generation/beam_search.py": [
+        (
+            "beam.total / length**self.sampling.length_penalty",
+            "beam.total / length",
+            "tests/generation/test_beam_search.py -k transformers",
+        ),
+        (
+            "count = max(2, 1 + len(sequences[0].eos_token_ids)) * width",
+            "count = width",
+            "tests/generation/test_beam_search.py -k transformers",
+        ),
+        (
+            "grown.append((beam.total + score, row, beam, token, score))",
+            "grown.append((score, row, beam, token, score))",
+            "tests/generation/test_beam_search.py -k transformers",
+        ),
+    ],
+    "svd_engine/generation/scoring.py": [
+        (
+            "padded([p.completion[:-1] for p in passages])",
+            "padded([p.completion[1:] for p in passages])",
+            "tests/generation/test_scoring.py",
+        ),
+    ],
+    "svd_engine/generation/top_logprobs.py": [
+        (
+            '"base": unsteered(base)}',
+            '"base": unsteered(adapted)}',
+            "tests/generation/test_request.py -k top_logprobs",
+        ),
+    ],
+    "svd_engine/generation/detokenizer.py": [
+        (
+            "return min(ends)[1:] if ends else None",
+            "return max(ends)[1:] if ends else None",
+            "tests/generation/test_detokenizer.py -k which",
+        ),
+    ],
+    "svd_engine/generation/distribution.py": [
+        (
+            "adapted, base, strength = logits[0], logits[-1]",
+            "base, adapted, strength = logits[0], logits[-1]",
+            f"{GENERATE} ragged",
+        ),
+    ],
+    "svd_engine/model/adapter_layers.py": [
+        ("return x.shape[0] // 2 if self.paired else 0", "return 0", f"{GENERATE} ragged"),
+        (
+            "self.low_rank = (down, up.weight.detach() * scale, up_bias)",
+            "self.low_rank = (down, up.weight.detach(), up_bias)",
+            f"{GENERATE} ragged",
+        ),
+    ],
+    "svd_engine/model/kv_cache.py": [
+        ("memory[:size].zero_()", "pass", "tests/model/test_runner.py -k memory"),
+        (
+            "= buffer[index[moved], :, :kv_length]",
+            "= buffer[moved, :, :kv_length]",
+            "tests/generation/test_beam_search.py -k transformers",
+        ),
+    ],
+    "svd_engine/model/runner.py": [
+        ("self.positions += length", "self.positions += 0", f"{GENERATE} ragged"),
+    ],
+    "svd_engine/model/layers/softcap.py": [
+        (
+            "softcap * torch.tanh(x / softcap)",
+            "softcap * torch.tanh(x)",
+            "tests/model/test_layers.py -k softcap",
+        ),
+    ],
+    "svd_engine/model/layers/attention.py": [
+        ("outside = slots <= position_ids", "outside = slots < position_ids", f"{GENERATE} ragged"),
+    ],
+    "svd_engine/calibration/calibrate.py": [
+        (
+            "strength = fitted.estimate(inside)",
+            "strength = fitted.estimate(inside | outside)",
+            f"{CALIBRATE} held_out",
+        ),
+        (
+            "fitted = best_fit(fits, fold, inside)",
+            "fitted = best_fit(fits, fold, inside | outside)",
+            f"{CALIBRATE} held_out",
+        ),
+        (
+            "gains, gain_weights = np.append(gains, -cost)",
+            "gains, gain_weights = np.append(gains, cost)",
+            f"{CALIBRATE} never_suffers",
+        ),
+    ],
+    "svd_engine/calibration/cross_validation.py": [
+        (
+            "sum(f.loss_of_fit(among & ~part, part)",
+            "sum(f.loss_of_fit(among, part)",
+            f"{CALIBRATE} held_out",
+        ),
+    ],
+    "svd_engine/calibration/estimators.py": [
+        ("<= FLAT * counts.sum(-1)", "< 0 * counts.sum(-1)", f"{CALIBRATE} strength"),
+        ("cut = int(TRIM * len(ratios))", "cut = 0", f"{CALIBRATE} estimators_by_hand"),
+    ],
+    "svd_engine/calibration/objectives.py": [
+        (
+            "share = 1 / np.bincount(owner, minlength=count)[owner]",
+            "share = np.ones(len(owner))",
+            f"{CALIBRATE} mean_over_pairs",
+        ),
+    ],
+    "svd_engine/calibration/support_stats.py": [
+        (
+            "kept = self.p >= alpha * top[self.position]",
+            "kept = self.p >= alpha",
+            f"{CALIBRATE} larger_alpha",
+        ),
+        ("+ left * mean.square()", "", f"{CALIBRATE} projections"),
+        (
+            "left = (1 - self._per_token(self.p)).clamp(0) * torch.exp(-top)",
+            "left = 0.0 * top",
+            f"{CALIBRATE} overflow",
+        ),
+    ],
+    "svd_engine/training/trainer.py": [
+        (
+            "labels = [-100] * len(example.prompt) + [*answer, *end]",
+            "labels = [*example.prompt, *answer, *end]",
+            "tests/training/test_warm_start.py -k looks_at",
+        ),
+        (
+            '"labels": fill("labels", -100)',
+            '"labels": fill("labels", 0)',
+            "tests/training/test_warm_start.py -k accumulated",
+        ),
+        (
+            "in sorted(found.items(), reverse=True):",
+            "in sorted(found.items()):",
+            "tests/training/test_warm_start.py -k killed",
+        ),
+        ("parameter.copy_(saved[name])", "pass", "tests/training/test_warm_start.py -k killed"),
+    ],
+    "svd_engine/evaluate/metrics.py": [
+        (
+            "float(scores[right[0]] > worst)",
+            "float(scores[list(right)].max() > worst)",
+            "tests/evaluate/test_metrics.py",
+        ),
+        (
+            "odds[: len(right)].sum() / odds.sum()",
+            "odds[: len(right)].max() / odds.sum()",
+            "tests/evaluate/test_metrics.py",
+        ),
+    ],
+    "svd_engine/evaluate/verdicts.py": [
+        (
+            "if answer else [True, False]",
+            "if answer else [True, True]",
+            "tests/evaluate/test_judge.py -k by_hand",
+        ),
+    ],
+    "svd_engine/evaluate/journal.py": [
+        ("os.truncate(path, whole)", "pass", "tests/evaluate/test_run.py -k killed"),
+    ],
+    "svd_engine/utils/bootstrap.py": [
+        (
+            "means = resamples(len(values), seed) @ values / len(values)",
+            "means = resamples(len(values), seed) @ values / len(values) + 0.01",
+            "tests/evaluate/test_run.py -k paired",
+        ),
+    ],
+}
+MUTANTS = [Mutant(file, *breakage) for file, several in BY_FILE.items() for breakage in several]
