@@ -207,7 +207,7 @@ def _linear(module: Any) -> Linear:
 def _norm(module: Any) -> Any:
     if module is None:
         return None
-    found = rms_norm.recognise(module)
+    found = getattr(module, "native_form", None) or rms_norm.recognise(module)
     if found is None:
         raise NotDescribed(f"{type(module).__name__} is no known RMSNorm")
     return Norm(module.weight.detach(), *found)
