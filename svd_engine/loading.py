@@ -60,6 +60,8 @@ def load_base(
     """
     _check_dtype(dtype)
     _check_device(device)
+    if Path(name).is_file():
+        raise ValueError(f"base {str(name)!r} is a file; give the folder of a checkpoint.")
     arguments: dict = {"dtype": dtype}
     folder, tokenizer_arguments = str(name), {}
     if str(name) == SMOLLM2:
@@ -145,6 +147,8 @@ def _parsed_once() -> Iterator[None]:
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     """Load the adapter in a folder or Hub repository on top of `model`. Raises ValueError."""
     path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"adapter {str(path)!r} is a file; give the folder of an adapter.")
     if path.is_dir() and not (path / "adapter_config.json").is_file():
         raise ValueError(
             f"adapter {str(path)!r} has no adapter_config.json. Train one: svd-engine warm-start."

@@ -328,8 +328,8 @@ BY_FILE = {
     "svd_engine/model/adapter_layers.py": [
         ("return x.shape[0] // 2 if self.paired else 0", "return 0", f"{GENERATE} ragged"),
         (
-            "self.low_rank = (down, up.weight.detach() * scale, up_bias)",
-            "self.low_rank = (down, up.weight.detach(), up_bias)",
+            "scaled = (up.weight.detach() * scale).contiguous()",
+            "scaled = up.weight.detach().contiguous()",
             f"{GENERATE} ragged",
         ),
     ],

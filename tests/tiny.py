@@ -1,5 +1,7 @@
 """Tiny random models, and the plain two-pass loop that the engine must equal."""
 
+import copy
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -41,7 +43,7 @@ def tiny_base(architecture: str, seed: int = 0):
     torch.manual_seed(seed)
     # Older transformers drop Gemma 2's soft cap in their default attention.
     return AutoModelForCausalLM.from_config(
-        CONFIGS[architecture], dtype=torch.float32, attn_implementation="eager"
+        copy.deepcopy(CONFIGS[architecture]), dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
 

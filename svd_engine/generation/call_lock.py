@@ -22,12 +22,12 @@ threading._register_atexit(_ending.set)  # type: ignore[attr-defined]
 class Owner:
     """The thread and task that hold the lock."""
 
-    thread: int | None
+    thread: threading.Thread | None  # not its number, which another thread may get later
     task: "asyncio.Task[Any] | None" = None  # of a coroutine that reads the stream
 
     def would_deadlock(self, other: "Owner") -> bool:
         """Whether `other` would wait for itself."""
-        if self.thread is None or self.thread != other.thread:
+        if self.thread is None or self.thread is not other.thread:
             return False
         return None in (self.task, other.task) or self.task is other.task
 
@@ -43,7 +43,7 @@ class CallLock:
     @contextmanager
     def hold(self, owner: Owner | None = None) -> Iterator[None]:
         """Wait for the lock and hold it for the owner, by default this thread."""
-        owner = owner or Owner(threading.get_ident())
+        owner = owner or Owner(threading.current_thread())
         self._check(owner)
         self._wait(owner)
         self._owner = owner
@@ -62,21 +62,20 @@ class CallLock:
 
     def _is_forsaken(self) -> bool:
         """Whether the stream that is open belongs to the main thread, or to one that has ended."""
-        owner = self._owner
-        others = {t.ident for t in threading.enumerate()} - {threading.main_thread().ident}
-        return owner is not None and owner.thread is not None and owner.thread not in others
+        thread = None if self._owner is None else self._owner.thread
+        return thread is not None and (thread is threading.main_thread() or not thread.is_alive())
 
     def stream(self, items: Generator[T, None, None]) -> Generator[T, None, None]:
         """Yield the items; hold the lock from the first to the last, or until closed."""
         with self.hold(), closing(items):
             for item in items:
                 yield item
-                self._owner = Owner(threading.get_ident())  # another thread may read on
+                self._owner = Owner(threading.current_thread())  # another thread may read on
 
     async def astream(self, items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
         """Yield the items, each computed in a worker thread when it is requested."""
         loop, thread, held = asyncio.get_running_loop(), ThreadPoolExecutor(1), ExitStack()
-        owner = Owner(threading.get_ident(), asyncio.current_task())
+        owner = Owner(threading.current_thread(), asyncio.current_task())
         try:
             await loop.run_in_executor(thread, held.enter_context, self.hold(owner))
             held.enter_context(closing(items))

@@ -65,7 +65,6 @@ def _fingerprint(adapter: Adapter) -> Fingerprint:
     sums = [weight.sum(dtype=torch.float64) for weight in weights]
     return (
         adapter.state.identity,
-        [id(module) for module in adapter.base_model.modules()],
         [(weight.dtype, weight.device) for weight in weights],
         torch.stack([x.to(sums[0].device) for x in sums]).tolist(),
     )

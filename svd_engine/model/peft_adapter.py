@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from svd_engine.model import adapter_layers, peft_methods
-from svd_engine.model.shared_state import KINDS, UNDER, Modules, SharedState
+from svd_engine.model.shared_state import UNDER, Modules, SharedState, is_put
 
 Prefix = list[tuple[Tensor, Tensor]]  # keys and values [kv_heads, P, head_dim] per layer
 
@@ -42,9 +42,10 @@ class Adapter:
             raise ValueError(f"model must be a PeftModel; got {type(model).__name__}.")
         peft_methods.check(model.peft_config)
         _check_one_active(model.active_adapters)
-        modules = list(model.named_modules())
+        modules, base_model = list(model.named_modules()), model.get_base_model()
+        _check_known(base_model, modules)
         adapter = cls._from_modules(
-            model.get_base_model(), model.active_adapter, model.peft_config, modules, model
+            base_model, model.active_adapter, model.peft_config, modules, model
         )
         is_prompt = model.active_peft_config.is_prompt_learning
         return replace(adapter, **_prompt(model)) if is_prompt else adapter
@@ -55,14 +56,16 @@ class Adapter:
 
         Raise ValueError where there are none or the base model cannot be recovered.
         """
+        peft_methods.check(getattr(model, "peft_config", {}))
         modules = list(model.named_modules())
-        layers = [module for _, module in modules if isinstance(module, BaseTunerLayer)]
+        _check_known(model, modules)
+        put = [module for _, module in modules if is_put(module)]
+        layers = [module for module in put if isinstance(module, BaseTunerLayer)]
         if not layers:
             raise ValueError(
                 f"model must be a PeftModel; got {type(model).__name__} without an adapter. Load "
                 "one with PeftModel.from_pretrained(model, adapter)."
             )
-        peft_methods.check(model.peft_config)
         for layer in layers:
             for hook in layer._forward_pre_hooks.values():  # type: ignore[attr-defined]
                 names = getattr(hook, "keywords", {}).keys() & {"adapter_names", "alora_offsets"}
@@ -93,8 +96,7 @@ class Adapter:
         modules: Modules,
         owner: PeftModel | None = None,
     ) -> "Adapter":
-        _check_known(base_model, modules)
-        put: list[tuple[str, Any]] = [x for x in modules if isinstance(x[1], KINDS)]
+        put: list[tuple[str, Any]] = [x for x in modules if is_put(x[1])]
         return cls(
             base_model,
             name,
@@ -121,10 +123,10 @@ def _check_known(base_model: nn.Module, modules: Modules) -> None:
         above = in_base.get(parent)
         if above is None and module is not base_model:
             continue
-        if isinstance(above, KINDS) and last not in UNDER:
+        if above is not None and is_put(above) and last not in UNDER:
             continue  # a part of PEFT's own layer
         in_base[name] = module
-        if type(module).__module__.startswith("peft.") and not isinstance(module, KINDS):
+        if type(module).__module__.startswith("peft.") and not is_put(module):
             raise ValueError(
                 f"model has a {type(module).__name__} of PEFT in {name}, from which the base "
                 "model cannot be taken: it cannot be steered. docs/limits.md lists the methods "

@@ -4,6 +4,7 @@ Base weights are shared with the PEFT model, the adapter is copied. Both are wat
 changed adapter would be decoded as it was, without a word. A check reads no weights.
 """
 
+import functools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,11 +15,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 Modules = Sequence[tuple[str, nn.Module]]  # as `named_modules` yields them
-KINDS = BaseTunerLayer, AuxiliaryTrainingWrapper  # what PEFT puts in the place of a module
-UNDER = "base_layer", "original_module"  # where these keep the module
+UNDER = "base_layer", "original_module"  # where what PEFT puts in a module's place keeps it
 PLAIN = Tensor, nn.Parameter  # a quantised weight is a tensor of its own kind
 _version, _merged = operator.attrgetter("_version"), operator.attrgetter("merged_adapters")
 _disabled = operator.attrgetter("_disable_adapters")
+
+
+@functools.cache
+def _is_put(kind: Any) -> bool:
+    return issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def is_put(module: Any) -> bool:
+    """Whether PEFT put the module in the place of another. Faster than `isinstance`."""
+    return _is_put(module.__class__)
 
 
 class Slots:
@@ -72,10 +82,11 @@ class SharedState:
         one, others: the names of the others. owner: the `PeftModel`, if there is one.
         """
         self._adapter, self._owner = adapter, owner
-        put: list[tuple[str, Any]] = [x for x in modules if isinstance(x[1], KINDS)]
+        put: list[tuple[str, Any]] = [x for x in modules if is_put(x[1])]
         self._layers = [layer for _, layer in put]
         self._tuners = [layer for layer in self._layers if isinstance(layer, BaseTunerLayer)]
         self._names = {id(layer): name for name, layer in put}
+        self._modules = [id(module) for _, module in modules]
         self._base, self._own = Slots(), Slots()
         self._note(modules, set(others))
         self._active = [list(layer.active_adapters) for layer in self._layers]
@@ -93,7 +104,7 @@ class SharedState:
 
         Base weights that are written to in place are no difference: runners share them.
         """
-        ids = [id(x) for x in (*self._base.values, *self._own.values)]
+        ids = [*self._modules, *map(id, self._base.values), *map(id, self._own.values)]
         addresses = self._base.addresses + self._own.addresses
         return self._adapter, ids, addresses, self._own.versions, self._scales
 
@@ -146,26 +157,29 @@ class SharedState:
         """Note the tensors of the base and of the adapter, and the adapter's modules by name."""
         # PEFT sets a parameter that an adapter targets to itself in every pass.
         reset = {id(x.get_param()) for x in self._layers if isinstance(x, ParamWrapper)}
-        found: dict[str, nn.Module] = {}
-        owned: dict[str, bool] = {}  # by name: whether it belongs to an adapter
+        found: dict[str, nn.Module | None] = {"": None}
+        owned: dict[str, bool] = {"": False}  # by name: whether it belongs to an adapter
         for name, module in modules:
             parent, _, last = name.rpartition(".")
-            above = found.get(parent)
-            in_container = owned.get(parent, False) and not isinstance(above, KINDS)
-            if (in_container and last in others) or (parent and parent not in found):
+            above, in_own = found.get(parent), owned.get(parent)
+            if in_own is None:
                 continue  # another adapter's
-            found[name] = module
-            owned[name] = (
-                isinstance(module, KINDS)
+            under_layer = above is not None and is_put(above)
+            in_container = in_own and not under_layer
+            if in_container and last in others:
+                continue
+            own = (
+                is_put(module)
+                or (in_own and not (under_layer and last in UNDER))
                 or (self._owner is not None and name == "prompt_encoder")
-                or (owned.get(parent, False) and not (isinstance(above, KINDS) and last in UNDER))
             )
+            found[name], owned[name] = module, own
             tensors = list(_tensors(module))
             if in_container and above is not None and (tensors or module._modules):
                 self._own.add(name, above._modules, last, module, counted=False)
-            slots = self._own if owned[name] else self._base
+            slots = self._own if own else self._base
             for owner, key, tensor in tensors:
-                if not (owned[name] and key in others):
+                if not (own and key in others):
                     counted = id(tensor) not in reset and not tensor.is_inference()
                     slots.add(f"{name}.{key}", owner, key, tensor, counted)
 

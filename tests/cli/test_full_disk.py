@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -29,13 +30,15 @@ def place(tiny_folder, tmp_path, monkeypatch):
     return tmp_path / "here"
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
     """Files can be made, and no byte can be written into them."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def state(place):
@@ -62,9 +65,11 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_full(run, place, full_disk, command):
+def test_full(run, place, command):
     before = state(place)
-    refused(run(*command.split()), COMMANDS[command])
+    with full_disk():
+        result = run(*command.split())
+    refused(result, COMMANDS[command])
     changed = {path for path, content in state(place).items() if content or path in before}
     assert changed <= before.keys() | {place / "runs", place / "parts"}
 

@@ -8,6 +8,7 @@ import pytest
 
 from svd_engine import SteeringConfig
 
+pytestmark = pytest.mark.slow  # they are hundreds
 NESTED = 100_000
 HUGE = "9" * 400
 # Contents that are no JSON object.

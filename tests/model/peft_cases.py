@@ -1,7 +1,6 @@
 """Every PEFT method, and every option of LoRA that changes what is computed, on a tiny Llama."""
 
 import contextlib
-import copy
 import functools
 import importlib.util
 import re
@@ -168,7 +167,6 @@ def build(case, folder):
     with clustering():
         config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[method]](task_type="CAUSAL_LM", **options)
         base = tiny_base("llama")
-        base.config = copy.deepcopy(base.config)
         base.config.use_cache = method != "XLORA"  # which wants none
         model = get_peft_model(base, config).eval()
     torch.manual_seed(1)

@@ -66,6 +66,9 @@ def test_the_other_ways_in_refuse_as_well():
         injected.generate(PROMPT, max_new_tokens=2, **options)
     with pytest.raises(ValueError, match="init_lora_weights='olora'"):
         SteeringLogitsProcessor(get_peft_model(tiny_base("llama"), config), SteeringConfig(-2.0))
+    config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="AdaptedAttention of PEFT"):
+        get_peft_model(tiny_base("llama"), config).generate(PROMPT, max_new_tokens=2, **options)
 
 
 def test_the_table_in_the_documentation():

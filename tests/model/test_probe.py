@@ -150,8 +150,9 @@ def test_every_kind_of_layer_is_tried():
     assert list(short) == [before[0], before[1], before[6]]
     assert list(model.get_base_model().model.layers) == before
     base.model.layers[4].self_attn.scaling *= 2
+    base.model.layers[5].self_attn.q_proj.scaling["default"] *= 2
     short = probe.shortened(Adapter.read(model)).base_model.model.layers
-    assert list(short) == [before[i] for i in (0, 1, 4, 6)]
+    assert list(short) == [before[i] for i in (0, 1, 4, 5, 6)]
 
 
 def test_a_model_that_needs_all_its_layers_is_tried_as_a_whole(monkeypatch):

@@ -390,7 +390,7 @@ def _cuts() -> Iterator[Recipe]:
                 (0, fours * share + 1.5 * share / math.e, 0.0), (0, 1.0, 0.9), (2, 1.0, 0.0),
                 (0, 0.4, 0.0), (150, 1.0, 0.0), (0, 0.4, 0.5),
             )
-        ), alike=vocab > 72)  # fmt: skip
+        ), alike=vocab > 72, large=vocab if vocab > 1000 else 0)  # fmt: skip
     yield from _each("cuts of large supports", rows.large_supports, *(
         _cut(*cuts) | {"alpha": 0.0} for cuts in ((133, 1.0, 0.0), (0, 0.93, 0.3))
     ), _cut(0, 0.5, 0.0) | {"alpha": 0.0, "penalty": 0.0, "temperature": 0.01})  # fmt: skip

@@ -7,21 +7,11 @@ import os
 import pytest
 
 from svd_engine.utils import files
+from tests.cli.test_full_disk import full_disk
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture
-def full_disk():
-    """Every write to a file fails, as on a full disk."""
-    import resource
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_written_together(tmp_path):
@@ -31,9 +21,9 @@ def test_written_together(tmp_path):
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_full_disk_changes_nothing(tmp_path, full_disk):
+def test_a_full_disk_changes_nothing(tmp_path):
     (tmp_path / "a").touch()
-    with pytest.raises(OSError, match="File too large") as raised:
+    with full_disk(), pytest.raises(OSError, match="File too large") as raised:
         files.write_together({tmp_path / "a": b"new", tmp_path / "b": b"new"})
     assert raised.value.filename == str(tmp_path / "a")
     assert contents(tmp_path) == {"a": b""}

@@ -1,0 +1,121 @@
+"""The native decode step against the walk over modules; tokens against plain models: test_matrix."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+
+from svd_engine.model import step
+from svd_engine.model.pair import PairedRunner, base_runner, pair_models
+from svd_engine.model.peft_adapter import Adapter
+from svd_engine.ops import cpu
+from tests.model import architecture_cases
+from tests.tiny import PROMPTS, VOCAB, tiny_peft
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no native kernels")
+NATIVE = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2",
+    "granite", "smollm3", "exaone4",
+)  # fmt: skip
+FORMS = {
+    "lora": None,
+    "lora with biases": LoraConfig(
+        r=3, target_modules="all-linear", lora_bias=True, init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    ),
+    "a head": LoraConfig(
+        r=4, target_modules=["lm_head", "embed_tokens", "o_proj"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    ),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"],
+        task_type="CAUSAL_LM",
+    ),
+    "prompt": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+}  # fmt: skip
+
+
+def native(model):
+    pair = pair_models(Adapter.read(model))
+    assert pair.runner.how == "one native call"
+    return pair
+
+
+def tokens(*shape):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("architecture", NATIVE)
+def test_these_run_natively(architecture):
+    torch.manual_seed(0)
+    model = architecture_cases.adapted(architecture_cases.tiny(architecture))
+    native(model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_equals_the_walk(dtype, form):
+    model = tiny_peft("llama", FORMS[form]).to(dtype)
+    pair, walk = native(model), PairedRunner(Adapter.read(model))
+    for runner in (pair, walk):
+        runner.prefill(PROMPTS, max_new_tokens=6)
+    for new in (1, 3):
+        text = tokens(len(PROMPTS), new)
+        for got, want in zip(pair.extend(text), walk.extend(text), strict=True):
+            error = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
+            assert error.max() < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("capability", cpu.CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_has_the_same_bits_alone(dtype, capability, monkeypatch):
+    """In any batch, among any number of new tokens, and on any number of threads."""
+    best = cpu.capability()
+    if cpu.capability(capability) != capability:
+        cpu.capability(best)
+        pytest.skip(f"this CPU has no {capability}")
+    threads = torch.get_num_threads()
+    try:
+        pair = native(tiny_peft("qwen3").to(dtype))
+        text = tokens(len(PROMPTS), 5)
+        alone = []
+        for prompt, new in zip(PROMPTS, text, strict=True):
+            torch.set_num_threads(1)
+            pair.prefill([prompt], max_new_tokens=5)
+            torch.set_num_threads(2)
+            steps = [pair.extend(token[None, None]) for token in new]
+            alone.append([torch.cat(half, 1) for half in zip(*steps, strict=True)])
+        for count in (1, 3):
+            torch.set_num_threads(1)
+            pair.prefill(PROMPTS, max_new_tokens=5)
+            torch.set_num_threads(count)
+            together = pair.extend(text)
+            for half, got in enumerate(together):
+                assert torch.equal(got, torch.cat([x[half] for x in alone]))
+    finally:
+        torch.set_num_threads(threads)
+        cpu.capability(best)
+
+
+def test_a_step_that_is_off_is_not_taken(monkeypatch):
+    read = step.read_plan
+
+    def spoiled(runner):
+        plan = read(runner)
+        first = dataclasses.replace(plan.layers[0], scaling=plan.layers[0].scaling * 1.1)
+        return dataclasses.replace(plan, layers=(first, *plan.layers[1:]))
+
+    monkeypatch.setattr(step, "read_plan", spoiled)
+    pair = pair_models(Adapter.read(tiny_peft("llama")))
+    assert pair.runner.native is None
+    assert pair.runner.how.startswith("module by module, because in a trial the native step was")
+
+
+def test_the_base_alone_runs_natively():
+    runner = base_runner(Adapter.read(tiny_peft("llama")))
+    assert runner.how == "one native call"
+    runner.prefill([[5, 17]], max_new_tokens=1)
+    with pytest.raises(RuntimeError, match="does not fit the cache"):
+        runner.extend(tokens(1, 2))
