@@ -28,10 +28,16 @@ def _kind(layer: nn.Module) -> str:
     """Describe all of a layer but its weights and its number."""
     parts = []
     for module in layer.modules():
-        scalars = {k: v for k, v in vars(module).items() if isinstance(v, SCALARS)}
-        scalars.pop("layer_idx", None)
-        parts.append(f"{type(module)}{sorted(scalars.items())}{list(module._modules)}")
+        values = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "layer_idx"}
+        weights = [(k, w.dtype, w.shape) for k, w in module.named_parameters(recurse=False)]
+        parts.append(f"{type(module)}{sorted(values.items())}{weights}{list(module._modules)}")
     return "".join(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a scalar, or a mapping to scalars such as the scales of a LoRA."""
+    values = value.values() if isinstance(value, dict) else (value,)
+    return all(isinstance(x, SCALARS) for x in values)
 
 
 def _with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
