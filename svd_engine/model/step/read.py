@@ -80,12 +80,15 @@ def _record(
     finally:
         attention.RECORDING.reset(recording)
         hook.remove()
-    return (token[:1], seen[0][:1, -1:]), calls
+    at = torch.zeros(len(token), dtype=torch.int64)  # the token's place, after virtual tokens
+    if runner.prompt_embeddings is not None:
+        at[len(token) // 2 if runner.paired else 0 :] = runner.virtual_tokens
+    return (token, seen[0][torch.arange(len(token)), at]), calls
 
 
 def _embedding_scale(model: Any, token: Tensor, x: Tensor) -> float | Tensor | None:
     with torch.inference_mode():
-        embedded = model.get_input_embeddings()(token)
+        embedded = model.get_input_embeddings()(token)[:, 0]
     if torch.equal(x, embedded):
         return None
     config = model.config.get_text_config()
