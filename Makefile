@@ -7,10 +7,12 @@ OLDEST := transformers==5.17.0 peft==0.19.0
 OLDEST_TRITON := triton==3.6.0
 NEWEST := "transformers<6" peft triton
 # One process per core, up to eight, with one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 SITE = $(notdir $(wildcard .venv/lib/python3*))/site-packages
 VERSION_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py model/test_cuda_graphs.py \
-	model/test_peft_adapter.py generation/test_generate.py generation/test_request.py \
+	model/test_peft_adapter.py model/test_peft_methods.py model/test_adapter_file.py \
+	model/test_shared_state.py model/test_probe.py model/test_longrope.py \
+	data/test_tokenization.py test_loading.py generation/test_generate.py generation/test_request.py \
 	generation/test_beam_search.py integrations/test_hugging_face.py training/test_warm_start.py)
 
 .PHONY: help demo test test-oldest test-oldest-triton bench quality lint docs clean
@@ -20,7 +22,7 @@ help:
 	@echo "make demo         warm start, calibrate and steer SmolLM2-135M; compare with un-steered"
 	@echo "make test         the test suite"
 	@echo "make test-fast    its quick tests"
-	@echo "make mutants      break the program one line at a time: the tests must notice; 30 minutes"
+	@echo "make mutants      break the program one line at a time: the tests must notice"
 	@echo "make test-oldest  what depends on transformers, with the oldest one supported"
 	@echo "make test-newest  the same, with the newest transformers, peft and triton supported"
 	@echo "make test-oldest-triton  that the oldest Triton compiles every kernel without spills"
@@ -36,19 +38,19 @@ demo: .venv/ready
 	$(BIN)/svd-engine demo
 
 test: .venv/ready
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-fast: .venv/ready
-	$(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 mutants: .venv/ready
 	$(BIN)/python tests/run_mutants.py
 
 test-oldest: .venv/oldest/ready
-	PYTHONPATH=.venv/oldest $(BIN)/pytest $(VERSION_TESTS)
+	PYTHONPATH=.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(VERSION_TESTS)
 
 test-newest: .venv/newest/ready
-	.venv/newest/bin/python -m pytest $(VERSION_TESTS)
+	OMP_NUM_THREADS=1 .venv/newest/bin/python $(PYTEST) $(VERSION_TESTS)
 
 test-oldest-triton: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/oldest-triton \

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -34,6 +35,7 @@ JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json",
     "model.safetensors.index.json",
 )  # fmt: skip
+WEIGHT_FILES = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")  # others are not loaded
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -122,6 +124,8 @@ def _check_files(folder: Path) -> None:
         if (folder / name).is_file():
             read_object(folder / name, "a configuration")
     for path in sorted(folder.glob("*.safetensors")):
+        if not WEIGHT_FILES.fullmatch(path.name):
+            continue
         try:
             with safetensors.safe_open(path, "pt"):
                 pass

@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import transformers
 
+from tests.data import tokenizer_cases
 from tests.model import architecture_cases, peft_cases
 
 PAGE = Path(__file__).parents[1] / "docs" / "limits.md"
@@ -43,7 +44,15 @@ def architectures():
     return "\n".join(lines)
 
 
-TABLES = {"peft methods": peft_methods, "architectures": architectures}
+def tokenizers():
+    """With which tokenizers prompts, answers and chats are exact, or refused, and why."""
+    return "\n".join(
+        ["| tokenizer | outcome | why |", "| --- | --- | --- |"]
+        + [f"| {row.case} | {row.outcome} | {row.reason} |" for row in tokenizer_cases.found()]
+    )
+
+
+TABLES = {"peft methods": peft_methods, "architectures": architectures, "tokenizers": tokenizers}
 
 
 def is_documented_peft():

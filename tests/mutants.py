@@ -118,6 +118,11 @@ BY_FILE = {
             "fits = (rank < top_k)",
             f"{TRITON}cut and equals and 72'",
         ),
+        (
+            "if (count < top_k) & (sum_exp < limit) & (under >= low):",
+            "if (count < top_k) & (under >= low):",
+            f"{TRITON}cut and cuts and 0.6'",
+        ),
     ],
     "kernels/triton_topk.py": [
         (

@@ -1,10 +1,11 @@
-"""The tokenizer of an engine: the one saved beside the adapter, where it fits the base."""
+"""Loading: bases, and the tokenizer beside an adapter where it fits the base."""
 
 import json
 import logging
 import shutil
 
 import pytest
+import torch
 
 from svd_engine import SteeredEngine, SteeringConfig, loading
 from svd_engine.data.tokenization import encode_chat
@@ -118,3 +119,22 @@ def test_the_commands_use_it_too(folder, caplog, run):
     assert caplog.messages == [
         f"The chat template beside the adapter is used ({folder / 'adapter'})."
     ]
+
+
+def test_files_that_are_not_loaded_may_be_damaged(tiny_folder, tmp_path):
+    """A checkpoint in another format lies beside this one, fetched in part."""
+    base = shutil.copytree(tiny_folder / "base", tmp_path / "base")
+    (base / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    loading.load_base(base)
+    (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"base/model.safetensors is damaged"):
+        loading.load_base(base)
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_smollm2_is_float32_on_a_cpu_without_bfloat16_products(monkeypatch, has_products):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_products)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_products)
+    dtype = torch.bfloat16 if has_products else torch.float32
+    assert loading._fast_dtype("cpu") == dtype
+    assert loading._fast_dtype("cuda:0") == torch.bfloat16

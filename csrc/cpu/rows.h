@@ -262,11 +262,13 @@ void write_vector(const Row& row, const RowStats& stats, int64_t begin, int64_t 
 #endif
 }
 
-// Raises `best` to the greatest merit of `count` logits, which are whole vectors, and sets `token` to its token, of equals the one with the lowest id; returns
-// its index, or -1 if none is better. words(i) are the token ids from the i-th on.
+// Raises `best` to the greatest merit (merit_of in row.h) of `count` logits, which are whole vectors,
+// and sets `token` to its token, of equals the one with the lowest id; returns its index, or -1 if
+// none is better. words(i) are the token ids from the i-th on.
 //
 // Few tokens need the two logarithms of the noise: noise = -log(E) with E = -log(1 - u) >= u, so a
-// token can exceed `best` only if u <= exp(scaled - best), in units of the noise. That test takes the random bits and one
+// token can exceed `best` only if u <= exp(ahead), where `ahead` is its merit without noise less
+// `best`, divided by the factor of the noise. That test takes the random bits and one
 // exponential per token, all in vectors; only the tokens that pass it get the exact noise.
 template <class F>
 SVD_HD int noisy_best(const float* logits, const F& words, int count, float peak,

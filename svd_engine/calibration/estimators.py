@@ -21,9 +21,7 @@ EPSILON = 1e-12
 # Dense around 0, where the optimum of the likelihood lies, and wide enough for ranking.
 GRID: Array = np.sinh(np.linspace(-1, 1, 257) * np.arcsinh(BRACKET))
 HESSIANS = ("gauss-newton", "newton")
-FLAT = (
-    1e-6  # nats per example that losses differ by where float32 logits are told apart by rounding
-)
+FLAT = 1e-6  # nats per example: a smaller difference of losses may be rounding of float32 logits
 
 
 def _mean(numerator: Array, denominator: Array) -> float:

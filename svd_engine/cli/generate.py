@@ -93,6 +93,7 @@ def generate(
 
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     from svd_engine.data import text_files
+    from svd_engine.data.tokenization import check_unicode
 
     if prompts and file:
         raise ValueError("give prompts as arguments or with --file, not both.")
@@ -111,10 +112,7 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if not texts:
         raise ValueError("no prompts came; give them as arguments, with --file or on stdin.")
     for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt {text[:80]!r} is not UTF-8.") from error
+        check_unicode(text)
     return texts
 
 

@@ -82,6 +82,7 @@ def test_the_penalty_is_the_operators(engine, made, monkeypatch):
     assert found == pytest.approx(truth, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tables_take_what_is_measured(made, tmp_path):
     task, *passes = made
     case, models = measure.worth(task, *passes)

@@ -303,6 +303,7 @@ def test_verdicts():
     assert planted([0] * 40).at_bracket
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [5, 20, 120])
 @pytest.mark.parametrize("chance", [0.55, 0.9])
 def test_the_likelihood_of_new_examples_never_suffers(chance, count, monkeypatch):

@@ -120,6 +120,7 @@ def test_the_logits_processor_does_the_same(engine):
     assert made[0, 4:].tolist() == own.token_ids
 
 
+@pytest.mark.slow
 def test_calibration_finds_the_optimum_and_the_artefact_keeps_it(engine, tmp_path):
     generator = torch.Generator().manual_seed(0)
 

@@ -12,6 +12,8 @@ from svd_engine import SteeringConfig
 from svd_engine.utils import files, plots
 from tests.cli.test_main import EXAMPLES, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tiny_folder, tmp_path, monkeypatch):

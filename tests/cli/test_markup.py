@@ -74,6 +74,7 @@ def command(*arguments, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_full_and_a_closed_standard_output():
     with open("/dev/full", "w") as full:
         done = command("env", stdout=full)

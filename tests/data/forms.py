@@ -67,7 +67,21 @@ def word_level() -> Tokenizer:
     return tokenizer
 
 
-FORMS = {"llama2": llama2, "byte-level": byte_level, "word-level": word_level}
+def unigram() -> Tokenizer:
+    """SentencePiece's unigram model as in T5: a space before every text, cut at spaces."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+        ),
+    )
+    return tokenizer
+
+
+FORMS = {"llama2": llama2, "byte-level": byte_level, "word-level": word_level, "unigram": unigram}
 
 
 def build(form: str, around: str = "nothing") -> PreTrainedTokenizerFast:

@@ -10,40 +10,21 @@ from svd_engine.data import examples
 from svd_engine.data.tokenization import encode_answers, encode_chat, encode_prompt
 from svd_engine.evaluate.truthfulqa import PLAIN
 from svd_engine.training import trainer
-from tests.data import forms
+from tests import limits
+from tests.data import forms, tokenizer_cases
+from tests.data.tokenizer_cases import BEGUN, CHATML, QUESTIONS_ALONE
 from tests.tiny import VOCAB, tiny_peft
-
-PAIRS = [
-    ("Q: Why do cats purr?\nA:", (" Yes", " Nobody can know.", " 42")),
-    ("Q: Why do cats purr?\nA: ", ("Yes", "Nobody", "42", "(x)")),  # a token spans the end
-    ("### Response:\n", ("the correct answer is true", "Nobody")),
-    ("The", (" thing", "re", ": 1")),
-    ("Q: Why", ("?", "?\nA:")),
-    ("</s>Q: Why?", (" Yes</s>", " No")),  # special tokens in the text are the text's own
-]
-
-
-def whole_text(tokenizer, around, text):
-    """What the tokenizer itself makes of the whole text, without the </s> that it puts after it."""
-    ids = tokenizer.backend_tokenizer.encode(text).ids
-    return ids[:-1] if around in ("bos, eos", "eos") else ids
 
 
 @pytest.mark.parametrize("form, around", [*product(forms.FORMS, forms.AROUND)])
 def test_prompt_and_answer_are_the_tokens_of_the_whole_text(form, around):
-    tokenizer = forms.build(form, around)
-    for prompt, answers in PAIRS:
-        if form == "word-level":
-            answers = [answer for answer in answers if answer != "re"]  # "There" is one <unk>
-        ids, encoded = encode_answers(prompt, answers, tokenizer)
-        assert encode_prompt(prompt, tokenizer) == whole_text(tokenizer, around, prompt)
-        assert whole_text(tokenizer, around, prompt)[: len(ids)] == ids
-        for answer, tokens in zip(answers, encoded, strict=True):
-            assert ids + tokens == whole_text(tokenizer, around, prompt + answer)
-            assert tokens
-        # The split is at the end of the prompt or, where a token spans it, just before that token.
-        own = whole_text(tokenizer, around, prompt)
-        assert ids == own or any(t[0] != own[len(ids)] for t in encoded)
+    assert tokenizer_cases.is_exact(form, around)
+
+
+def test_the_table_in_the_documentation():
+    rows = tokenizer_cases.found()
+    assert {row.outcome for row in rows} == {"exact", "refused"}
+    assert limits.table("tokenizers") == limits.tokenizers().splitlines()
 
 
 def test_an_answer_has_no_space_of_its_own():
@@ -138,16 +119,6 @@ def test_the_answer_of_a_chat_is_encoded_as_its_template_writes_it():
     assert encode_chat(asked, tokenizer) == example.prompt
 
 
-CHATML = (
-    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-BEGUN = [
-    {"role": "user", "content": "Why?"},
-    {"role": "assistant", "content": "Nobody can"},
-]
-
-
 def test_a_conversation_that_ends_with_the_assistant_is_continued():
     tokenizer = forms.build("byte-level", "bos, eos")
     tokenizer.chat_template = CHATML
@@ -172,7 +143,7 @@ def test_a_conversation_that_ends_with_the_assistant_is_continued():
     "template, messages, message",
     [
         (
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", BEGUN,
+            QUESTIONS_ALONE, BEGUN,
             r"messages\[0\]: the chat template cannot continue the assistant's last message: ",
         ),
         (

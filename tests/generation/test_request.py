@@ -229,6 +229,7 @@ def test_batches_do_not_matter(engine, options):
         assert cache_bytes(fresh) * 23 == cache_bytes(engine) * 4
 
 
+@pytest.mark.slow
 def test_two_hundred_requests_one_by_one_and_together(model, words):
     """Lengths, limits, seeds, stops and strengths at random, through one engine and its cache."""
     draw = random.Random(3)

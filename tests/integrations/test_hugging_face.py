@@ -383,6 +383,7 @@ def is_right_in_generate(model):
     return torch.equal(got, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_processor_equals_two_pass(method):
     model = tiny_peft("llama", METHODS[method])
@@ -411,6 +412,7 @@ def test_the_processor_equals_the_engine_in_a_padded_batch(model, pads):
             processed(model, processor, PROMPTS[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     [dict(num_beams=2), dict(num_beams=3, num_return_sequences=3, renormalize_logits=True)],

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from peft import AdaptionPromptConfig, LoraConfig, PeftType, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftType,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 
 from svd_engine import (
     SteeredEngine,
@@ -57,10 +63,10 @@ def test_a_module_of_peft_that_would_stay_in_the_base_is_refused(monkeypatch):
 
 
 def test_the_other_ways_in_refuse_as_well():
-    """As transformers' own `add_adapter` leaves a model, and the processor's model."""
+    """A model as transformers' own `add_adapter` leaves it, and the processor's model."""
     config = LoraConfig(init_lora_weights="olora", target_modules=["q_proj"], task_type="CAUSAL_LM")
-    injected = tiny_base("llama")
-    injected.add_adapter(config)
+    # `add_adapter` of a newer transformers asks for a newer PEFT, and otherwise does this.
+    injected = inject_adapter_in_model(config, tiny_base("llama"))
     options = dict(custom_generate=steered_generate, steering=SteeringConfig(-2.0))
     with pytest.raises(ValueError, match="init_lora_weights='olora'"):
         injected.generate(PROMPT, max_new_tokens=2, **options)

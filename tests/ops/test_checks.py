@@ -87,6 +87,10 @@ PARTLY = {
         (x := torch.randn(600))[:300].view(3, 100), x.as_strided((3, 100), (120, 1), 30),
         torch.randn(3, 100),
     ),
+    "another stride alone": lambda: (
+        (x := torch.randn(600))[:300].view(3, 100), x.as_strided((3, 100), (120, 1)),
+        torch.randn(3, 100),
+    ),
     "another dtype": lambda: (
         (x := torch.randn(3, 200))[:, :100], x.view(torch.bfloat16)[:, :100], torch.randn(3, 100)
     ),
