@@ -1,7 +1,7 @@
 """The adapted and the base model as one object: what a decoding loop and a scorer call."""
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from svd_engine.model.module_tree import adapted_tree, base_tree, paired_tree
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.runner import ModelRunner
-from svd_engine.model.shortened import shortened
 from svd_engine.model.step import use_native_step
 
 logger = logging.getLogger(__name__)
@@ -129,32 +128,24 @@ class SequentialRunner:
 ModelPair = PairedRunner | SequentialRunner
 
 
-def adapted_runner(adapter: Adapter) -> ModelRunner:
-    """Build the runner of the adapted model alone."""
-    return _with_native_step(_adapted_runner, adapter)
-
-
-def base_runner(adapter: Adapter) -> ModelRunner:
-    """Build the runner of the base model alone."""
-    return _with_native_step(_base_runner, adapter)
-
-
-def _adapted_runner(adapter: Adapter) -> ModelRunner:
-    return ModelRunner(
+def adapted_runner(adapter: Adapter, native: bool = True) -> ModelRunner:
+    """Build the runner of the adapted model alone; native: let it take native steps if it can."""
+    runner = ModelRunner(
         adapted_tree(adapter),
         virtual_tokens=adapter.virtual_tokens,
         prompt_embeddings=adapter.prompt_embeddings,
         prefix=adapter.prefix,
     )
+    if native:
+        use_native_step(runner, lambda: adapted_runner(adapter.short, native=False))
+    return runner
 
 
-def _base_runner(adapter: Adapter) -> ModelRunner:
-    return ModelRunner(base_tree(adapter))
-
-
-def _with_native_step(build: Callable[[Adapter], ModelRunner], adapter: Adapter) -> ModelRunner:
-    runner = build(adapter)
-    use_native_step(runner, lambda: build(shortened(adapter)))
+def base_runner(adapter: Adapter, native: bool = True) -> ModelRunner:
+    """Build the runner of the base model alone; native: let it take native steps if it can."""
+    runner = ModelRunner(base_tree(adapter))
+    if native:
+        use_native_step(runner, lambda: base_runner(adapter.short, native=False))
     return runner
 
 
@@ -165,7 +156,7 @@ def pair_models(adapter: Adapter, pairing: str = "auto") -> ModelPair:
     reason = adapter.reason_not_paired
     if reason is None and pairing != "sequential":
         pair = PairedRunner(adapter)
-        use_native_step(pair.runner, lambda: PairedRunner(shortened(adapter)).runner)
+        use_native_step(pair.runner, lambda: PairedRunner(adapter.short).runner)
         return pair
     if pairing == "paired":
         raise ValueError(f"pairing='paired' is not possible: {reason}. pairing='auto' decodes it.")

@@ -19,7 +19,6 @@ from svd_engine.model.pair import (
     base_runner,
 )
 from svd_engine.model.peft_adapter import Adapter
-from svd_engine.model.shortened import shortened
 
 LENGTHS = (7, 2)  # of the prompts, both beginnings of one text; a step follows
 TRIALS = 3  # of other texts: rounding may send a token to another expert
@@ -63,13 +62,12 @@ def check(pair: ModelPair, adapter: Adapter, model: nn.Module) -> None:
 def _short_trial(
     pair: ModelPair, adapter: Adapter, model: nn.Module
 ) -> tuple[ModelPair, Adapter, tuple[nn.Module, nn.Module]]:
-    short = shortened(adapter)
-    trial: ModelPair = (
-        PairedRunner(short)
-        if isinstance(pair, PairedRunner)
-        else SequentialRunner(adapted_runner(short), base_runner(short))
-    )
-    return trial, short, plain_trees(model, short, {adapter.base_model: short.base_model})
+    short = adapter.short
+    plain = plain_trees(model, short, {adapter.base_model: short.base_model})
+    if isinstance(pair, PairedRunner):
+        return PairedRunner(short), short, plain
+    runners = adapted_runner(short, native=False), base_runner(short, native=False)
+    return SequentialRunner(*runners), short, plain
 
 
 def _trial(

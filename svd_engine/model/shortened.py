@@ -1,27 +1,23 @@
 """A model of few layers out of a large one, to try a runner on."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from svd_engine.model.peft_adapter import Adapter
-
 SCALARS = (bool, int, float, str, type(None))
 
 
-def shortened(adapter: Adapter) -> Adapter:
-    """Leave out of the base model every layer but the first two and one of each further kind."""
-    lists = [x for x in adapter.base_model.get_decoder().children() if isinstance(x, nn.ModuleList)]
+def shortened(model: Any) -> Any:
+    """Leave out of a model every layer but the first two and one of each further kind."""
+    lists = [x for x in model.get_decoder().children() if isinstance(x, nn.ModuleList)]
     layers = max(lists, key=len)
     kept, kinds = list(layers[:2]), {_kind(layer) for layer in layers[:2]}
     for layer in layers[2:]:
         if (kind := _kind(layer)) not in kinds:
             kinds.add(kind)
             kept.append(layer)
-    base: Any = _with(adapter.base_model, layers, nn.ModuleList(kept))
-    return replace(adapter, base_model=base)
+    return _with(model, layers, nn.ModuleList(kept))
 
 
 def _kind(layer: nn.Module) -> str:
@@ -40,7 +36,7 @@ def _is_plain(value: Any) -> bool:
     return all(isinstance(x, SCALARS) for x in values)
 
 
-def _with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+def _with(module: nn.Module, old: nn.Module, new: nn.Module) -> Any:
     """Return `module` with `new` in the place of `old`: copies on the way, all else shared."""
     if module is old:
         return new
