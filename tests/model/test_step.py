@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM
 
 from svd_engine.model import step
 from svd_engine.model.pair import PairedRunner, base_runner, pair_models
@@ -60,11 +61,49 @@ def tokens(*shape):
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("architecture", NATIVE)
-def test_these_run_natively(architecture):
-    torch.manual_seed(0)
+def how(architecture):
     model = architecture_cases.adapted(architecture_cases.tiny(architecture))
-    native(model)
+    return pair_models(Adapter.read(model)).runner.how
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", NATIVE)
+def test_these_run_natively(architecture, dtype):
+    native(architecture_cases.adapted(architecture_cases.tiny(architecture)).to(dtype))
+
+
+OTHERS = {
+    "ministral3": "positions do more",  # they scale queries, from 16,384 tokens on
+    "ernie4_5": "positions do more, or less, than turn the halves",  # neighbours turn
+    "mixtral": "its feed-forward holds experts, gate",
+    "arcee": "it has no gate_proj",
+    "stablelm": "its norms are no RMSNorm",
+    "gpt2": "it has no layers and norm of these names",
+    "beam": "a trial failed: KeyError",
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_others_walk_and_say_why(architecture):
+    assert OTHERS[architecture] in how(architecture)
+
+
+def test_a_model_with_hooks_walks():
+    model = tiny_peft("llama")
+    model.get_base_model().model.norm.register_forward_hook(lambda *_: None)
+    assert "model.norm has hooks" in pair_models(Adapter.read(model)).runner.how
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_layers_without_positions_and_with_windows(period):
+    """As in EXAONE 4: layers with a window turn, the others do not."""
+    torch.manual_seed(0)
+    config = architecture_cases.config("exaone4")
+    config.layer_types = ["sliding_attention", "full_attention"][-period:] * (2 // period)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    pair = native(architecture_cases.adapted(base))
+    rotary = [layer.rotary for layer in pair.runner.native.plan.layers]
+    assert rotary == [0 if kind.startswith("sliding") else None for kind in config.layer_types]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,5 +1,7 @@
 """Attention for both halves of a pair, registered with transformers under the name `svd_engine`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -20,8 +22,10 @@ WITHOUT_EFFECT = frozenset(
 
 
 class Call(NamedTuple):
-    """What a layer hands to attention besides tensors."""
+    """What a layer hands to attention besides values."""
 
+    query: Tensor
+    key: Tensor
     heads: int
     kv_heads: int
     head_dim: int
@@ -31,7 +35,18 @@ class Call(NamedTuple):
     is_plain: bool  # values as wide as keys, and no further argument
 
 
-RECORDING: ContextVar[list[Call] | None] = ContextVar("recording", default=None)
+_recording: ContextVar[list[Call] | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Yield a list to which every layer that calls attention adds its call."""
+    calls: list[Call] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
 
 
 def causal_mask(positions: Tensor, kv_length: int, dtype: torch.dtype) -> Tensor:
@@ -82,10 +97,10 @@ def attend(
         window = _hide(outside, query.dtype)
         mask = window if mask is None else mask + window
     scaling = dim**-0.5 if scaling is None else scaling
-    if (recording := RECORDING.get()) is not None:
+    if (recording := _recording.get()) is not None:
         is_plain = value.shape[3] == dim and s_aux is None
-        call = Call(heads, key.shape[1], dim, scaling, sliding_window, softcap, is_plain)
-        recording.append(call)
+        sizes = heads, key.shape[1], dim
+        recording.append(Call(query, key, *sizes, scaling, sliding_window, softcap, is_plain))
     if length == 1 and s_aux is None and _can_run_natively(query, key, value):
         out = query.new_empty(rows, 1, heads, value.shape[3])
         cpu.attend(query, key, value, mask, scaling, softcap, out)

@@ -61,8 +61,10 @@ class CpuStep:
         words = [[k.data_ptr(), v.data_ptr(), cache.slots] for k, v in layers]
         self._caches, self._layout = torch.tensor(words), cache.layout
         if cache.slots > self._positions:
-            self._positions = 1 << (cache.slots - 1).bit_length()
-            self._tables = [rotary(self._positions) for rotary in self.plan.rotaries]
+            self._positions, self._tables = 1 << (cache.slots - 1).bit_length(), []
+            for rotary in self.plan.rotaries:  # OLMo 2's are float32 in any model
+                cos, sin = rotary(self._positions)
+                self._tables.append((cos.to(self.dtype), sin.to(self.dtype)))
             self._words = torch.tensor(self._plan_words())
 
     def _plan_words(self) -> Words:

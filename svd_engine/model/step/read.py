@@ -1,38 +1,29 @@
-"""Reads the plan of a decoder from its tree of modules and from one pass through it."""
+"""Reads the plan of a decoder from its modules and from two passes of a token through them."""
 
-import inspect
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from svd_engine.model.adapter_layers import AdaptedLayer, PairedIa3, PairedLoraLinear
-from svd_engine.model.layers import attention, linear, rms_norm
-from svd_engine.model.step.plan import Layer, Linear, Norm, Plan, Rotary
+from svd_engine.model.layers import attention
+from svd_engine.model.step import parts, rotary
+from svd_engine.model.step.parts import NotDescribed
+from svd_engine.model.step.plan import Layer, Plan
 
 if TYPE_CHECKING:
     from svd_engine.model.runner import ModelRunner
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # a position's angles depend on it alone
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-}
+FAR = (1 << 17) - 1  # a position beyond every limit at which a model changes its ways
 MODULES = {  # what a part may hold; with anything else it computes something else
     "decoder": {"embed_tokens", "layers", "norm", "rotary_emb"},
     "layer": {
-        "self_attn", "mlp", "input_layernorm", "post_attention_layernorm",
-        "pre_feedforward_layernorm", "post_feedforward_layernorm", "resid_attn_dropout",
-        "resid_mlp_dropout",
+        "self_attn", "mlp", "resid_attn_dropout", "resid_mlp_dropout", *parts.LAYER_NORMS,
     },
-    "self_attn": {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"},
-    "mlp": {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"},
+    "attention": {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"},
+    "feed-forward": {
+        "gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn",
+    },
 }  # fmt: skip
-
-
-class NotDescribed(Exception):  # noqa: N818
-    """Why a decoder has no plan."""
 
 
 def read_plan(runner: "ModelRunner") -> Plan:
@@ -40,199 +31,105 @@ def read_plan(runner: "ModelRunner") -> Plan:
     model: Any = runner.model
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
-        raise NotDescribed(f"{type(decoder).__name__} has no layers and norm")
+        raise NotDescribed("it has no layers and norm of these names")
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise NotDescribed(f"{name} has hooks")
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            raise NotDescribed(f"{name or 'it'} has hooks or a forward of its own")
     _holds_only("decoder", decoder)
-    layers = list(decoder.layers)
-    first_inputs, calls = _record(runner, layers[0])
+    layers, angles = list(decoder.layers), rotary.angles(decoder)
+    first_input, calls = _record(model, layers[0])
     if len(calls) != len(layers):
-        raise NotDescribed(f"{len(layers)} layers call attention {len(calls)} times")
-    rotaries, which = _rotaries(decoder, model.config.get_text_config(), len(layers))
+        raise NotDescribed("its layers do not call attention once each")
+    head = parts.linear(model.get_output_embeddings())
+    if head.input_scale is not None:
+        raise NotDescribed("the input of its head is scaled")
     return Plan(
         layers=tuple(
-            _layer(layer, call, which[i])
-            for i, (layer, call) in enumerate(zip(layers, calls, strict=True))
+            _layer(layer, call, rotary.which(angles, call.query, call.key, FAR))
+            for layer, call in zip(layers, calls, strict=True)
         ),
-        norm=_norm(decoder.norm),
-        head=_linear(model.get_output_embeddings()),
-        embedding_scale=_embedding_scale(model, *first_inputs),
-        rotaries=rotaries,
+        norm=parts.norm(decoder.norm),
+        head=head,
+        embedding_scale=_embedding_scale(model, first_input),
+        rotaries=tuple(map(rotary.table, angles)),
     )
 
 
-def _record(
-    runner: "ModelRunner", first_layer: nn.Module
-) -> tuple[tuple[Tensor, Tensor], list[Any]]:
-    """Run a token; return it, the first layer's input, and what attention was called with."""
-    token = torch.ones(2 if runner.paired else 1, 1, dtype=torch.int64)
-    seen: list[Tensor] = []
+@torch.inference_mode()
+def _record(model: Any, first_layer: nn.Module) -> tuple[Tensor, list[attention.Call]]:
+    """Run token 1 at position 0 and at FAR, in both halves.
+
+    Return what the first layer reads, and what each layer hands to attention.
+    """
+    inputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
+        inputs.append(args[0] if args else kwargs["hidden_states"])
 
     hook = first_layer.register_forward_pre_hook(keep, with_kwargs=True)
-    calls: list[Any] = []
-    recording = attention.RECORDING.set(calls)
     try:
-        runner.prefill(token.tolist())
+        with attention.recorded() as calls:
+            model.get_decoder()(
+                input_ids=_tokens(model),
+                attention_mask=torch.zeros(4, 1, 1, 1, dtype=model.dtype, device=model.device),
+                position_ids=torch.tensor([[0], [FAR]], device=model.device).repeat(2, 1),
+                use_cache=False,
+            )
     finally:
-        attention.RECORDING.reset(recording)
         hook.remove()
-    at = torch.zeros(len(token), dtype=torch.int64)  # the token's place, after virtual tokens
-    if runner.prompt_embeddings is not None:
-        at[len(token) // 2 if runner.paired else 0 :] = runner.virtual_tokens
-    return (token, seen[0][torch.arange(len(token)), at]), calls
+    return inputs[0][:, 0], calls
 
 
-def _embedding_scale(model: Any, token: Tensor, x: Tensor) -> float | Tensor | None:
-    with torch.inference_mode():
-        embedded = model.get_input_embeddings()(token)[:, 0]
-    if torch.equal(x, embedded):
+def _tokens(model: Any) -> Tensor:
+    return torch.ones(4, 1, dtype=torch.int64, device=model.device)
+
+
+@torch.inference_mode()
+def _embedding_scale(model: Any, first_input: Tensor) -> float | Tensor | None:
+    embedded = model.get_input_embeddings()(_tokens(model))[:, 0]
+    if torch.equal(first_input, embedded):
         return None
     config = model.config.get_text_config()
     for scale in (
-        torch.tensor(config.hidden_size**0.5, dtype=x.dtype),
+        torch.tensor(config.hidden_size**0.5, dtype=embedded.dtype),
         getattr(config, "embedding_multiplier", 1.0),
     ):
-        if torch.equal(x, embedded * scale):
+        if torch.equal(first_input, embedded * scale):
             return scale
-    raise NotDescribed("the first layer reads more than scaled embeddings")
+    raise NotDescribed("its first layer reads more than scaled embeddings")
 
 
-def _rotaries(
-    decoder: Any, config: Any, layers: int
-) -> tuple[tuple[Rotary, ...], list[int | None]]:
-    """Return the tables' functions, and which of them each layer reads."""
-    module = getattr(decoder, "rotary_emb", None)
-    if module is None:
-        raise NotDescribed("its positions are not rotary")
-    types = getattr(module, "rope_type", "default")
-    for kind in types.values() if isinstance(types, dict) else [types]:
-        if kind not in STATIC_ROPE:
-            raise NotDescribed(f"its rotary embedding is {kind}")
-    like = next(decoder.parameters())
-
-    def table(*layer_type: str) -> Rotary:
-        @torch.inference_mode()
-        def compute(positions: int) -> tuple[Tensor, Tensor]:
-            x = torch.zeros(1, dtype=like.dtype)
-            cos, sin = module(x, torch.arange(positions)[None], *layer_type)
-            return cos[0].contiguous(), sin[0].contiguous()
-
-        return compute
-
-    if "layer_type" not in inspect.signature(type(module).forward).parameters:
-        return (table(),), [0] * layers
-    kinds = sorted(set(config.layer_types))
-    return tuple(map(table, kinds)), [kinds.index(kind) for kind in config.layer_types]
-
-
-def _layer(layer: Any, call: attention.Call, rotary: int | None) -> Layer:
+def _layer(layer: Any, call: attention.Call, which_rotary: int | None) -> Layer:
     attn, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if attn is None or mlp is None:
-        raise NotDescribed(f"{type(layer).__name__} has no self_attn and mlp")
-    for name, module in dict(layer=layer, self_attn=attn, mlp=mlp).items():
-        _holds_only(name, module)
+        raise NotDescribed("its layers have no self_attn and mlp")
+    for part, module in (("layer", layer), ("attention", attn), ("feed-forward", mlp)):
+        _holds_only(part, module)
     if not call.is_plain:
         raise NotDescribed("its attention takes more than queries, keys and values of one width")
     dim = call.head_dim
     sizes = [call.heads * dim, call.kv_heads * dim, call.kv_heads * dim]
-    query, key, value = _parts(attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes)
-    gate, up = _parts(mlp, ("gate_proj", "up_proj"), "gate_up_proj", None)
+    query, key, value = parts.joined(attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes)
+    gate, up = parts.joined(mlp, ("gate_proj", "up_proj"), "gate_up_proj", None)
     if any(x.input_scale is not None for x in (query, key, value, gate, up)):
         raise NotDescribed("the input of joined layers is scaled")
-    act = getattr(mlp, "act_fn", None) or mlp.activation_fn
     return Layer(
-        query=query, key=key, value=value, output=_linear(attn.o_proj),
-        gate=gate, up=up, down=_linear(mlp.down_proj), **_layer_norms(layer),
-        query_norm=_norm(getattr(attn, "q_norm", None)),
-        key_norm=_norm(getattr(attn, "k_norm", None)),
+        query=query, key=key, value=value, output=parts.linear(attn.o_proj),
+        gate=gate, up=up, down=parts.linear(mlp.down_proj), **parts.layer_norms(layer),
+        query_norm=parts.norm(getattr(attn, "q_norm", None)),
+        key_norm=parts.norm(getattr(attn, "k_norm", None)),
         heads=call.heads, kv_heads=call.kv_heads, head_dim=dim, window=call.window,
-        rotary=rotary if getattr(attn, "use_rope", True) else None, activation=_activation(act),
-        scaling=call.scaling, softcap=call.softcap,
+        rotary=which_rotary, activation=parts.activation(mlp), scaling=call.scaling,
+        softcap=call.softcap,
         residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
     )  # fmt: skip
 
 
 def _holds_only(part: str, module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if name not in MODULES[part] and any(True for _ in child.parameters()):
-            raise NotDescribed(f"{type(module).__name__} holds {name}")
-
-
-def _parts(
-    module: Any, names: tuple[str, ...], joined: str, sizes: list[int] | None
-) -> list[Linear]:
-    """The linear layers of these names, or the parts of the one that joins them."""
-    if not hasattr(module, joined):
-        return [_linear(getattr(module, name)) for name in names]
-    whole = _linear(getattr(module, joined))
-    if whole.input_scale is not None or whole.output_scale is not None:
-        raise NotDescribed(f"{joined} is scaled")
-    sizes = sizes or [len(whole.weight) // len(names)] * len(names)
-
-    def part(start: int, size: int) -> Linear:
-        def rows(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[start : start + size]
-
-        weight, low_rank = whole.weight[start : start + size], whole.low_rank
-        if low_rank is not None:
-            down, up, up_bias = low_rank
-            low_rank = down, up[start : start + size], rows(up_bias)
-        return Linear(weight, rows(whole.bias), low_rank)
-
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [part(start, size) for start, size in zip(starts, sizes, strict=True)]
-
-
-def _linear(module: Any) -> Linear:
-    base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module
-    if type(base) not in (nn.Linear, linear.Linear):
-        raise NotDescribed(f"it has a {type(base).__name__}")
-    weight, bias = base.weight, base.bias
-    if type(weight) not in linear.PLAIN or weight.stride(1) != 1:
-        raise NotDescribed("a weight is no plain matrix")
-    plain = Linear(weight.detach(), None if bias is None else bias.detach())
-    if module is base:
-        return plain
-    if isinstance(module, PairedLoraLinear):
-        return Linear(plain.weight, plain.bias, low_rank=module.low_rank)
-    if isinstance(module, PairedIa3):
-        scale = module.scale.contiguous()
-        if module.is_feedforward:
-            return Linear(plain.weight, plain.bias, input_scale=scale)
-        return Linear(plain.weight, plain.bias, output_scale=scale)
-    raise NotDescribed(f"it has a {type(module).__name__}")
-
-
-def _norm(module: Any) -> Any:
-    if module is None:
-        return None
-    found = getattr(module, "native_form", None) or rms_norm.recognise(module)
-    if found is None:
-        raise NotDescribed(f"{type(module).__name__} is no known RMSNorm")
-    return Norm(module.weight.detach(), *found)
-
-
-def _layer_norms(layer: Any) -> dict[str, Norm | None]:
-    named = {
-        name: getattr(layer, name, None) for name in MODULES["layer"] if name.endswith("layernorm")
-    }
-    before, after = named["input_layernorm"], named["post_attention_layernorm"]
-    pre, post = named["pre_feedforward_layernorm"], named["post_feedforward_layernorm"]
-    places = ("attention_norm", "attended_norm", "feedforward_norm", "fed_norm")
-    if before is not None and pre is None and post is None:
-        found = before, None, after, None  # Llama
-    else:
-        found = before, after, pre, post  # Gemma 2; without `before` and `pre`, OLMo 2
-    return dict(zip(places, map(_norm, found), strict=True))
-
-
-def _activation(act: Callable[[Tensor], Tensor]) -> str:
-    x = torch.linspace(-6, 6, 97)
-    for name, function in ACTIVATIONS.items():
-        if torch.allclose(act(x), function(x), atol=1e-6):
-            return name
-    raise NotDescribed(f"its activation is {type(act).__name__}")
+    other = [
+        name
+        for name, child in module.named_children()
+        if name not in MODULES[part] and any(True for _ in child.parameters())
+    ]
+    if other:
+        raise NotDescribed(f"its {part} holds {', '.join(sorted(other))}")
