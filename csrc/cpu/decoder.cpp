@@ -18,11 +18,15 @@ namespace {
 
 constexpr int kJoined = 3;            // linear layers that read the same input
 constexpr int kPhasesPerLayer = 20;  // no fewer than run_layer passes
-constexpr int64_t kChunkBytes = 64 << 10;  // of weights that a thread takes at once
+constexpr int64_t kLeastBytes = 32 << 10;  // of weights that a thread takes at once
 
 template <class T = const char>
 T* at(int64_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+Dtype other_than(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? Dtype::kBFloat16 : Dtype::kFloat32;
 }
 
 // What all threads share.
@@ -37,14 +41,14 @@ struct Step {
   char* logits;              // [tokens, vocabulary], or null
   const LinearKernel& linear;
   const StepKernel& kernel;
-  Dtype dtype, packed;  // of all rows; of the rows that linear layers read
+  Dtype dtype;
   int64_t size;         // bytes of an element
-  bool widens;          // some adapter takes float32 rows where the weights take bfloat16
+  bool repacks;         // some adapter has another dtype than the weights
   char* residual;       // [tokens, hidden_size]
   char* buffers[kJoined];  // [tokens, widest], outputs of joined layers
   char* attended;          // [tokens, widest]
   char* x;                 // packed inputs
-  char* wide;              // the same of the adapted tokens, float32
+  char* other;             // those of the adapted tokens, for adapters of the other dtype
   float* down_x[kJoined];  // [adapted tokens, rank]
   int64_t widest;          // elements
 
@@ -52,29 +56,9 @@ struct Step {
   int64_t adapted() const { return tokens() - first_adapted; }
 };
 
-int64_t chunks_of(int64_t blocks, int64_t per_chunk) { return (blocks + per_chunk - 1) / per_chunk; }
-
-// A linear layer cut into chunks.
-struct Job {
-  Product product;
-  int64_t blocks, per_chunk;
-
-  explicit Job(const Product& p) : product(p) {
-    blocks = (p.weight.out + kOutputs - 1) / kOutputs;
-    per_chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, kOutputs * p.weight.row_bytes));
-  }
-  Job() : product{}, blocks(0), per_chunk(1) {}
-
-  int64_t chunks() const { return chunks_of(blocks, per_chunk); }
-  void run(const LinearKernel& linear, int64_t chunk) const {
-    const int64_t begin = chunk * per_chunk;
-    linear.blocks(product, begin, std::min(blocks, begin + per_chunk));
-  }
-};
-
 class Worker {
  public:
-  Worker(const Step& step, Phase* phases) : s(step), crew(phases) {}
+  Worker(const Step& step, Phase* phases, int64_t threads) : s(step), crew(phases, threads) {}
 
   void run() {
     const int64_t bytes = s.plan.hidden_size * s.size;
@@ -144,10 +128,11 @@ class Worker {
   }
 
   void pack(int64_t token, const char* x, int64_t size) const {
-    pack_row(x, s.dtype, 1, size, s.packed, s.x + token * packed_row_bytes(size, s.packed));
-    if (s.widens && token >= s.first_adapted)
-      pack_row(x, s.dtype, 1, size, Dtype::kFloat32,
-               s.wide + (token - s.first_adapted) * packed_row_bytes(size, Dtype::kFloat32));
+    const int64_t row_bytes = packed_row_bytes(size);
+    s.linear.pack(s.dtype, size, x, s.dtype, s.x + token * row_bytes);
+    if (s.repacks && token >= s.first_adapted)
+      s.linear.pack(s.dtype, size, x, other_than(s.dtype),
+                    s.other + (token - s.first_adapted) * row_bytes);
   }
 
   void add(const LayerPlan& l, const NormPlan& n, int64_t token) const {
@@ -160,12 +145,13 @@ class Worker {
   // Runs linear layers that read the same packed rows, output i into buffer i or all into `out`.
   void joined(std::initializer_list<const LinearPlan*> plans, char* out = nullptr,
               int64_t out_size = 0) {
-    Job downs[kJoined], jobs[kJoined];
+    Product downs[kJoined] = {}, products[kJoined] = {};
     bool scales = false;
     int count = 0;
     for (const LinearPlan* p : plans) {
-      Product product = {};
-      product.x = {s.x, packed_row_bytes(p->in, s.packed), s.packed};
+      Product& product = products[count];
+      const int64_t x_row_bytes = packed_row_bytes(p->in);
+      product.x = {s.x, x_row_bytes, s.linear.packs_bfloat16(s.dtype, s.dtype)};
       product.weight = {at(p->weight), p->row_bytes, p->out, p->in, s.dtype};
       product.bias = {at(p->bias), p->bias_stride, s.dtype};
       product.rows = product.first_adapted = s.tokens();
@@ -174,33 +160,31 @@ class Worker {
       product.out_dtype = s.dtype;
       if (p->down && s.adapted() > 0) {
         const Dtype low = Dtype(p->low_rank_dtype);
-        const int64_t row_bytes = packed_row_bytes(p->rank, Dtype::kFloat32);
-        char* down_x = reinterpret_cast<char*>(s.down_x[count]);
-        Product down = {};
-        down.x = s.packed != Dtype::kFloat32 && low == Dtype::kFloat32
-                     ? Packed{s.wide, packed_row_bytes(p->in, low), low}
-                     : product.x.from(s.first_adapted);
+        Product& down = downs[count];
+        down.x = low == s.dtype
+                     ? product.x.from(s.first_adapted)
+                     : Packed{s.other, x_row_bytes, s.linear.packs_bfloat16(s.dtype, low)};
         down.weight = {at(p->down), p->down_row_bytes, p->rank, p->in, low};
         down.rows = down.first_adapted = s.adapted();
-        down.out = down_x;
-        down.out_row_bytes = row_bytes;
+        down.out = reinterpret_cast<char*>(s.down_x[count]);
+        down.out_row_bytes = packed_row_bytes(p->rank);
         down.out_dtype = Dtype::kFloat32;
-        downs[count] = Job(down);
         product.first_adapted = s.first_adapted;
-        product.down_x = {down_x, row_bytes, Dtype::kFloat32};
+        product.down_x = s.down_x[count];
+        product.down_x_stride = down.out_row_bytes / 4;
         product.up = {at(p->up), p->up_row_bytes, p->out, p->rank, low};
         product.up_bias = {at(p->up_bias), p->up_bias_stride, low};
       }
       scales |= p->output_scale != 0;
-      jobs[count++] = Job(product);
+      ++count;
     }
     run_all(downs, count);
-    run_all(jobs, count);
+    run_all(products, count);
     if (!scales || s.adapted() <= 0) return;
     crew.each(s.adapted(), [&](int64_t adapted) {
       for (int i = 0; i < count; ++i) {
         const LinearPlan& p = *plans.begin()[i];
-        const Product& product = jobs[i].product;
+        const Product& product = products[i];
         if (p.output_scale)
           s.kernel.multiply(s.dtype, p.out,
                             product.out + (s.first_adapted + adapted) * product.out_row_bytes,
@@ -209,15 +193,23 @@ class Worker {
     });
   }
 
-  void run_all(const Job (&jobs)[kJoined], int count) {
-    int64_t chunks = 0;
-    for (int i = 0; i < count; ++i) chunks += jobs[i].chunks();
-    if (chunks == 0) return;
-    crew.each(chunks, [&](int64_t chunk) {
-      int i = 0;
-      for (; chunk >= jobs[i].chunks(); ++i) chunk -= jobs[i].chunks();
-      jobs[i].run(s.linear, chunk);
-    });
+  void run_all(const Product (&products)[kJoined], int count) {
+    int64_t outputs = 0, bytes = 0;
+    for (int i = 0; i < count; ++i) {
+      outputs += products[i].weight.out;
+      bytes += products[i].weight.out * products[i].weight.row_bytes;
+    }
+    if (outputs == 0) return;
+    crew.share(outputs, std::max<int64_t>(1, outputs * kLeastBytes / bytes),
+               [&](int64_t begin, int64_t end) {
+                 for (int i = 0; i < count && end > 0; ++i) {
+                   const int64_t out = products[i].weight.out;
+                   if (begin < out)
+                     s.linear.outputs(products[i], std::max<int64_t>(0, begin), std::min(end, out));
+                   begin -= out;
+                   end -= out;
+                 }
+               });
   }
 
   // Norms and rotates queries and keys, appends keys and values to the cache, and attends.
@@ -304,13 +296,12 @@ void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inpu
             step_in_use()};
   s.dtype = dtype;
   s.size = size_of(dtype);
-  s.packed = s.linear.multiplies_bfloat16 ? dtype : Dtype::kFloat32;
   int64_t rank = 0;
   s.widest = plan.hidden_size;
   each_linear(plan, [&](const LinearPlan& p) {
     if (&p != &plan.head) s.widest = std::max({s.widest, p.in, p.out});
     rank = std::max(rank, p.rank);
-    s.widens |= p.down && s.packed != Dtype::kFloat32 && Dtype(p.low_rank_dtype) == Dtype::kFloat32;
+    s.repacks |= p.down && Dtype(p.low_rank_dtype) != dtype;
   });
   const int64_t tokens = s.tokens(), adapted = std::max<int64_t>(0, s.adapted());
   const int64_t phases = plan.layers * kPhasesPerLayer + kPhasesPerLayer;
@@ -318,9 +309,9 @@ void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inpu
       phases * int64_t{sizeof(Phase)},
       tokens * plan.hidden_size * s.size,
       tokens * s.widest * s.size,
-      tokens * packed_row_bytes(s.widest, s.packed),
-      s.widens ? adapted * packed_row_bytes(s.widest, Dtype::kFloat32) : 0,
-      adapted * packed_row_bytes(rank, Dtype::kFloat32),
+      tokens * packed_row_bytes(s.widest),
+      s.repacks ? adapted * packed_row_bytes(s.widest) : 0,
+      adapted * packed_row_bytes(rank),
   };
   int64_t bytes = 0;
   for (int i = 0; i < 6; ++i) bytes += aligned(sizes[i]) * (i == 2 ? kJoined + 1 : i == 5 ? kJoined : 1);
@@ -336,12 +327,12 @@ void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inpu
   for (char*& buffer : s.buffers) buffer = take(2);
   s.attended = take(2);
   s.x = take(3);
-  s.wide = take(4);
+  s.other = take(4);
   std::memset(room, 0, aligned(sizes[5]) * kJoined);  // the padding of `down_x`
   for (float*& down_x : s.down_x) down_x = reinterpret_cast<float*>(take(5));
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1,
-                              [&](int64_t, int64_t) { Worker(s, phase).run(); });
+                              [&](int64_t, int64_t) { Worker(s, phase, threads).run(); });
 }
 
 }  // namespace
