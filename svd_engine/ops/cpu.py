@@ -16,7 +16,7 @@ from svd_engine.kernels.arguments import Draw, Mask, log_alpha
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
 OPERATORS = (
     "steer", "steering_vector", "sample", "sample_cut", "topk", "score", "project_strength",
-    "support", "divergence", "linear", "rms_norm", "rotate", "attend", "capability",
+    "support", "divergence", "linear", "rms_norm", "rotate", "attend", "decode", "capability",
 )  # fmt: skip
 
 
@@ -184,3 +184,20 @@ def attend(
     scores: `[rows, 1, 1, slots]`.
     """
     _ops().attend(query, key, value, mask, scale, softcap or 0.0, out)
+
+
+def decode(
+    plan: Tensor,
+    caches: Tensor,
+    inputs: Tensor,
+    positions: Tensor,
+    first_adapted_row: int,
+    hidden: Tensor,
+    logits: Tensor | None,
+) -> None:
+    """Run new tokens through a decoder; write hidden states `[rows, q, H]` and logits if given.
+
+    plan, caches: int64, the words of csrc/cpu/decoder.h. inputs: embeddings `[rows, q, H]`;
+    positions: int64 `[rows]`, the cache slot of each row's first new token.
+    """
+    _ops().decode(plan, caches, inputs, positions, first_adapted_row, hidden, logits)
