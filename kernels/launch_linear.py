@@ -14,8 +14,9 @@ from .launch import STREAM_REGISTERS, aligned
 from .triton_linear import finish_rows, linear_tiles
 
 JOINED = 3  # layers of one input at most
-ROWS, MANY_ROWS = 16, 32  # of x per program: more if there are more
-MANY_ROWS_STAGES = 5
+# Of x per program: more if there are more, of two bytes an element. A row's bits are the same.
+ROWS, MANY_ROWS = 16, 32
+MANY_ROWS_STAGES, MANY_ROWS_WARPS = 5, 4
 # (least outputs, outputs per program, tiles of weights in flight). With few programs each keeps
 # more tiles in flight. The number of rows does not enter, so a row's bits do not depend on it.
 TILES = ((8192, 32, 5), (4096, 16, 5), (0, 16, 9))
@@ -130,7 +131,10 @@ def multiply(x: Tensor, joined: Joined, parts: Tensor, splits: int | None = None
     wide = aligned(x, *weights, down if ranks else unread)
     sizes = *(len(w) for w in weights), ranks
     tiles = sum(-(-size // out_tile) for size in sizes)
-    block = ROWS if rows <= ROWS else MANY_ROWS
+    block = ROWS if rows <= ROWS or x.itemsize > 2 else MANY_ROWS
+    warps = out_tile // 8
+    if block > ROWS:
+        stages, warps = min(stages, MANY_ROWS_STAGES), MANY_ROWS_WARPS
     stride = parts.stride(-2) if parts.dim() > 1 else joined.outputs + ranks
     if tiles * rows == 0:
         return splits
@@ -139,7 +143,7 @@ def multiply(x: Tensor, joined: Joined, parts: Tensor, splits: int | None = None
             x, x.stride(0), *each[0], *each[1], *each[2], down if ranks else unread,
             down.stride(0) if ranks else 0, ranks, parts, stride, rows, fan_in, splits,
             ALIGNED=wide, ROWS=block, OUT_TILE=out_tile, IN_TILE=IN_BYTES // x.itemsize,
-            STAGES=(min(stages, MANY_ROWS_STAGES) if block > ROWS else stages) if wide else 1, num_warps=out_tile // 8, enable_fp_fusion=True,
+            STAGES=stages if wide else 1, num_warps=warps, enable_fp_fusion=True,
             # Bounded only where it has to be: given room, ptxas takes it, and spills besides.
             maxnreg=STREAM_REGISTERS if block == ROWS or not wide else None,
         )  # fmt: skip

@@ -56,8 +56,8 @@ def linear_tiles(
     IN_TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """parts `[splits, rows, outputs0 + outputs1 + outputs2 + ranks]`: x [weights, down]^T, each over
-    a split's columns."""
+    """parts `[splits, rows, outputs0 + outputs1 + outputs2 + ranks]` = x [weights, down]^T, each
+    over a split's columns."""
     blocks = tl.cdiv(rows, ROWS)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks % splits

@@ -39,6 +39,7 @@ def sections(device: str) -> dict[str, tuple[str, float]]:
         "latency": ("benchmarks.gpu.speed:latency", 30),
         "operators": ("benchmarks.gpu.speed:operators", 110),
         "linear": ("benchmarks.gpu.linear:section", 40),
+        "step": ("benchmarks.gpu.step:section", 90),
         "engine": ("benchmarks.gpu.engine:section", 170),
         "tiles": ("benchmarks.gpu.tiles:section", 40),
         "sanitizer": ("benchmarks.gpu.graph:sanitizer", 60),

@@ -137,7 +137,10 @@ def steps(dtype):
         of_head = Norm(torch.empty(dim, dtype=dtype), 1e-6, 0.0) if normed else None
         form = Heads(heads, kv_heads, dim, 0.1, 0, 50.0 if normed else 0.0, of_head, of_head)
         qkv = joined([heads * dim, kv_heads * dim, kv_heads * dim], width, rank, dtype)
-        output, down = joined([width], heads * dim, rank, dtype), joined([width], inner, rank, dtype)
+        output, down = (
+            joined([width], heads * dim, rank, dtype),
+            joined([width], inner, rank, dtype),
+        )
         gate_up = joined([inner, inner], width, rank, dtype)
         size = max(workspace_size(2, [qkv, output, gate_up, down]), attention_size(2, form))
         workspace = torch.empty(size)

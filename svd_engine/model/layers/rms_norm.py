@@ -41,9 +41,8 @@ def recognise(module: nn.Module) -> tuple[float, Form] | None:
         or len(module._parameters) != 1
         or not isinstance(eps, float)
         or weight is None
-        or not weight.is_cpu
         or weight.dim() != 1
-        or weight.dtype not in (torch.float32, torch.bfloat16)
+        or not weight.is_floating_point()
     ):
         return None
     trial = copy.copy(module)

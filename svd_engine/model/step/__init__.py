@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from svd_engine.model.step import cpu
+from svd_engine.model.step import cpu, cuda
 from svd_engine.model.step.cpu import CpuStep
+from svd_engine.model.step.cuda import CudaStep
 from svd_engine.model.step.read import NotDescribed, read_plan
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PROMPT, NEW = [5, 3, 11], (2, 9)  # any tokens
 # Of the norm of a token's hidden states. Of few rows the modules round as the step does.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def use_native_step(runner: "ModelRunner", build_short: Callable[[], "ModelRunner"]) -> None:
@@ -35,18 +36,21 @@ def use_native_step(runner: "ModelRunner", build_short: Callable[[], "ModelRunne
         logger.debug("No native step", exc_info=True)
         runner.how = f"module by module, because of a {type(error).__name__} in a trial"
     else:
-        runner.how = "one native call"
+        runner.how = runner.native.how
 
 
-def _native(runner: "ModelRunner") -> CpuStep:
+def _native(runner: "ModelRunner") -> CpuStep | CudaStep:
     plan = read_plan(runner)
-    if (reason := cpu.why_not(plan)) is not None:
-        raise NotDescribed(reason)
-    return CpuStep(plan)
+    reasons = {}
+    for kind, executor in ((CpuStep, cpu), (CudaStep, cuda)):
+        if (reason := executor.why_not(plan)) is None:
+            return kind(plan)
+        reasons[kind] = reason
+    raise NotDescribed(reasons[CpuStep if plan.norm.weight.is_cpu else CudaStep])
 
 
 @torch.inference_mode()
-def _check(runner: "ModelRunner", step: CpuStep) -> None:
+def _check(runner: "ModelRunner", step: CpuStep | CudaStep) -> None:
     """Raise NotDescribed unless the step computes what the modules compute."""
     copies, errors = 2 if runner.paired else 1, []
     runner.prefill([PROMPT] * copies, max_new_tokens=len(NEW))

@@ -1,4 +1,4 @@
-"""Runs a plan on a GPU: ten kernels per layer, which a CUDA graph can hold (kernels/launch_step)."""
+"""Runs a plan on a GPU by ten kernels per layer, which a CUDA graph can hold."""
 
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ class CudaStep:
 
     most_tokens = MOST_TOKENS
     how = "cuda"
+    lengths_on_device = True
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -108,9 +109,7 @@ class CudaStep:
                 first, stream, normal,
             )  # fmt: skip
             parts = launch_step.product(normal, layer.gate_up, workspace)
-            launch_step.finish_with_gate(
-                parts, layer.is_gelu, layer.down_input_scale, first, fed
-            )
+            launch_step.finish_with_gate(parts, layer.is_gelu, layer.down_input_scale, first, fed)
             parts = launch_step.product(fed, layer.down, workspace)
             launch_step.finish_with_norm(
                 parts, layer.fed_norm, stream, layer.residual_scale, layer.next_norm, first,

@@ -80,6 +80,7 @@ def _record(
     finally:
         attention.RECORDING.reset(recording)
         hook.remove()
+    token = token.to(runner.model.device)
     at = torch.zeros(len(token), dtype=torch.int64)  # the token's place, after virtual tokens
     if runner.prompt_embeddings is not None:
         at[len(token) // 2 if runner.paired else 0 :] = runner.virtual_tokens
@@ -117,8 +118,8 @@ def _rotaries(
     def table(*layer_type: str) -> Rotary:
         @torch.inference_mode()
         def compute(positions: int) -> tuple[Tensor, Tensor]:
-            x = torch.zeros(1, dtype=like.dtype)
-            cos, sin = module(x, torch.arange(positions)[None], *layer_type)
+            x = torch.zeros(1, dtype=like.dtype, device=like.device)
+            cos, sin = module(x, torch.arange(positions, device=like.device)[None], *layer_type)
             return cos[0].contiguous(), sin[0].contiguous()
 
         return compute
