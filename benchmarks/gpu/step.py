@@ -30,7 +30,7 @@ from svd_engine.model.cuda_graphs import GraphedRunner
 from svd_engine.model.pair import PairedRunner, SequentialRunner, adapted_runner, pair_models
 from svd_engine.model.peft_adapter import Adapter
 
-_SMALL = dict(
+_SMALL: dict[str, Any] = dict(
     vocab_size=211, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None,
     eos_token_id=None, pad_token_id=None, initializer_range=0.1,

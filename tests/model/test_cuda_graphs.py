@@ -119,7 +119,7 @@ def test_a_capture_is_tried_again_and_others_are_not_given_up():
     calls = []
 
     def fails_first(run, device, pool):
-        calls.append(len(run()[0]))
+        calls.append(run)
         if len(calls) == 1:
             raise RuntimeError("out of memory, for once")
         return rerun(run, device)
@@ -128,7 +128,7 @@ def test_a_capture_is_tried_again_and_others_are_not_given_up():
     for prompts in (PROMPTS, PROMPTS[0]):
         asked = dict(eos_token_id=[])
         assert tokens(graphed, prompts, **asked) == tokens(plain, prompts, **asked)
-    assert calls == [4, 4, 1]
+    assert len(calls) == 3 and recorded(graphed) == 2
 
 
 class FakeGraph:
