@@ -39,6 +39,7 @@ def sections(device: str) -> dict[str, tuple[str, float]]:
         "operators": ("benchmarks.gpu.speed:operators", 90),
         "engine": ("benchmarks.gpu.engine:section", 110),
         "linear": ("benchmarks.gpu.linear:section", 40),
+        "step": ("benchmarks.gpu.step:section", 90),
         "tiles": ("benchmarks.gpu.tiles:section", 40),
         "sanitizer": ("benchmarks.gpu.graph:sanitizer", 60),
     }

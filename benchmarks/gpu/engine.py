@@ -163,7 +163,8 @@ def equality(run: Run) -> dict[str, Any]:
         decoder = replayed._decoder(replayed.pair)
         assert isinstance(decoder, GraphedRunner)
         recorded = decoder.graphs
-        results["CUDA graphs"] = "a capture failed" if recorded is None else f"{recorded} recorded"
+        failed = f", {decoder.failures} failed" if decoder.failures else ""
+        results["CUDA graphs"] = f"{recorded} recorded{failed}"
     return results
 
 

@@ -1,8 +1,13 @@
-"""Decode steps as CUDA graphs, one per bucket of rows and slots, replayed for every token."""
+"""Decode steps as CUDA graphs, replayed for every token.
+
+There is one per bucket of rows, and of slots too where a step goes through the modules.
+"""
 
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +19,9 @@ logger = logging.getLogger(__name__)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # more rows decode without a graph
 SLOTS = 256  # and twice, four times, ... as many
 
+TRIES = 2  # of a capture that fails; memory may be there the next time
+
+Key = tuple[int, int, int]  # rows, and of the walk over modules also slots and kv_length
 Run = Callable[[], PerModel]
 Replay = Callable[[], object]
 
@@ -34,25 +42,65 @@ def bucket_slots(slots: int) -> int:
     return SLOTS << ((slots - 1) // SLOTS).bit_length()
 
 
-def record(run: Run, device: torch.device) -> tuple[Replay, PerModel]:
-    """Capture `run`, which has run before. Return the replay and the tensors that it fills."""
-    with torch.cuda.device(device):
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+# One capture at a time in the process: two would disturb each other.
+_capturing = threading.Lock()
+
+
+def record(run: Run, device: torch.device, pool: Any = None) -> tuple[Replay, PerModel]:
+    """Capture `run`, which has run before. Return the replay and the tensors that it fills.
+
+    pool: the memory pool, which graphs share that are replayed one after the other.
+    """
+    with _capturing, torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        before = torch.cuda.current_stream(index)
+        generator = torch.cuda.default_generators[index]
         state, graph = generator.clone_state(), torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        stream = torch.cuda.Stream(index)
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 outputs = run()
         except Exception:
-            generator.graphsafe_set_state(state)  # a capture that fails leaves it unusable
+            # A capture that fails leaves its stream current, the allocator in its pool and the
+            # generator unusable.
+            torch.cuda.set_stream(before)
+            torch._C._cuda_endAllocateToPool(index, pool)
+            generator.graphsafe_set_state(state)
             raise
     return graph.replay, outputs
+
+
+class Order:
+    """Lets work on a device wait for what another stream did before with the same memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._is_cuda = device, device.type == "cuda"
+        self._event: Any = None
+        self._stream: Any = None
+
+    def begin(self) -> None:
+        if self._event is None:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._stream:
+            stream.wait_event(self._event)
+
+    def end(self) -> None:
+        if self._is_cuda:
+            self._event = self._event or torch.cuda.Event()
+            self._stream = torch.cuda.current_stream(self._device)
+            self._event.record(self._stream)
 
 
 class GraphedRunner:
     """A `Decoder` that replays a pair's decode steps from CUDA graphs.
 
     Rows and slots are rounded up, so that requests of many shapes share few graphs. Padding rows
-    duplicate row 0. If a capture fails, one warning is logged and decoding goes on without graphs.
+    duplicate row 0. Where a capture fails a warning names the cause, and steps of that shape go on
+    without a graph; it is tried `TRIES` times.
     """
 
     overlaps_host = True
@@ -60,11 +108,14 @@ class GraphedRunner:
     def __init__(
         self,
         pair: ModelPair,
-        record: Callable[[Run, torch.device], tuple[Replay, PerModel]] = record,
+        record: Callable[[Run, torch.device, Any], tuple[Replay, PerModel]] = record,
     ) -> None:
         self.pair = pair
-        self._record: Callable[[Run, torch.device], tuple[Replay, PerModel]] | None = record
-        self._steps: dict[tuple[int, int, int], Step] = {}
+        self._record = record
+        self._steps: dict[Key, Step] = {}
+        self._failed: Counter[Key] = Counter()
+        self._pool: Any = None  # of all steps' memory: only one step is replayed at a time
+        self._order = Order(pair.device)
         self._memory_key: object = None  # of the tensors that the captured steps work on
         self._rows = self._slots = 0  # of the request
         self._next_position = 0  # the highest that the next step writes
@@ -74,18 +125,25 @@ class GraphedRunner:
         return self.pair.device
 
     @property
-    def graphs(self) -> int | None:
-        """Number of captured steps; None if a capture failed."""
-        return None if self._record is None else len(self._steps)
+    def graphs(self) -> int:
+        """Number of captured steps."""
+        return len(self._steps)
+
+    @property
+    def failures(self) -> int:
+        """Number of captures that failed."""
+        return self._failed.total()
 
     def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
         """Call the pair's, with rows and slots rounded up."""
+        self._order.begin()
         self._rows, self._next_position = len(prompts), max(map(len, prompts))
         self._slots = bucket_slots(self._next_position + max_new_tokens)
         max_rows = bucket_rows(max(max_rows, self._rows))
         hidden = self.pair.prefill(prompts, self._slots - self._next_position, max_rows)
         if bucket_rows(self._rows) > self._rows:
             self.reorder(torch.arange(self._rows, device=self.device))
+        self._order.end()
         return hidden
 
     def logits(self, hidden: Sequence[Tensor]) -> PerModel:
@@ -94,31 +152,37 @@ class GraphedRunner:
 
     def reorder(self, index: Tensor) -> None:
         """Call the pair's, with padding rows."""
+        self._order.begin()
         self._rows = len(index)
         copies = index[:1].expand(bucket_rows(self._rows) - self._rows)
         self.pair.reorder(torch.cat([index, copies]))
+        self._order.end()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> PerModel:
         """Do the pair's step; the next step overwrites the logits."""
+        self._order.begin()
         kv_length = min(bucket_slots(self._next_position + 1), self._slots)
         self._next_position += 1
         if self._memory_key != self.pair.memory_key:
             self._memory_key = self.pair.memory_key
             self._steps.clear()
-        key = bucket_rows(self._rows), self._slots, kv_length
+        rows = bucket_rows(self._rows)
+        any_length = self.pair.lengths_on_device
+        key = (rows, 0, 0) if any_length else (rows, self._slots, kv_length)
         step = self._steps.get(key)
         if step is None:
-            logits = self._run_and_capture(key, tokens)
+            logits = self._run_and_capture(key, tokens, kv_length)
         else:
             step.tokens[: self._rows] = tokens
             step.replay()
             logits = step.logits
+        self._order.end()
         return tuple(x[: self._rows] for x in logits)
 
-    def _run_and_capture(self, key: tuple[int, int, int], tokens: Tensor) -> PerModel:
+    def _run_and_capture(self, key: Key, tokens: Tensor, kv_length: int) -> PerModel:
         """Do a step without a graph, then capture it."""
-        rows, _, kv_length = key
+        rows = key[0]
         padded = tokens.new_zeros(rows)
         padded[: self._rows] = tokens
 
@@ -126,12 +190,17 @@ class GraphedRunner:
             return self.pair.step(padded, kv_length)
 
         logits = run()
-        if self._record is not None and rows <= ROWS[-1]:
+        if rows <= ROWS[-1] and self._failed[key] < TRIES:
             try:
-                self._steps[key] = Step(padded, *self._record(run, self.device))
+                if self._pool is None and self.device.type == "cuda":
+                    self._pool = torch.cuda.graph_pool_handle()
+                self._steps[key] = Step(padded, *self._record(run, self.device, self._pool))
             except Exception as error:  # a graph cannot hold all that a model may do
-                self._record = None
-                logger.warning("Decoding without CUDA graphs, because a capture failed: %s", error)
+                self._failed[key] += 1
+                logger.warning(
+                    "A step of %d rows goes on without a CUDA graph, because a capture failed: "
+                    "%s: %s", rows, type(error).__name__, error,
+                )  # fmt: skip
         return logits
 
     def warmup(self, rows: int, length: int) -> None:
@@ -140,7 +209,7 @@ class GraphedRunner:
         slots = SLOTS
         while slots <= bucket_slots(length):
             self.prefill([[0]] * rows, slots - 1)
-            kv_length = SLOTS
+            kv_length = slots if self.pair.lengths_on_device else SLOTS
             while kv_length <= slots:
                 self._next_position = kv_length - 1  # as if so many tokens had come before
                 self.step(tokens)

@@ -56,6 +56,11 @@ class PairedRunner:
         """A value that changes when tensors that outlive a request are allocated anew."""
         return self.runner.memory_key
 
+    @property
+    def lengths_on_device(self) -> bool:
+        """Whether a captured step of some rows serves any lengths and room in the cache."""
+        return self.runner.lengths_on_device
+
     def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
         """Return hidden states of (adapted, base) at each prompt's last token, `[B, H]` each.
 
@@ -107,6 +112,10 @@ class SequentialRunner:
     @property
     def memory_key(self) -> Hashable:
         return tuple(r.memory_key for r in self.runners)
+
+    @property
+    def lengths_on_device(self) -> bool:
+        return all(r.lengths_on_device for r in self.runners)
 
     def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
         return tuple(r.prefill(prompts, max_new_tokens, max_rows) for r in self.runners)

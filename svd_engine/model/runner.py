@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from svd_engine.model.kv_cache import KVCache
 from svd_engine.model.layers.attention import causal_mask
 from svd_engine.model.peft_adapter import Prefix
-from svd_engine.model.step.cpu import MOST_TOKENS, CpuStep
+from svd_engine.model.step.cpu import CpuStep
+from svd_engine.model.step.cuda import CudaStep
 from svd_engine.ops.head import softcapped
 
 
@@ -37,7 +38,7 @@ class ModelRunner:
     virtual_tokens: int = 0  # P
     prompt_embeddings: Tensor | None = None  # of the virtual tokens, [P, H]
     prefix: Prefix | None = None  # or their keys and values
-    native: CpuStep | None = None  # runs a few new tokens in the place of the modules
+    native: CpuStep | CudaStep | None = None  # runs a few new tokens in the place of the modules
     how: str = "module by module"  # how steps run
     cache: KVCache = field(default_factory=KVCache)
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [rows]
@@ -80,6 +81,8 @@ class ModelRunner:
         hidden = self._forward(
             positions, kv_length, common_start, position_ids=own, inputs_embeds=inputs
         )
+        if self.native is not None:
+            self.native.prepare(self.cache)
         return hidden[torch.arange(rows), last - before]
 
     @torch.inference_mode()
@@ -113,7 +116,7 @@ class ModelRunner:
         return self.logits(self.extend(tokens[:, None], kv_length)[:, 0])
 
     def _runs_natively(self, tokens: Tensor) -> bool:
-        return self.native is not None and tokens.numel() <= MOST_TOKENS
+        return self.native is not None and tokens.numel() <= self.native.most_tokens
 
     def _native(self, tokens: Tensor, with_logits: bool) -> Tensor:
         assert self.native is not None
@@ -147,6 +150,11 @@ class ModelRunner:
         """The decoder's name for its cache: transformers 5.24 renamed it."""
         names = inspect.signature(self.model.get_decoder().forward).parameters
         return "cache" if "cache" in names else "past_key_values"
+
+    @property
+    def lengths_on_device(self) -> bool:
+        """Whether steps read rows' lengths on the device, so that one graph serves all lengths."""
+        return self.native is not None and self.native.lengths_on_device
 
     @property
     def memory_key(self) -> tuple[int, int]:

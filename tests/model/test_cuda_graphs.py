@@ -3,7 +3,11 @@
 A recorder that runs the step again stands for CUDA graphs where there is no GPU.
 """
 
+import contextlib
 import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from svd_engine.model.cuda_graphs import GraphedRunner, bucket_rows, bucket_slot
 from tests.tiny import PROMPTS, tiny_peft
 
 
-def rerun(run, device):
+def rerun(run, device, pool=None):
     """Runs the step at every replay and fills the same tensors, as a CUDA graph does."""
     outputs = []  # there from the first replay on
 
@@ -98,17 +102,114 @@ def test_moved_memory_is_recorded_anew():
 
 
 def test_a_capture_that_fails_is_told_once_and_decoding_goes_on(caplog):
-    def fails(run, device):
+    def fails(run, device, pool):
         raise RuntimeError("no capture today")
 
     plain, graphed = engines(record=fails)
     with caplog.at_level(logging.WARNING):
         for prompts in (PROMPTS, PROMPTS[0]):
             assert tokens(graphed, prompts) == tokens(plain, prompts)
-    assert recorded(graphed) is None
-    assert [r.message for r in caplog.records] == [
-        "Decoding without CUDA graphs, because a capture failed: no capture today"
-    ]
+    assert recorded(graphed) == 0
+    said = "A step of %d rows goes on without a CUDA graph, because a capture failed: "
+    said += "RuntimeError: no capture today"
+    assert [r.message for r in caplog.records] == [said % rows for rows in (4, 4, 1, 1)]
+
+
+def test_a_capture_is_tried_again_and_others_are_not_given_up():
+    calls = []
+
+    def fails_first(run, device, pool):
+        calls.append(run)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory, for once")
+        return rerun(run, device)
+
+    plain, graphed = engines(record=fails_first)
+    for prompts in (PROMPTS, PROMPTS[0]):
+        asked = dict(eos_token_id=[])
+        assert tokens(graphed, prompts, **asked) == tokens(plain, prompts, **asked)
+    assert len(calls) == 3 and recorded(graphed) == 2
+
+
+class FakeGraph:
+    """`torch.cuda.graph` of which a capture fails: it leaves its own stream current."""
+
+    current, ended, inside = "mine", [], 0
+
+    def __init__(self, graph, pool, stream, **options):
+        self.pool, self.stream = pool, stream
+
+    def __enter__(self):
+        assert FakeGraph.inside == 0, "two captures at a time"
+        FakeGraph.inside, FakeGraph.current = 1, self.stream
+
+    def __exit__(self, *raised):
+        FakeGraph.inside = 0
+        raise RuntimeError("capture_end failed")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    class Generator:
+        def clone_state(self):
+            return "state"
+
+        def graphsafe_set_state(self, state):
+            assert state == "state"
+
+    fakes = dict(
+        device=lambda device: contextlib.nullcontext(), current_device=lambda: 0,
+        current_stream=lambda device: FakeGraph.current, CUDAGraph=object,
+        Stream=lambda index: f"stream {threading.get_ident()}", graph=FakeGraph,
+        graph_pool_handle=lambda: "pool", default_generators=[Generator()],
+        set_stream=lambda stream: setattr(FakeGraph, "current", stream),
+    )  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(FakeGraph, "ended", [])
+    end = lambda *place: FakeGraph.ended.append(place)  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+
+
+def test_a_failed_capture_restores_stream_and_allocator(fake_cuda):
+    with pytest.raises(RuntimeError, match="capture_end"):
+        cuda_graphs.record(lambda: (), torch.device("cuda", 0), "ours")
+    assert FakeGraph.current == "mine"
+    assert FakeGraph.ended == [(0, "ours")]
+
+
+def test_captures_wait_for_each_other(fake_cuda):
+    def capture():
+        with contextlib.suppress(RuntimeError):
+            cuda_graphs.record(lambda: time.sleep(0.02), torch.device("cuda", 0))
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(capture) for _ in range(4)]:
+            done.result()
+    assert FakeGraph.current == "mine"
+
+
+def test_work_on_another_stream_waits(monkeypatch):
+    class Stream:
+        def __init__(self):
+            self.waits = []
+
+        def wait_event(self, event):
+            self.waits.append(event)
+
+    class Event:
+        def record(self, stream):
+            self.stream = stream
+
+    one, other = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    order = cuda_graphs.Order(torch.device("cuda"))
+    for current in (one, one, other, one):  # noqa: B007
+        order.begin()
+        order.end()
+    assert len(other.waits) == 1 and len(one.waits) == 1
+    assert other.waits[0].stream is one
 
 
 def test_buckets():

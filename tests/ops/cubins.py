@@ -24,7 +24,12 @@ REGISTERS = {
     "project_rows": 128,
     "divergence_rows": 64,
     "linear_tiles": 128,
-    "linear_rows": 128,
+    "finish_rows": 128,
+    "finish_norm": 128,
+    "finish_gate": 128,
+    "finish_heads": 255,
+    "attend_tiles": 255,
+    "attend_rows": 168,
     "cut_rows": 168,
     "topk_rows": 168,
 }
@@ -46,7 +51,7 @@ def launches():
     """(kernel, arguments, options) of all that `launch.warmup` compiles, and of the linear."""
     import torch
 
-    from svd_engine.kernels import launch, launch_linear
+    from svd_engine.kernels import launch, launch_linear, launch_step
 
     asked = []
 
@@ -57,28 +62,89 @@ def launches():
         def __getitem__(self, grid):
             return lambda *arguments, **options: asked.append((self.kernel, arguments, options))
 
+    modules = launch, launch_linear, launch_step
     for name in REGISTERS:
-        module = launch_linear if name.startswith("linear") else launch
+        module = next(x for x in modules if hasattr(x, name))
         setattr(module, name, Recorder(getattr(module, name)))
     # All of a large vocabulary; float16 stands for the narrower workspace of a small one.
     launch.warmup(151936, (torch.bfloat16, torch.float32), "cpu")
     launch.warmup(49152, (torch.float16,), "cpu")
-    for dtype, low_dtype, out, fan_in in (
-        (torch.bfloat16, torch.bfloat16, 16384, 64),
-        (torch.bfloat16, torch.float32, 16384, 64),
-        (torch.bfloat16, torch.float32, 4096, 64),
-        (torch.bfloat16, torch.float32, 256, 1536),
-        (torch.bfloat16, torch.float32, 256, 1535),
-        (torch.float16, torch.float16, 256, 1536),
-        (torch.float32, torch.float32, 16384, 64),
-        (torch.float32, torch.float32, 256, 1535),
+    for dtype, out, fan_in in (
+        (torch.bfloat16, 16384, 64),
+        (torch.bfloat16, 4096, 64),
+        (torch.bfloat16, 256, 1536),
+        (torch.bfloat16, 256, 1535),
+        (torch.float16, 256, 1536),
+        (torch.float32, 16384, 64),
+        (torch.float32, 256, 1535),
     ):
-        x, weight = torch.empty(2, fan_in, dtype=dtype), torch.empty(out, fan_in, dtype=dtype)
-        down, up = (torch.empty(*n, dtype=low_dtype) for n in ((8, fan_in), (out, 8)))
-        result = torch.empty(2, out, dtype=dtype)
-        launch_linear.linear(x, weight, None, None, None, None, 0, result)
-        launch_linear.linear(x, weight, None, down, up, None, 1, result)
+        for rows, rank in ((2, 0), (2, 8), (32, 0)):
+            x, result = torch.empty(rows, fan_in, dtype=dtype), torch.empty(rows, out, dtype=dtype)
+            launch_linear.linear(x, joined([out], fan_in, rank, dtype), 1, result)
+    for dtype in (torch.bfloat16, torch.float32):
+        steps(dtype)
     return asked
+
+
+def joined(outs, fan_in, rank, dtype):
+    """Joined linear layers of these sizes, with an adapter's term of this rank."""
+    import torch
+
+    from svd_engine.kernels.launch_linear import Joined
+
+    weights = tuple(torch.empty(out, fan_in, dtype=dtype) for out in outs)
+    return Joined(
+        weights, torch.empty(2, sum(outs)), torch.empty(len(outs) * rank, fan_in, dtype=dtype),
+        torch.empty(rank, sum(outs), dtype=dtype), None, rank == 0,
+    )  # fmt: skip
+
+
+def steps(dtype):
+    """Launch what layers of some shapes and forms need."""
+    import torch
+
+    from svd_engine.kernels.launch_step import (
+        Heads,
+        Norm,
+        Places,
+        attend,
+        attention_size,
+        finish_with_gate,
+        finish_with_heads,
+        finish_with_norm,
+        product,
+        workspace_size,
+    )
+
+    for width, inner, heads, kv_heads, dim, rank, normed in (
+        (576, 1536, 9, 3, 64, 8, False),  # SmolLM2-135M
+        (1536, 8960, 12, 2, 128, 0, False),  # Qwen2.5-1.5B
+        (3584, 18944, 28, 4, 128, 64, True),
+        (2304, 9216, 8, 4, 256, 8, True),  # Gemma 2
+    ):
+        norm = Norm(torch.empty(width, dtype=dtype), 1e-6, 0.0)
+        of_head = Norm(torch.empty(dim, dtype=dtype), 1e-6, 0.0) if normed else None
+        form = Heads(heads, kv_heads, dim, 0.1, 0, 50.0 if normed else 0.0, of_head, of_head)
+        qkv = joined([heads * dim, kv_heads * dim, kv_heads * dim], width, rank, dtype)
+        output, down = (
+            joined([width], heads * dim, rank, dtype),
+            joined([width], inner, rank, dtype),
+        )
+        gate_up = joined([inner, inner], width, rank, dtype)
+        size = max(workspace_size(2, [qkv, output, gate_up, down]), attention_size(2, form))
+        workspace = torch.empty(size)
+        places = Places(torch.zeros(2, dtype=torch.int64), 1, torch.ones(1, dtype=torch.int64), 1)
+        x, fed = torch.empty(2, width, dtype=dtype), torch.empty(2, inner, dtype=dtype)
+        query = torch.empty(2, heads, dim, dtype=dtype)
+        cache = torch.empty(2, kv_heads, 1, dim, dtype=dtype)
+        tables = torch.empty(1, dim, dtype=dtype), torch.empty(1, dim, dtype=dtype)
+        finish_with_norm(None, None, x, 1.0, norm, 0, x, x)
+        finish_with_heads(product(x, qkv, workspace), form, places, tables, query, cache, cache)
+        attend(query, cache, cache, form, places, None, workspace, query)
+        after = norm if normed else None
+        for y, z in ((query.flatten(1), output), (fed, down)):
+            finish_with_norm(product(y, z, workspace), after, x, 1.0, norm, 1, x, x)
+        finish_with_gate(product(x, gate_up, workspace), normed, None, 1, fed)
 
 
 def form(name: str, signature: dict[str, str], options: dict[str, Any]) -> str:
@@ -115,7 +181,8 @@ def main(target: int) -> None:
             continue
         seen.add(compiled)
         signature = compiled.src.signature
-        wide = WIDE_COPY if kernel.__name__ == "linear_tiles" else "ld.global.v4.b32"
+        copies = kernel.__name__ in ("linear_tiles", "attend_tiles")
+        wide = WIDE_COPY if copies else "ld.global.v4.b32"
         cubin.write_bytes(compiled.asm["cubin"])
         command = [cuobjdump, "-res-usage", cubin]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout

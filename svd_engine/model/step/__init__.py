@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from svd_engine.model.step import cpu, trial
+from svd_engine.model.step import cpu, cuda, trial
 from svd_engine.model.step.cpu import CpuStep
+from svd_engine.model.step.cuda import CudaStep
 from svd_engine.model.step.parts import NotDescribed
 from svd_engine.model.step.read import read_plan
 from svd_engine.model.step.widen import widen
@@ -37,11 +38,14 @@ def use_native_step(runner: "ModelRunner", build_short: Callable[[], "ModelRunne
         logger.debug("No native step", exc_info=True)
         runner.how = f"module by module, because a trial failed: {type(error).__name__}"
     else:
-        runner.how = "one native call"
+        runner.how = runner.native.how
 
 
-def _native(runner: "ModelRunner") -> CpuStep:
+def _native(runner: "ModelRunner") -> CpuStep | CudaStep:
     plan = read_plan(runner)
-    if (reason := cpu.why_not(plan)) is not None:
-        raise NotDescribed(reason)
-    return CpuStep(plan)
+    reasons = {}
+    for kind, executor in ((CpuStep, cpu), (CudaStep, cuda)):
+        if (reason := executor.why_not(plan)) is None:
+            return kind(plan)
+        reasons[kind] = reason
+    raise NotDescribed(reasons[CpuStep if plan.norm.weight.is_cpu else CudaStep])

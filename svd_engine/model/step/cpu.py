@@ -19,6 +19,10 @@ Words = list[int]
 class CpuStep:
     """A plan as the words of csrc/cpu/decoder.h, which hold addresses of the plan's tensors."""
 
+    most_tokens = MOST_TOKENS
+    how = "one native call"
+    lengths_on_device = False
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan  # keeps the tensors
         self.dtype = plan.norm.weight.dtype
@@ -42,7 +46,7 @@ class CpuStep:
         """
         scale = self.plan.embedding_scale
         embedded = embedded if scale is None else embedded * scale
-        self._prepare(cache)
+        self.prepare(cache)
         rows, length, _ = embedded.shape
         hidden, logits = torch.empty_like(embedded), None
         if with_logits:
@@ -53,7 +57,7 @@ class CpuStep:
         )  # fmt: skip
         return hidden if logits is None else logits
 
-    def _prepare(self, cache: KVCache) -> None:
+    def prepare(self, cache: KVCache) -> None:
         """Renew the addresses if the cache lies elsewhere."""
         if self._layout is cache.layout:
             return

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svd_engine.model.layers import attention
 from svd_engine.model.step.cpu import CpuStep
+from svd_engine.model.step.cuda import CudaStep
 from svd_engine.model.step.parts import NotDescribed
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ SIZES = 3, 1  # of the steps that read them
 LONGEST_WINDOW = 1 << 13  # that is tried
 # Of the norm of hidden states or logits: rounding in two layers or more. Tiny random models have
 # 1e-6 and 3e-2.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
 @torch.inference_mode()
-def check(runner: "ModelRunner", step: CpuStep) -> None:
+def check(runner: "ModelRunner", step: CpuStep | CudaStep) -> None:
     """Raise NotDescribed unless a step gives what the modules give.
 
     It gives hidden states of three tokens, then logits of one, in ragged rows. Where there is a
@@ -56,7 +57,7 @@ def _move_away(runner: "ModelRunner", gap: int) -> None:
     runner.positions += gap - 2
 
 
-def _error(runner: "ModelRunner", step: CpuStep, run: Callable[[], Tensor]) -> float:
+def _error(runner: "ModelRunner", step: CpuStep | CudaStep, run: Callable[[], Tensor]) -> float:
     before = runner.positions.clone()
     want = run().float()
     runner.positions.copy_(before)
