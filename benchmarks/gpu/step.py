@@ -171,9 +171,9 @@ def per_token(decoder: GraphedRunner, steered: bool, batch: int, context: int) -
         nonlocal tokens
         logits = decoder.step(tokens)
         if steered:
-            tokens = ops.sample(logits[0], logits[-1], -4.0, alpha=0.1).token
+            tokens = ops.sample(logits[0], logits[-1], -4.0, alpha=0.1)[0]
         else:
-            tokens = ops.sample(logits[0], logits[0], 0.0, alpha=0.0).token
+            tokens = ops.sample(logits[0], logits[0], 0.0, alpha=0.0)[0]
         tokens = tokens.clamp(min=0)
 
     for _ in range(4):
