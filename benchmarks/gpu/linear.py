@@ -14,6 +14,7 @@ from benchmarks.gpu.measure import Call, per_call, sets, synchronize
 from benchmarks.gpu.worker import Run, words
 from svd_engine.kernels import reference
 from svd_engine.model.layers import linear
+from svd_engine.model.step.plan import Linear
 from tests.ops.cases import BF16
 
 Shapes = dict[str, tuple[int, int]]  # matrix -> outputs, inputs
@@ -38,20 +39,31 @@ MODELS = {
 TINY: dict[str, Shapes] = {"tiny": {"q, o": (48, 64), "head": (211, 64)}}
 ROWS, RANK = (1, 2, 4, 8, 16), 8
 ULP = 2.0**-20  # of the sum of the terms' absolute values: float32 sums, in any order
+NONE = (None, None, None)
 CHUNK = 8192  # outputs checked at once
 
 
 def _ours(device: str) -> Callable[..., None]:
-    """Return `launch_linear.linear`; on a CPU the reference stands in for it."""
+    """Return the few-rows linear of `(x, layer, first, out)`; on a CPU the reference's."""
     if device == "cuda":
         from svd_engine.kernels import launch_linear
 
         return launch_linear.linear
 
-    def stand_in(*arguments: Any) -> None:
-        arguments[-1].copy_(reference.linear(*arguments[:-1]))
+    def stand_in(x: Tensor, layer: Linear, first: int, out: Tensor) -> None:
+        down, up, _ = layer.low_rank or NONE
+        out.copy_(reference.linear(x, layer.weight, None, down, up, None, first))
 
     return stand_in
+
+
+def _layer(device: str, weight: Tensor, low_rank: linear.LowRank | None) -> Any:
+    layer = Linear(weight, None, low_rank)
+    if device != "cuda":
+        return layer
+    from svd_engine.kernels import launch_linear
+
+    return launch_linear.join([layer])
 
 
 class Matrix:
@@ -82,14 +94,15 @@ class Matrix:
         """
         half = max(ROWS) // 2
         weight, worst = self.weights[0], 0.0
-        for low_rank in ((None,) * 3, self.low_ranks[0], _float32(self.low_ranks[0])):
+        for low_rank in (None, self.low_ranks[0]):
             together = torch.full_like(self.out, torch.nan)
-            self.ours(self.x, weight, None, *low_rank, half, together)
+            layer = _layer(self.device, weight, low_rank)
+            self.ours(self.x, layer, half, together)
             for rows in ROWS:
                 begin = half - rows // 2
                 part = slice(begin, begin + rows)
                 alone = torch.full_like(self.out[:rows], torch.nan)
-                self.ours(self.x[part], weight, None, *low_rank, rows // 2, alone)
+                self.ours(self.x[part], layer, rows // 2, alone)
                 if self.device == "cuda" and not torch.equal(alone, together[part]):
                     raise RuntimeError(f"{rows} rows have other bits alone than among {2 * half}")
             worst = max(worst, self._error(together, low_rank, half))
@@ -97,8 +110,8 @@ class Matrix:
             raise RuntimeError(f"the error is {worst:.3g} of what is allowed")
         return worst
 
-    def _error(self, got: Tensor, low_rank: linear.LowRank | tuple[None, ...], first: int) -> float:
-        down, up, _ = low_rank
+    def _error(self, got: Tensor, low_rank: linear.LowRank | None, first: int) -> float:
+        down, up, _ = low_rank or NONE
         x, low = self.x.double(), None if down is None else down.double()
         worst = 0.0
         for start in range(0, got.shape[1], CHUNK):
@@ -118,9 +131,11 @@ class Matrix:
         x, out, first = self.x[:rows], self.out[:rows], rows // 2
         pairs = zip(self.weights, self.low_ranks, strict=True)
         if name == "ours":
-            return [partial(self.ours, x, w, None, None, None, None, 0, out) for w, _ in pairs]
+            layers = [_layer(self.device, w, None) for w, _ in pairs]
+            return [partial(self.ours, x, layer, 0, out) for layer in layers]
         if name == "ours, LoRA":
-            return [partial(self.ours, x, w, None, *low, first, out) for w, low in pairs]
+            layers = [_layer(self.device, w, low) for w, low in pairs]
+            return [partial(self.ours, x, layer, first, out) for layer in layers]
         if name == "torch":
             return [partial(nn.functional.linear, x, w) for w, _ in pairs]
         return [partial(_torch_lora, x, w, low, first) for w, low in pairs]
@@ -133,10 +148,6 @@ class Matrix:
 
 def _absolute(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.abs()
-
-
-def _float32(low_rank: linear.LowRank) -> tuple[Tensor, Tensor, None]:
-    return low_rank[0].float(), low_rank[1].float(), None
 
 
 def _torch_lora(x: Tensor, weight: Tensor, low_rank: linear.LowRank, first: int) -> Tensor:

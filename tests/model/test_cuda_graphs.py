@@ -82,6 +82,29 @@ def test_a_graph_serves_all_requests_of_its_bucket():
     assert recorded(graphed) == once
 
 
+@pytest.mark.parametrize(("on_device", "count"), [(True, 2), (False, 8)])
+def test_a_step_that_reads_lengths_on_the_device_has_a_graph_per_rows(on_device, count):
+    class Pair:
+        device, memory_key, lengths_on_device = torch.device("cpu"), 0, on_device
+
+        def prefill(self, prompts, max_new_tokens=0, max_rows=0):
+            return (torch.zeros(len(prompts), 4),) * 2
+
+        def reorder(self, index):
+            pass
+
+        def step(self, tokens, kv_length=None):
+            return (tokens[:, None].float(),) * 2
+
+    graphed = GraphedRunner(Pair(), rerun)
+    for rows, length, new in ((1, 9, 900), (1, 300, 3), (2, 5, 700), (2, 40, 2)):
+        graphed.prefill([[1] * length] * rows, new)
+        for token in range(new):
+            tokens = torch.full((rows,), token)
+            assert torch.equal(graphed.step(tokens)[0][:, 0], tokens.float())
+    assert graphed.graphs == count
+
+
 def test_warmup_leaves_nothing_to_record(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "SLOTS", 8)
     _, graphed = engines()

@@ -1,6 +1,7 @@
 """The few-rows linear in Triton against float64: interpreted, or on a GPU if there is one."""
 
 import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,21 +36,34 @@ NONE = (None, None, None)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Every kind of tile at small sizes, and NaN in memory that is yet to be written."""
-    tiles = (96, 32, 5, launch_linear.EVERY), (64, 16, 9, 96), (0, 16, 9, 48)
-    monkeypatch.setattr(launch_linear, "TILES", tiles)
+    monkeypatch.setattr(launch_linear, "TILES", ((96, 32, 5), (64, 16, 9), (0, 16, 9)))
+    monkeypatch.setattr(launch_linear, "PROGRAMS", 9)
+    monkeypatch.setattr(launch_linear, "COLUMNS", 48)
     monkeypatch.setattr(launch_linear, "IN_BYTES", 64)
     monkeypatch.setattr(launch_linear, "SUM_TILE", 32)
     monkeypatch.setattr(torch, "empty", lambda *shape, **kind: torch.full(shape, NAN, **kind))
 
 
-def case(rows, fan_in, out, rank=0, dtype=BF16, low_dtype=FLOAT, seed=0):
+class Layer(NamedTuple):
+    weight: Any
+    bias: Any = None
+    low_rank: Any = None
+    output_scale: Any = None
+
+
+def joined(weight, bias, down, up, up_bias):
+    low_rank = None if down is None else (down, up, up_bias)
+    return launch_linear.join([Layer(weight, bias, low_rank)])
+
+
+def case(rows, fan_in, out, rank=0, dtype=BF16, low_dtype=None, seed=0):
     """x, weight, bias, and down, up, up_bias (None for rank 0)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(kind, *shape):
         return torch.randn(*shape, generator=generator).to(kind).to(DEVICE)
 
-    low = [normal(low_dtype, *shape) for shape in ((rank, fan_in), (out, rank), (out,))]
+    low = [normal(low_dtype or dtype, *shape) for shape in ((rank, fan_in), (out, rank), (out,))]
     whole = [normal(dtype, *shape) for shape in ((rows, fan_in), (out, fan_in), (out,))]
     return *whole, *(low if rank else NONE)
 
@@ -60,7 +74,7 @@ def run(x, weight, bias, down, up, up_bias, first=0, lead=0):
     buffer = torch.full((len(x), lead + out + 8), POISON, dtype=x.dtype, device=DEVICE)
     before = buffer.clone()
     here = buffer[:, lead : lead + out]
-    launch_linear.linear(x, weight, bias, down, up, up_bias, first, here)
+    launch_linear.linear(x, joined(weight, bias, down, up, up_bias), first, here)
     assert torch.equal(buffer[:, :lead], before[:, :lead])
     assert torch.equal(buffer[:, lead + out :], before[:, lead + out :])
     return here
@@ -115,15 +129,21 @@ def test_any_size(rows, fan_in, out):
     rank=st.integers(0, 20), first=st.integers(0, 16), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_size_drawn(rows, fan_in, out, rank, first, seed):
-    check(*case(rows, fan_in, out, rank, FLOAT, seed=seed), first=min(first, rows))
+    check(*case(rows, fan_in, out, rank, BF16, seed=seed), first=min(first, rows))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
-@pytest.mark.parametrize("low_dtype", [FLOAT, BF16, HALF])
-def test_any_mix_of_dtypes(dtype, low_dtype):
+def test_any_dtype(dtype):
     for out in (40, 100):
-        check(*case(3, 100, out, 9, dtype, low_dtype), first=1)
+        check(*case(3, 100, out, 9, dtype), first=1)
         check(*case(3, 100, out, 0, dtype))
+
+
+def test_an_adapter_is_rounded_once_to_the_weight_s_dtype():
+    x, weight, bias, *low = case(3, 100, 40, 9, BF16, FLOAT)
+    got = run(x, weight, bias, *low, 1)
+    rounded = [tensor.to(BF16) for tensor in low[:2]]
+    assert torch.equal(got, run(x, weight, bias, *rounded, low[2], 1))
 
 
 @pytest.mark.parametrize("out", [40, 100])
@@ -170,14 +190,14 @@ def test_offsets_beyond_31_bits(monkeypatch):
     stride = 2**30 + 16
     tensors = case(3, 40, 3, 3)
     expected = run(*tensors, 1)
-    for i in (0, 1, 3, 4):  # the matrices
+    for i in (0, 1):  # the matrices that are read where they lie
         matrix = tensors[i]
         room = 2 * stride + matrix.shape[1]  # hardly any of it touched
         far = torch.empty(room, dtype=matrix.dtype, device=DEVICE)
         far = far.as_strided(matrix.shape, (stride, 1)).copy_(matrix)
         assert torch.equal(run(*tensors[:i], far, *tensors[i + 1 :], 1), expected)
     far = torch.empty(2 * stride + 3, dtype=BF16, device=DEVICE).as_strided((3, 3), (stride, 1))
-    launch_linear.linear(*tensors, 1, far)
+    launch_linear.linear(tensors[0], joined(*tensors[1:]), 1, far)
     assert torch.equal(far, expected)
 
 
@@ -189,8 +209,24 @@ def test_nothing_to_do():
         assert torch.equal(run(x, weight, bias, *NONE), bias.expand(2, -1))
         x, weight, bias, *low = case(2, 10, out, 3)
         assert torch.equal(run(x, weight, bias, *low, 2), run(x, weight, bias, *NONE))
-    with pytest.raises(AssertionError, match="17 rows, 16 at most"):
-        run(*case(17, 8, 8))
+
+
+def test_joined_layers():
+    """Three layers of one input, each with a rank and a scale of its own or none."""
+    x, first, bias, *low = case(5, 100, 40, 3)
+    second, third = case(5, 100, 24, seed=1)[1], case(5, 100, 33, seed=2)[1]
+    down, up, _ = case(5, 100, 33, 6, seed=3)[3:]
+    scale = torch.rand(24, device=DEVICE) + 0.5
+    layers = Layer(first, bias, tuple(low)), Layer(second, None, None, scale)
+    joint = launch_linear.join([*layers, Layer(third, None, (down, up, None))])
+    parts = torch.full((launch_linear.parts_size(joint, 5),), NAN, device=DEVICE)
+    splits = launch_linear.multiply(x, joint, parts)
+    sums = parts.view(splits, 5, -1).sum(0).double()
+    want = [reference.linear(x.double(), w.double()) for w in (first, second, third)]
+    want += [reference.linear(x.double(), joint.down.double())]
+    torch.testing.assert_close(sums, torch.cat(want, 1), atol=1e-4, rtol=1e-4)
+    assert joint.rank == 8 and joint.weights[0] is first
+    assert torch.equal(joint.scale[40:64], scale)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
@@ -200,7 +236,10 @@ def test_a_row_has_the_same_bits_in_any_batch(out, dtype, monkeypatch):
         builder = triton.runtime.interpreter.InterpreterBuilder
         monkeypatch.setattr(builder, "create_dot", dot_in_order)
     x, *others = case(16, 150, out, 5, dtype)
+    monkeypatch.setattr(launch_linear, "MANY_ROWS", 32)
     together = run(x, *others, 7)
+    many = run(torch.cat([x, x, x]), *others, 7)
+    assert torch.equal(many[:7], together[:7]) and torch.equal(many[39:], together[7:])
     for row in (0, 5, 7, 15):
         for last in {row + 1, min(row + 4, 16)}:
             some = run(x[row:last], *others, max(0, 7 - row))
@@ -232,10 +271,12 @@ def test_a_bad_adapter_spoils_its_rows_alone():
 @pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's loads")
 @pytest.mark.parametrize("out", [40, 70, 131])
 def test_elements_read(out, monkeypatch):
-    """The weight is read once, whatever the rows; `down` once for every adapted row."""
+    """The weight and `down` are read once, whatever the rows."""
     builder = triton.runtime.interpreter.InterpreterBuilder
     original = builder.create_masked_load
-    x, weight, bias, down, up, up_bias = case(16, 131, out, 3)
+    x, *rest = case(16, 131, out, 3)
+    joint = joined(*rest)
+    weight, down, up = joint.weights[0], joint.down, joint.up
     spans = {
         name: range(m.data_ptr(), m.data_ptr() + m.nbytes)
         for name, m in {"weight": weight, "down": down, "up": up}.items()
@@ -251,10 +292,11 @@ def test_elements_read(out, monkeypatch):
     monkeypatch.setattr(builder, "create_masked_load", count)
     for rows, first in ((1, 0), (2, 1), (16, 8)):
         read.update(dict.fromkeys(read, 0))
-        run(x[:rows], weight, bias, down, up, up_bias, first)
+        result = torch.zeros(rows, out, dtype=x.dtype)
+        launch_linear.linear(x[:rows], joint, first, result)
         adapted = rows - first
         assert read == {
-            "weight": weight.numel(), "down": adapted * down.numel(), "up": adapted * up.numel()
+            "weight": weight.numel(), "down": down.numel(), "up": adapted * up.numel()
         }  # fmt: skip
 
 
@@ -264,10 +306,11 @@ def test_graphs_replay_it(monkeypatch):
     monkeypatch.undo()
     x, *others = case(2, 1536, 1024, 8)
     out = torch.zeros(2, 1024, dtype=BF16, device=DEVICE)
-    launch_linear.linear(x, *others, 1, out)
+    joint = joined(*others)
+    launch_linear.linear(x, joint, 1, out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch_linear.linear(x, *others, 1, out)
+        launch_linear.linear(x, joint, 1, out)
     x.copy_(x.flip(-1))
     graph.replay()
     assert torch.equal(out, run(x, *others, 1))
