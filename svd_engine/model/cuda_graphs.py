@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -67,8 +68,9 @@ def record(run: Run, device: torch.device, pool: Any = None) -> tuple[Replay, Pe
             # A capture that fails leaves its stream current, the allocator in its pool and the
             # generator unusable.
             torch.cuda.set_stream(before)
-            torch._C._cuda_endAllocateToPool(index, pool)
             generator.graphsafe_set_state(state)
+            with suppress(RuntimeError):  # some versions have left the pool by themselves
+                torch._C._cuda_endAllocateToPool(index, pool)
             raise
     return graph.replay, outputs
 
@@ -167,6 +169,7 @@ class GraphedRunner:
         if self._memory_key != self.pair.memory_key:
             self._memory_key = self.pair.memory_key
             self._steps.clear()
+            self._pool = None  # the allocator gives up a pool with the last graph in it
         rows = bucket_rows(self._rows)
         any_length = self.pair.lengths_on_device
         key = (rows, 0, 0) if any_length else (rows, self._slots, kv_length)
