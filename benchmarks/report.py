@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.engine import tables as engine
+from benchmarks.gpu import published as gpu
 from benchmarks.kernels import tables as kernels
 from benchmarks.quality import tables as quality
 from benchmarks.records import ROOT
@@ -22,6 +23,7 @@ TABLES: tuple[tuple[str, str, str, Form], ...] = (
     *kernels.TABLES,
     *engine.TABLES,
     *quality.TABLES,
+    *gpu.TABLES,
 )
 
 
@@ -46,7 +48,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> str | Non
         after = dict(before)
         for document, name, origin, form in TABLES:
             path = results / f"{origin}.json"
-            if origin.startswith("quality_") and not path.exists():  # takes hours: may come later
+            if origin == "gpu" and not path.exists():
+                figures = "Not measured yet: `python -m benchmarks.gpu`."
+            elif origin.startswith("quality_") and not path.exists():  # takes hours: may come later
                 figures = f"Not measured yet: {quality.command(origin)}."
             else:
                 figures = form(records.read(path))

@@ -33,6 +33,8 @@ PERFORMANCE = """<!-- figures:operators -->
 <!-- /figures -->
 <!-- figures:start -->
 <!-- /figures -->
+<!-- figures:gpu -->
+<!-- /figures -->
 """
 
 
