@@ -62,7 +62,7 @@ BUDGETS: dict[str, Budget] = {
     "steer_tiles fp32 DELTA REMOVE": Budget(127, 0, 384, 0, 8),
     "steer_tiles fp32 REMOVE": Budget(128, 0, 433, 0, 8),
     "support_rows bf16": Budget(513, 0, loops=((955, 17),)),
-    "support_rows fp32": Budget(554, 0, loops=((1031, 17),)),
+    "support_rows fp32": Budget(554, 0, loops=((1031, 21),)),
     "topk_rows bf16": Budget(1514, 18, loops=((284, 0), (366, 3), (880, 13))),
     "topk_rows bf16 REMOVE": Budget(1502, 18, loops=((284, 0), (366, 3), (870, 13))),
     "topk_rows fp32": Budget(1635, 18, loops=((306, 0), (395, 3), (950, 13))),
