@@ -4,6 +4,7 @@
 be captured in a CUDA graph.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from .arguments import Draw, Mask, PerRow, log_alpha
 from .triton_cut import cut_rows
-from .triton_measure import STATISTICS, measure_tiles
+from .triton_measure import ROW, STATISTICS, combine_rows, measure_tiles
 from .triton_sample import choose_tiles, sample_rows, settle_rows
-from .triton_score import divergence_rows, project_rows, score_rows
+from .triton_score import project_rows, score_rows
 from .triton_steer import steer_tiles
+from .triton_support import divergence_rows, support_rows
 from .triton_topk import topk_rows
 
 # Tokens of a row per program. The batch does not change it, so a row's bits do not depend on its
@@ -29,11 +31,13 @@ ROW_WARPS = 8  # of a program that walks a row's tiles one after the other
 # At most so many registers per thread: without a bound ptxas chooses a lower one and spills.
 STREAM_REGISTERS, ROW_REGISTERS = 128, 168
 
+# From so many rows on, a launch that combines each row's tiles costs less than doing so in every
+# program of the second pass.
+MANY_ROWS = 64
+
 UNSTEERED = Mask((0.0, None), alpha=0.0, penalty=0.0)
 GREEDY = Draw(0.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, None), position=(0, None))
-
-
-DIRECTIONS = ("projected",)
+DIFFERENCE = "difference"
 
 
 def unavailable() -> str | None:
@@ -50,7 +54,7 @@ def takes(device: str) -> bool:
 
 def workspace_size(rows: int, vocab: int) -> int:
     """Return how many float32 elements a call on `[rows, vocab]` needs as `workspace`."""
-    return rows * STATISTICS.value * _tiles(vocab)
+    return rows * (STATISTICS.value * _tiles(vocab) + ROW.value)
 
 
 # For every operator: adapted, base: `[N, V]`, each float32, bfloat16 or float16, last stride 1.
@@ -75,10 +79,9 @@ def steering_vector(
     adapted: Tensor, base: Tensor, direction: str, out: Tensor, *, workspace: Tensor | None = None
 ) -> None:
     """out = reference.steering_vector(adapted, base, direction)."""
-    _check(direction)
     rows = _Rows(adapted, base, workspace)
     rows.each_tile(
-        steer_tiles, *rows.steering(UNSTEERED), out, out.stride(0),
+        steer_tiles, *rows.steering(UNSTEERED._replace(direction=direction)), out, out.stride(0),
         REMOVE=True, DELTA=True, ALIGNED=rows.aligned and aligned(out),
     )  # fmt: skip
 
@@ -159,10 +162,27 @@ def project_strength(
     workspace: Tensor | None = None,
 ) -> None:
     """numerator, gauss_newton, newton, in_support = reference.project_strength(...)."""
-    _check(direction)
     outputs = numerator, gauss_newton, newton, in_support
     rows = _Rows(adapted, base, workspace)
-    rows.each_row(project_rows, log_alpha(alpha), target.contiguous(), *outputs)
+    rows.each_row(
+        project_rows, log_alpha(alpha), int(direction == DIFFERENCE), target.contiguous(), *outputs
+    )
+
+
+def support(
+    adapted: Tensor,
+    base: Tensor,
+    target: Tensor,
+    alpha: float,
+    direction: str,
+    capacity: int,
+    *outputs: Tensor,
+    workspace: Tensor | None = None,
+) -> None:
+    """The eight fields of reference.support(adapted, base, target, capacity, ...)."""
+    rows = _Rows(adapted, base, workspace, BASE=True)
+    own = log_alpha(alpha), int(direction == DIFFERENCE), target.contiguous(), capacity
+    rows.each_row(support_rows, *own, *outputs)
 
 
 def divergence(
@@ -181,6 +201,7 @@ def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str
     token = torch.zeros(1, dtype=torch.int64, device=device)
     number = torch.zeros(1, device=device)
     several = number, number, number, torch.zeros(1, dtype=torch.bool, device=device)
+    listed = (number,) * 5
     width = -(-vocab // 8) * 8 + 8
     buffers = [torch.zeros(1, width, dtype=x, device=device) for x in dtypes]
     delta = torch.empty(1, width, device=device)
@@ -193,14 +214,16 @@ def warmup(vocab: int, dtypes: Iterable[torch.dtype], device: torch.device | str
     for lead, z, b in itertools.product(layouts, buffers, buffers):
         z, b = z[:, lead : lead + vocab], b[:, lead : lead + vocab]
         divergence(z, b, number)
-        project_strength(z, b, token, 0.1, "projected", *several)
+        _Rows(z, b, None).combine()
+        project_strength(z, b, token, 0.1, DIFFERENCE, *several)
+        support(z, b, token, 0.1, DIFFERENCE, 1, token, number, *listed, token)
         for mask in masks:
             topk(z, b, mask, 1, number, token)
             score(z, b, mask, token, number)
             for draw in draws:
                 sample(z, b, mask, draw, token, number)
         for out_lead in layouts:
-            steering_vector(z, b, "projected", delta[:, out_lead : out_lead + vocab])
+            steering_vector(z, b, DIFFERENCE, delta[:, out_lead : out_lead + vocab])
             for mask, out in itertools.product(masks, buffers):
                 out = torch.empty_like(out)[:, out_lead : out_lead + vocab]
                 steer(z, b, mask, out)
@@ -210,7 +233,7 @@ class _Rows:
     """The two operands of a call and their launches, of which `measure_tiles` is the first.
 
     Nothing is launched if N = 0. A kernel takes the operands, the workspace and V before its own
-    arguments, and ALIGNED, LANES and TILE after them.
+    arguments, and PDL, ALIGNED, LANES and TILE after them.
     """
 
     def __init__(
@@ -225,42 +248,57 @@ class _Rows:
         self.workspace = workspace
         self.operands = adapted, adapted.stride(0), base, base.stride(0), workspace, self.vocab
         self.aligned = aligned(adapted, base)
-        self.each_tile(measure_tiles, BASE=BASE)
+        self.overlaps = overlaps(adapted.device)
+        self._stream(measure_tiles, *self.operands, ALIGNED=self.aligned, BASE=BASE)
 
     def steering(self, mask: Mask) -> tuple[Any, ...]:
-        _check(mask.direction)
-        return *_per_row(mask.strength, self.workspace), log_alpha(mask.alpha), mask.penalty
+        strength = _per_row(mask.strength, self.workspace)
+        return *strength, log_alpha(mask.alpha), mask.penalty, int(mask.is_difference)
 
     def each_tile(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """Launch one program per tile of every row."""
-        options = {
-            "ALIGNED": self.aligned, "num_warps": STREAM_WARPS, "maxnreg": STREAM_REGISTERS,
-        } | options  # fmt: skip
-        self._launch(kernel, self.count * _tiles(self.vocab), *self.operands, *arguments, **options)
+        combined = self.count >= MANY_ROWS
+        if combined:
+            self.combine()
+        options = {"ALIGNED": self.aligned} | self._after() | options
+        self._stream(kernel, *self.operands, int(combined), *arguments, **options)
 
     def each_row(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """Launch one program per row."""
         options |= {
             "ALIGNED": self.aligned, "num_warps": ROW_WARPS, "maxnreg": ROW_REGISTERS,
-        }  # fmt: skip
+        } | self._after()  # fmt: skip
         self._launch(kernel, self.count, *self.operands, *arguments, **options)
+
+    def combine(self) -> None:
+        """Combine the tiles of each row once, for the programs of its tiles."""
+        self.settle(combine_rows)
 
     def settle(self, kernel: Any, *arguments: Any) -> None:
         """Launch one program per row on what the workspace holds of it."""
-        self._launch(kernel, self.count, self.workspace, self.vocab, *arguments, num_warps=1)
+        own = self.workspace, self.vocab, *arguments
+        self._launch(kernel, self.count, *own, num_warps=1, **self._after())
+
+    def _stream(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+        options |= {"num_warps": STREAM_WARPS, "maxnreg": STREAM_REGISTERS}
+        self._launch(kernel, self.count * _tiles(self.vocab), *arguments, **options)
+
+    def _after(self) -> dict[str, Any]:
+        """Options of a kernel that may be launched while the one before it still runs."""
+        return {"launch_pdl": True} if self.overlaps else {}
 
     def _launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         if programs == 0:
             return
+        options |= {"PDL": self.overlaps, "LANES": _lanes(self.vocab), "TILE": TILE}
         with torch.cuda.device_of(self.workspace):  # Triton launches on the current device
-            kernel[(programs,)](
-                *arguments, **options, LANES=_lanes(self.vocab), TILE=TILE, enable_fp_fusion=True
-            )
+            kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
 
 
-def _check(direction: str) -> None:
-    if direction not in DIRECTIONS:
-        raise ValueError(f"backend='triton' has no direction={direction!r}. Use another backend.")
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a device can start a kernel's programs before the kernel before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _tiles(vocab: int) -> int:

@@ -8,16 +8,16 @@ import triton.language as tl
 
 from .triton_measure import (
     EXTRA,
-    STATISTICS,
     WARP,
     active_tiles,
     add_2,
     is_active,
     next_tile,
+    numbers,
     statistic,
     steer_row,
 )
-from .triton_rows import INF, LOWEST, Rows, exp, kernel, per_row, steered_tile
+from .triton_rows import INF, LOWEST, Rows, exp, kernel, per_row, steered_tile, wait_for_first_pass
 from .triton_sample import better_and_add, choose, keep_better
 
 
@@ -75,7 +75,7 @@ def survey(
     The greatest of each tile is left in the workspace.
     """
     count = tl.cdiv(rows.vocab, TILE)
-    place = workspace + (row.to(tl.int64) * STATISTICS + EXTRA) * count
+    place = numbers(workspace, row, count) + EXTRA * count
     greatest = tl.full((TILE,), LOWEST, tl.float32)
     least = tl.full((TILE,), INF, tl.float32)
     sum_exp = tl.zeros((TILE,), tl.float32)
@@ -209,6 +209,7 @@ def cut_rows(
     per_strength: tl.int32,
     log_alpha: tl.float32,
     penalty: tl.float32,
+    difference: tl.int32,
     temperature: tl.float32,
     seed: tl.int64,
     seeds,
@@ -222,17 +223,21 @@ def cut_rows(
     token_out,
     logprob_out,
     REMOVE: tl.constexpr,
+    PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program per row: `sample_rows` of the kept tokens; of equal logits low ids stay."""
+    wait_for_first_pass(PDL)
     row = tl.program_id(0)
     row_strength = per_row(strength, strengths, per_strength, row)
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
+    steering = steer_row(
+        workspace, row, vocab, row_strength, log_alpha, penalty, difference, LANES, TILE
+    )
 
     greatest, least, lse, tempered_sum_exp = survey(
         rows, steering, row, workspace, temperature, REMOVE, ALIGNED, LANES, TILE

@@ -19,14 +19,18 @@ from .triton_rows import (
     exp2,
     join_lse,
     kernel,
+    launch_second_pass,
     load_tile,
     locate,
+    wait_for_first_pass,
 )
 
-# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its 2 extra ones for `divergence`
-# or the 5 of `choose_tiles`.
+# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its 3 extra ones if BASE, or the 5
+# of `choose_tiles`.
 STATISTICS = tl.constexpr(9)
 EXTRA = tl.constexpr(4)
+# Behind those of the tiles: the 3 numbers of a row that `combine_rows` writes.
+ROW = tl.constexpr(3)
 # The numbers of a row are read by each warp as a whole, a tile per lane of the warp. Of a tensor of
 # this size every warp has a copy, so a reduction of it needs no barrier.
 WARP = tl.constexpr(32)
@@ -81,6 +85,12 @@ def exp_from(x, peak):
     return exp2(tl.fma(x, LOG2E, -shift)), exp2(-rounding)
 
 
+@triton.jit
+def numbers(workspace, row, count):
+    """Where the numbers of a row begin."""
+    return workspace + row.to(tl.int64) * (STATISTICS * count + ROW)
+
+
 @kernel
 def measure_tiles(
     adapted,
@@ -90,6 +100,7 @@ def measure_tiles(
     workspace,
     vocab: tl.int32,
     BASE: tl.constexpr,
+    PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
@@ -99,19 +110,20 @@ def measure_tiles(
     A NaN or +inf makes sum_exp NaN if it is an adapted logit, sum_exp_d if it is a base logit.
 
     If BASE: d is (z - peak) - (b - base_peak), so that a shift common to all logits is not rounded
-    away, and 2 extra numbers follow: base_peak, or +inf if a token is possible in z and not in b,
-    and base_sum_exp.
+    away, and 3 extra numbers follow: base_peak, base_sum_exp, and whether a token is possible in z
+    and not in b.
 
     The sums are first formed as if every logit were finite, in half the instructions. A logit that
     is not makes sum_exp_d infinite or NaN, and the tile is summed again with care.
     """
+    launch_second_pass(PDL)
     count = tl.cdiv(vocab, TILE)
     row = tl.program_id(0) // count
     tile = tl.program_id(0) % count
     token = tile * TILE + tl.arange(0, TILE)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
     z, b, inside = load_finite_tile(rows, row, token, ALIGNED)
-    place = workspace + row.to(tl.int64) * (STATISTICS * count) + tile
+    place = numbers(workspace, row, count) + tile
 
     if BASE:
         b = tl.where(inside, b, -3.38e38)
@@ -123,6 +135,7 @@ def measure_tiles(
             (e, tl.where(inside, e * d, 0.0), base_e), 0, add_3
         )
         base_sum_exp *= base_factor
+        only_adapted = tl.cast(0, tl.int32)
         usual = tl.abs(base_peak) < USUAL_PEAK
     else:
         peak = tl.max(z)
@@ -146,7 +159,6 @@ def measure_tiles(
             d = difference(z - origin, b - base_origin)
             base_sum_exp = tl.sum(exp(b - base_origin))
             only_adapted = tl.max(((z > -INF) & (b == -INF)).to(tl.int32))
-            base_peak = tl.where(only_adapted > 0, INF, base_peak)
         sum_exp, sum_exp_in_base, sum_exp_d = tl.reduce(
             (e, tl.where(b > -INF, e, 0.0), tl.where(b < INF, e * d, float("nan"))), 0, add_3
         )
@@ -158,13 +170,14 @@ def measure_tiles(
     if BASE:
         tl.store(place + EXTRA * count, base_peak)
         tl.store(place + (EXTRA + 1) * count, base_sum_exp)
+        tl.store(place + (EXTRA + 2) * count, only_adapted.to(tl.float32))
 
 
 @triton.jit
 def statistic(workspace, row, count, which, first, absent):
     """Load one number each of 32 tiles of a row, from `first` on; `absent` where no tile is."""
     tile = first + tl.arange(0, WARP)
-    place = workspace + (row.to(tl.int64) * STATISTICS + which) * count
+    place = numbers(workspace, row, count) + which * count
     return tl.load(place + tile, tile < count, other=absent)
 
 
@@ -186,24 +199,68 @@ def combine(workspace, row, vocab, LANES: tl.constexpr, TILE: tl.constexpr):
     sum_exp_in_base = tl.zeros((WARP,), tl.float32)
     sum_exp_d = tl.zeros((WARP,), tl.float32)
     for first in tl.static_range(0, LANES, 32):
+        # Each fma is explicit, so that every kernel computes the same bits.
         scale = relative(statistic(workspace, row, count, 0, first, -INF), peak)
-        sum_exp += scale * statistic(workspace, row, count, 1, first, 0.0)
-        sum_exp_in_base += scale * statistic(workspace, row, count, 2, first, 0.0)
-        sum_exp_d += scale * statistic(workspace, row, count, 3, first, 0.0)
+        sum_exp = tl.fma(scale, statistic(workspace, row, count, 1, first, 0.0), sum_exp)
+        sum_exp_in_base = tl.fma(
+            scale, statistic(workspace, row, count, 2, first, 0.0), sum_exp_in_base
+        )
+        sum_exp_d = tl.fma(scale, statistic(workspace, row, count, 3, first, 0.0), sum_exp_d)
     sum_exp, sum_exp_in_base, sum_exp_d = tl.reduce((sum_exp, sum_exp_in_base, sum_exp_d), 0, add_3)
     mean_d = tl.where(sum_exp_in_base > 0, sum_exp_d / sum_exp_in_base, 0.0)
     valid = (peak > -INF) & (sum_exp == sum_exp) & (sum_exp_d == sum_exp_d)
     return tl.where(valid, peak, float("nan")), sum_exp, mean_d
 
 
+@kernel
+def combine_rows(
+    workspace,
+    vocab: tl.int32,
+    PDL: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program per row: leave in the workspace what `combine` returns."""
+    wait_for_first_pass(PDL)
+    row = tl.program_id(0)
+    count = tl.cdiv(vocab, TILE)
+    peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
+    place = numbers(workspace, row, count) + STATISTICS * count
+    tl.store(place, peak)
+    tl.store(place + 1, sum_exp)
+    tl.store(place + 2, mean_d)
+
+
+@triton.jit
+def steering_of(peak, sum_exp, mean_d, strength, log_alpha, penalty, difference):
+    peak += strength - strength  # NaN if the strength is not finite
+    threshold = peak + log_alpha
+    return RowSteering(peak, 1.0 / sum_exp, mean_d, threshold, strength, penalty, difference)
+
+
 @triton.jit
 def steer_row(
-    workspace, row, vocab, strength, log_alpha, penalty, LANES: tl.constexpr, TILE: tl.constexpr
-):
+    workspace, row, vocab, strength, log_alpha, penalty, difference,
+    LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The steering of a row."""
     peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
-    peak = tl.where(tl.abs(strength) < INF, peak, float("nan"))
-    return RowSteering(peak, 1.0 / sum_exp, mean_d, peak + log_alpha, strength, penalty)
+    return steering_of(peak, sum_exp, mean_d, strength, log_alpha, penalty, difference)
+
+
+@triton.jit
+def steer_row_of_tile(
+    workspace, row, vocab, combined, strength, log_alpha, penalty, difference,
+    LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`steer_row`, to the bit, from what `combine_rows` wrote if `combined`."""
+    if combined != 0:
+        count = tl.cdiv(vocab, TILE)
+        place = numbers(workspace, row, count) + STATISTICS * count
+        peak, sum_exp, mean_d = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    else:
+        peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
+    return steering_of(peak, sum_exp, mean_d, strength, log_alpha, penalty, difference)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ class RowSteering(NamedTuple):
     threshold: tl.tensor  # peak + log(alpha): the support is z >= threshold
     strength: tl.tensor
     penalty: tl.tensor
+    difference: tl.tensor  # whether delta is not multiplied by p
 
 
 def kernel(function):
@@ -44,6 +45,20 @@ def kernel(function):
     arguments = inspect.signature(function).parameters.values()
     runtime = [x.name for x in arguments if x.annotation is not tl.constexpr]
     return triton.jit(do_not_specialize=runtime)(function)
+
+
+@triton.jit
+def launch_second_pass(PDL: tl.constexpr):
+    """Let the next kernel start as soon as every program of this one has."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_first_pass(PDL: tl.constexpr):
+    """Wait until the kernel before this one has ended; nothing is read or written before that."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -100,8 +115,11 @@ def exp2(x):
 
 @triton.jit
 def exp(x):
-    """e ** x by `exp2`."""
-    return exp2(x * LOG2E)
+    """e ** x by `exp2`, whose argument is rounded: for x = -60 the result is good to 5e-6."""
+    if INTERPRETED:
+        return tl.exp(x)
+    else:
+        return exp2(x * LOG2E)
 
 
 @triton.jit
@@ -118,8 +136,9 @@ def probability(z, steering):
 
 @triton.jit
 def delta_of(z, b, steering):
-    """delta = p (E_p[d] - d)  (10), 0 for a token that is not in base."""
-    return tl.where(b > -INF, probability(z, steering) * (steering.mean_d - difference(z, b)), 0.0)
+    """delta = p (E_p[d] - d)  (10), or without p; 0 where z or b is -inf."""
+    weight = tl.where(steering.difference != 0, 1.0, probability(z, steering))
+    return tl.where((z > -INF) & (b > -INF), weight * (steering.mean_d - (z - b)), 0.0)
 
 
 @triton.jit

@@ -5,13 +5,14 @@ import triton.language as tl
 
 from .triton_measure import (
     EXTRA,
-    STATISTICS,
     active_tiles,
     combine,
     is_active,
     next_tile,
+    numbers,
     statistic,
     steer_row,
+    steer_row_of_tile,
     tiles_lse,
 )
 from .triton_noise import gumbel_noise, random_bits
@@ -26,6 +27,7 @@ from .triton_rows import (
     kernel,
     per_row,
     steered_tile,
+    wait_for_first_pass,
 )
 
 
@@ -102,6 +104,7 @@ def sample_rows(
     per_strength: tl.int32,
     log_alpha: tl.float32,
     penalty: tl.float32,
+    difference: tl.int32,
     temperature: tl.float32,
     seed: tl.int64,
     seeds,
@@ -112,17 +115,21 @@ def sample_rows(
     token_out,
     logprob_out,
     GREEDY: tl.constexpr,
+    PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program per row: the best token and its log-probability, from the tiles with support."""
+    wait_for_first_pass(PDL)
     row = tl.program_id(0)
     row_strength = per_row(strength, strengths, per_strength, row)
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
+    steering = steer_row(
+        workspace, row, vocab, row_strength, log_alpha, penalty, difference, LANES, TILE
+    )
 
     # An invalid row has no active tile: these initial values are then its result, -1 and NaN.
     best = tl.full((TILE,), -INF, tl.float32)  # the greatest merit so far, in each lane
@@ -158,11 +165,13 @@ def choose_tiles(
     base_stride: tl.int64,
     workspace,
     vocab: tl.int32,
+    combined: tl.int32,
     strength: tl.float32,
     strengths,
     per_strength: tl.int32,
     log_alpha: tl.float32,
     penalty: tl.float32,
+    difference: tl.int32,
     temperature: tl.float32,
     seed: tl.int64,
     seeds,
@@ -172,6 +181,7 @@ def choose_tiles(
     per_position: tl.int32,
     REMOVE: tl.constexpr,
     GREEDY: tl.constexpr,
+    PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
@@ -181,6 +191,7 @@ def choose_tiles(
     The 5 extra numbers in the workspace are merit, token and steered logit of the tile's best token
     and the peak and sum_exp of its steered logits. `settle_rows` combines them.
     """
+    wait_for_first_pass(PDL)
     count = tl.cdiv(vocab, TILE)
     row = tl.program_id(0) // count
     tile = tl.program_id(0) % count
@@ -188,8 +199,10 @@ def choose_tiles(
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
-    place = workspace + tl.cast(row, tl.int64) * (STATISTICS * count) + tile
+    steering = steer_row_of_tile(
+        workspace, row, vocab, combined, row_strength, log_alpha, penalty, difference, LANES, TILE
+    )
+    place = numbers(workspace, row, count) + tile
     best = -INF
     best_token = -1
     best_logit = -INF
@@ -218,10 +231,12 @@ def settle_rows(
     vocab: tl.int32,
     token_out,
     logprob_out,
+    PDL: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program per row: the best token among those that `choose_tiles` chose."""
+    wait_for_first_pass(PDL)
     row = tl.program_id(0)
     count = tl.cdiv(vocab, TILE)
     peak, _, _ = combine(workspace, row, vocab, LANES, TILE)

@@ -1,14 +1,12 @@
-"""The second pass of `score`, `project_strength` and `divergence`: a few numbers per row."""
+"""The second pass of `score` and `project_strength`: a few numbers per row."""
 
 import triton
 import triton.language as tl
 
 from .triton_measure import (
-    EXTRA,
     WARP,
     active_tiles,
     add,
-    combine,
     is_active,
     next_tile,
     relative,
@@ -22,7 +20,6 @@ from .triton_rows import (
     Rows,
     accumulate,
     delta_of,
-    exp,
     join_lse,
     kernel,
     load_target,
@@ -32,6 +29,7 @@ from .triton_rows import (
     probability,
     steered,
     steered_tile,
+    wait_for_first_pass,
 )
 
 
@@ -66,10 +64,12 @@ def score_rows(
     per_strength: tl.int32,
     log_alpha: tl.float32,
     penalty: tl.float32,
+    difference: tl.int32,
     targets,
     out,
     REMOVE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
@@ -81,10 +81,13 @@ def score_rows(
     its share of the sum follows from its sum_exp. The parts are only added, never subtracted from a
     total, so no digits cancel.
     """
+    wait_for_first_pass(PDL)
     row = tl.program_id(0)
     row_strength = per_row(strength, strengths, per_strength, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
+    steering = steer_row(
+        workspace, row, vocab, row_strength, log_alpha, penalty, difference, LANES, TILE
+    )
     if CHOSEN:
         lse = tiles_lse(workspace, row, tl.cdiv(vocab, TILE), LANES)
     else:
@@ -134,11 +137,13 @@ def project_rows(
     workspace,
     vocab: tl.int32,
     log_alpha: tl.float32,
+    difference: tl.int32,
     targets,
     numerator,
     gauss_newton,
     newton,
     in_support,
+    PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
@@ -149,9 +154,10 @@ def project_rows(
     where I delta is 0. No difference of large sums is formed, so the variance of a near-certain row
     is right too.
     """
+    wait_for_first_pass(PDL)
     row = tl.program_id(0)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    steering = steer_row(workspace, row, vocab, 0.0, log_alpha, 0.0, LANES, TILE)
+    steering = steer_row(workspace, row, vocab, 0.0, log_alpha, 0.0, difference, LANES, TILE)
     sum_p = tl.zeros((TILE,), tl.float32)
     mean = tl.zeros((TILE,), tl.float32)
     spread = tl.zeros((TILE,), tl.float32)  # sum of p * (I delta - mean)^2; at last the variance
@@ -178,41 +184,3 @@ def project_rows(
     tl.store(gauss_newton + row, tl.where(valid, squares, float("nan")))
     tl.store(newton + row, tl.where(valid, spread, float("nan")))
     tl.store(in_support + row, kept & valid)
-
-
-@kernel
-def divergence_rows(
-    workspace,
-    vocab: tl.int32,
-    out,
-    LANES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """One program per row: E_p[d] - lse(z) + lse(b), each relative to the two peaks of the row."""
-    row = tl.program_id(0)
-    count = tl.cdiv(vocab, TILE)
-    peak, sum_exp, _ = combine(workspace, row, vocab, LANES, TILE)
-    base_greatest = statistic(workspace, row, count, EXTRA, 0, -INF)
-    for first in tl.static_range(32, LANES, 32):
-        base_greatest = tl.maximum(
-            base_greatest, statistic(workspace, row, count, EXTRA, first, -INF)
-        )
-    base_peak = tl.max(base_greatest)
-    sum_exp_d = tl.zeros((WARP,), tl.float32)
-    base_sum_exp = tl.zeros((WARP,), tl.float32)
-    for first in tl.static_range(0, LANES, 32):
-        peaks = statistic(workspace, row, count, 0, first, -INF)
-        base_peaks = statistic(workspace, row, count, EXTRA, first, -INF)
-        # The first pass took d relative to the peaks of the tile.
-        moved = statistic(workspace, row, count, 1, first, 0.0) * (
-            (peaks - peak) - (base_peaks - base_peak)
-        )
-        moved += statistic(workspace, row, count, 3, first, 0.0)
-        sum_exp_d += tl.where(peaks > -INF, exp(peaks - peak) * moved, 0.0)
-        base_sum_exp += relative(base_peaks, base_peak) * statistic(
-            workspace, row, count, EXTRA + 1, first, 0.0
-        )
-    mean_d = tl.sum(sum_exp_d) / sum_exp
-    result = mean_d - tl.log(sum_exp) + tl.log(tl.sum(base_sum_exp))
-    result = tl.where(base_peak < INF, result, INF)
-    tl.store(out + row, tl.where(peak == peak, result, float("nan")))

@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from .triton_measure import STATISTICS, is_active, steer_row
+from .triton_measure import is_active, numbers, steer_row_of_tile
 from .triton_rows import (
     INF,
     Rows,
@@ -12,6 +12,7 @@ from .triton_rows import (
     locate,
     per_row,
     steered,
+    wait_for_first_pass,
 )
 
 
@@ -23,20 +24,24 @@ def steer_tiles(
     base_stride: tl.int64,
     workspace,
     vocab: tl.int32,
+    combined: tl.int32,
     strength: tl.float32,
     strengths,
     per_strength: tl.int32,
     log_alpha: tl.float32,
     penalty: tl.float32,
+    difference: tl.int32,
     out,
     out_stride: tl.int64,
     REMOVE: tl.constexpr,
     DELTA: tl.constexpr,
+    PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program per tile: write steered logits, or delta; fill a tile without a token left."""
+    wait_for_first_pass(PDL)
     count = tl.cdiv(vocab, TILE)
     row = tl.program_id(0) // count
     tile = tl.program_id(0) % count
@@ -44,8 +49,10 @@ def steer_tiles(
     place, inside = locate(out, out_stride, row, token, vocab, ALIGNED)
 
     row_strength = per_row(strength, strengths, per_strength, row)
-    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
-    peak = tl.load(workspace + row.to(tl.int64) * (STATISTICS * count) + tile)
+    steering = steer_row_of_tile(
+        workspace, row, vocab, combined, row_strength, log_alpha, penalty, difference, LANES, TILE
+    )
+    peak = tl.load(numbers(workspace, row, count) + tile)
     if is_active(peak, steering, REMOVE):
         rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
         z, b = load_tile(rows, row, token, ALIGNED)

@@ -23,6 +23,7 @@ from .triton_rows import (
     per_row,
     steered,
     steered_tile,
+    wait_for_first_pass,
 )
 
 
@@ -66,10 +67,12 @@ def topk_rows(
     per_strength: tl.int32,
     log_alpha: tl.float32,
     penalty: tl.float32,
+    difference: tl.int32,
     k: tl.int32,
     logprob_out,
     token_out,
     REMOVE: tl.constexpr,
+    PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
@@ -81,11 +84,14 @@ def topk_rows(
     so the active tiles are read once, then a column for each result, and nothing is sorted. When no
     entry above -inf is left, the slots that are left get the tokens of logit -inf in order.
     """
+    wait_for_first_pass(PDL)
     row = tl.program_id(0)
     column = tl.arange(0, TILE)
     row_strength = per_row(strength, strengths, per_strength, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    steering = steer_row(workspace, row, vocab, row_strength, log_alpha, penalty, LANES, TILE)
+    steering = steer_row(
+        workspace, row, vocab, row_strength, log_alpha, penalty, difference, LANES, TILE
+    )
     logprob_out += row.to(tl.int64) * k
     token_out += row.to(tl.int64) * k
 

@@ -18,11 +18,13 @@ REGISTERS = {
     "measure_tiles": 128,
     "steer_tiles": 128,
     "choose_tiles": 128,
+    "combine_rows": 64,
     "settle_rows": 64,
     "sample_rows": 128,
     "score_rows": 128,
     "project_rows": 128,
     "divergence_rows": 64,
+    "support_rows": 168,
     "linear_tiles": 128,
     "finish_rows": 128,
     "finish_norm": 128,
@@ -47,7 +49,7 @@ def compiled(target: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
 
-def launches():
+def launches(target: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(kernel, arguments, options) of all that `launch.warmup` compiles, and of the linear."""
     import torch
 
@@ -66,6 +68,7 @@ def launches():
     for name in REGISTERS:
         module = next(x for x in modules if hasattr(x, name))
         setattr(module, name, Recorder(getattr(module, name)))
+    launch.overlaps = lambda device: target >= 90
     # All of a large vocabulary; float16 stands for the narrower workspace of a small one.
     launch.warmup(151936, (torch.bfloat16, torch.float32), "cpu")
     launch.warmup(49152, (torch.float16,), "cpu")
@@ -152,7 +155,8 @@ def form(name: str, signature: dict[str, str], options: dict[str, Any]) -> str:
     rows = ("adapted", "base", "out") if name == "steer_tiles" else ("adapted", "base")
     dtypes = (signature.get(x, "")[1:] for x in rows)
     layout = () if options.get("ALIGNED", True) else ("unaligned",)
-    flags = (x for x, value in options.items() if value is True and x.isupper() and x != "ALIGNED")
+    plain = ("ALIGNED", "PDL")
+    flags = (x for x, value in options.items() if value is True and x not in plain and x.isupper())
     return " ".join((name, *dict.fromkeys(x for x in dtypes if x), *layout, *sorted(flags)))
 
 
@@ -165,7 +169,7 @@ def main(target: int) -> None:
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(os.environ.get("TMPDIR", "/tmp")) / f"svd-engine-{os.getpid()}.cubin"
-    asked = launches()
+    asked = launches(target)
 
     class Device:
         """Stands for the driver: what Triton asks of it before it launches."""

@@ -85,7 +85,7 @@ class Code:
         bodies: dict[int, set[int]] = {}
         for i, following in enumerate(self.after):
             for head in following:
-                if head <= i:
+                if head <= i and i in self._reached(head):
                     body, todo = {head}, [i]
                     while todo:
                         at = todo.pop()
@@ -95,6 +95,14 @@ class Code:
                     bodies[head] = bodies.get(head, set()) | body
         found = [body for _, body in sorted(bodies.items()) if self.count(body)["loads"]]
         return [x for x in found if not any(y < x for y in found)]
+
+    def _reached(self, start: int) -> set[int]:
+        found, todo = {start}, [start]
+        while todo:
+            new = set(self.after[todo.pop()]) - found
+            found |= new
+            todo += new
+        return found
 
     def count(self, instructions: Iterable[int] | None = None) -> dict[str, int]:
         """How many instructions, and how many of each of `KINDS`; of all by default."""
