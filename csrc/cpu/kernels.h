@@ -43,7 +43,9 @@ struct TileSums {
   // Of measure_pair_tiles alone:
   float* base_peak;        // max base
   float* base_sum_exp;     // sum of exp(base - base_peak)
-  float* sum_exp_gap;      // sum of e * ((adapted - peak) - (base - base_peak))
+  // Sum of e * ((adapted - peak) - (base - base_peak)), +inf if a token is possible in adapted and
+  // not in base. A shift common to all logits is not rounded away in it.
+  float* sum_exp_gap;
   // After measure_tiles a flag per tile: 0 if `out` of the tile is already filled, 1 if a token may
   // be left. list_active then overwrites it with a list of tile numbers.
   int32_t* active;

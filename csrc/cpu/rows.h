@@ -92,6 +92,7 @@ SVD_HD void sum_tile(const float* adapted, const float* base, const TileSums& ti
   const float origin = tiles.peak[k] > -INFINITY ? tiles.peak[k] : 0.0f;
   const float base_origin = kBase && tiles.base_peak[k] > -INFINITY ? tiles.base_peak[k] : 0.0f;
   Vec sum_exp = {}, sum_exp_in_base = {}, sum_exp_d = {}, base_sum_exp = {}, sum_exp_gap = {};
+  Int apart = {};  // a token is possible in adapted and not in base
   for (int i = 0; i < kTile; i += kLanes) {
     const Vec z = load<Vec>(adapted + i), b = load<Vec>(base + i);
     Vec e = exp(z - origin);
@@ -100,26 +101,28 @@ SVD_HD void sum_tile(const float* adapted, const float* base, const TileSums& ti
       const Vec base_away = b - base_origin, term = e * (z - origin - base_away);
       base_sum_exp += exp(base_away);
       if constexpr (kCareful) {
-        const Vec possible = e > 0.0f ? term : Vec{};
-        sum_exp_gap += ((z > -INFINITY) & (b == -INFINITY)) ? Vec{} + INFINITY : possible;
+        sum_exp_gap += ((e > 0.0f) & (b > -INFINITY)) ? term : Vec{};
+        apart |= (z > -INFINITY) & (b == -INFINITY);
       } else {
         sum_exp_gap += term;
       }
-    }
-    if constexpr (kCareful) {
-      sum_exp_in_base += b > -INFINITY ? e : Vec{};
+    } else if constexpr (kCareful) {
       sum_exp_d += e * difference(z, b);
     } else {
       sum_exp_d += e * (z - b);
     }
+    if constexpr (kCareful) sum_exp_in_base += b > -INFINITY ? e : Vec{};
     sum_exp += e;
   }
   tiles.sum_exp[k] = sum_of(sum_exp);
-  tiles.sum_exp_d[k] = sum_of(sum_exp_d);
   tiles.sum_exp_in_base[k] = kCareful ? sum_of(sum_exp_in_base) : tiles.sum_exp[k];
   if constexpr (kBase) {
+    const float gap = sum_of(sum_exp_gap);
     tiles.base_sum_exp[k] = sum_of(base_sum_exp);
-    tiles.sum_exp_gap[k] = sum_of(sum_exp_gap);
+    tiles.sum_exp_gap[k] = kCareful && any(apart) ? INFINITY : gap;
+    tiles.sum_exp_d[k] = gap + tiles.sum_exp_in_base[k] * (origin - base_origin);
+  } else {
+    tiles.sum_exp_d[k] = sum_of(sum_exp_d);
   }
 }
 
@@ -151,8 +154,8 @@ void measure(const Row& row, int64_t begin, int64_t end, const TileSums& tiles) 
     const float peak = tiles.peak[k] = peak_of_tile(z);
     if constexpr (kBase) tiles.base_peak[k] = peak_of_tile(b);
     if (peak > -INFINITY) sum_tile<false, kBase>(z, b, tiles, k);
-    const float finite = tiles.sum_exp_d[k] + (kBase ? tiles.sum_exp_gap[k] : 0.0f);
-    if (!(peak > -INFINITY && finite - finite == 0.0f)) sum_tile<true, kBase>(z, b, tiles, k);
+    if (!(peak > -INFINITY && tiles.sum_exp_d[k] - tiles.sum_exp_d[k] == 0.0f))
+      sum_tile<true, kBase>(z, b, tiles, k);
     running_peak = running_peak > peak ? running_peak : peak;
     // The running peak only grows, so a tile that is off the support now stays off it. Its result
     // is known before the row's statistics are: -inf is written here, while `out` costs no extra

@@ -11,7 +11,6 @@
 namespace {
 
 constexpr int kStreamThreads = 128;
-constexpr int kStreamBlocks = 6;  // resident at once: they get 80 registers a thread
 
 // A per-row argument: one number per row in `each`, or `shared` for all rows if `each` is null.
 template <class T>
@@ -75,7 +74,7 @@ SVD_DEVICE void wait_for_first_pass() {
 
 // First pass, one thread block per tile; S is Sums or PairSums.
 template <class A, class B, bool kAligned, class S>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) measure_tiles(const Rows rows) {
+__global__ void __launch_bounds__(kStreamThreads) measure_tiles(const Rows rows) {
   let_second_pass_start();
   const int row = blockIdx.x / rows.tiles, begin = blockIdx.x % rows.tiles * kTile;
   float z[kTile / kStreamThreads], b[kTile / kStreamThreads];

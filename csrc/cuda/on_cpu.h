@@ -20,7 +20,7 @@
 #undef __forceinline__
 #define __forceinline__ inline
 #undef __launch_bounds__
-#define __launch_bounds__(...)
+#define __launch_bounds__(threads)
 #define SVD_TEAMS 2
 
 namespace on_cpu {

@@ -280,23 +280,26 @@ SVD_DEVICE PairSums pair_from(float peak, float base_peak, const float (&adapted
   PairSums sums = {{peak, 0.0f, 0.0f, 0.0f}, base_peak, 0.0f, 0.0f};
   const float origin = peak > -INFINITY ? peak : 0.0f;
   const float base_origin = base_peak > -INFINITY ? base_peak : 0.0f;
+  bool apart = false;  // a token is possible in adapted and not in base
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     float e = fast_exp(adapted[j] - origin);
-    float exp_gap = e * ((adapted[j] - origin) - (base[j] - base_origin));
+    const float base_away = base[j] - base_origin;
+    float exp_gap = e * ((adapted[j] - origin) - base_away);
     if (kCareful) {
+      const bool possible = adapted[j] > -INFINITY, in_base = base[j] > -INFINITY;
       e = base[j] < INFINITY ? e : NAN;
-      exp_gap = adapted[j] > -INFINITY ? base[j] > -INFINITY ? exp_gap : INFINITY : 0.0f;
-      sums.own.sum_exp_in_base += base[j] > -INFINITY ? e : 0.0f;
-      sums.own.sum_exp_d += e * difference(adapted[j], base[j]);
-    } else {
-      sums.own.sum_exp_d += e * (adapted[j] - base[j]);
+      exp_gap = possible && in_base ? exp_gap : 0.0f;
+      apart = apart || (possible && !in_base);
+      sums.own.sum_exp_in_base += in_base ? e : 0.0f;
     }
     sums.own.sum_exp += e;
     sums.sum_exp_gap += exp_gap;
-    sums.base_sum_exp += fast_exp(base[j] - base_origin);
+    sums.base_sum_exp += fast_exp(base_away);
   }
   if (!kCareful) sums.own.sum_exp_in_base = sums.own.sum_exp;
+  sums.own.sum_exp_d = sums.sum_exp_gap + sums.own.sum_exp_in_base * (origin - base_origin);
+  if (apart) sums.sum_exp_gap = INFINITY;
   return sums;
 }
 
@@ -304,8 +307,7 @@ template <int kEach>
 SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], PairSums& sums) {
   const float peak = peak_of(adapted), base_peak = peak_of(base);
   sums = pair_from<false>(peak, base_peak, adapted, base);
-  const float finite = sums.own.sum_exp_d + sums.sum_exp_gap;
-  if (finite - finite != 0.0f) sums = pair_from<true>(peak, base_peak, adapted, base);
+  if (sums.sum_exp_gap - sums.sum_exp_gap != 0.0f) sums = pair_from<true>(peak, base_peak, adapted, base);
 }
 
 // The statistics of a row from the sums of its tiles, `step` Sums from one to the next. Every warp

@@ -54,7 +54,8 @@ def mask(strength: Strength, alpha: float, penalty: float, direction: str, like:
     plain = type(strength) is float and -LARGEST <= strength <= LARGEST
     by = (strength, None) if plain else per_row("strength", strength, like, torch.float32)
     support(alpha, penalty)
-    check_direction(direction)
+    if direction != "projected":
+        check_direction(direction)
     return named(Mask, (by, alpha, penalty, direction))
 
 

@@ -65,11 +65,10 @@ def capability(limit: str | None = None) -> str:
 
 def steer(adapted: Tensor, base: Tensor, mask: Mask, out: Tensor) -> None:
     """Write `reference.steer` to `out`, which may be `adapted` or `base` itself."""
-    _ops().steer(adapted, base, *mask.strength, *_of(mask), out)
-
-
-def _of(mask: Mask) -> tuple[float, float, bool]:
-    return log_alpha(mask.alpha), mask.penalty, mask.is_difference
+    strength, alpha, penalty, direction = mask
+    _ops().steer(
+        adapted, base, *strength, log_alpha(alpha), penalty, direction == "difference", out
+    )
 
 
 def steering_vector(adapted: Tensor, base: Tensor, direction: str, out: Tensor) -> None:
@@ -81,26 +80,32 @@ def sample(
     adapted: Tensor, base: Tensor, mask: Mask, draw: Draw, token: Tensor, logprob: Tensor
 ) -> None:
     """Write `reference.sample` to `token` (int64) and `logprob` (float32)."""
+    strength, alpha, penalty, direction = mask
+    difference = direction == "difference"
     if draw.is_cut:
         _ops().sample_cut(
-            adapted, base, *mask.strength, *_of(mask), draw.temperature,
+            adapted, base, *strength, log_alpha(alpha), penalty, difference, draw.temperature,
             draw.top_k, draw.top_p, draw.min_p, *draw.seed, *draw.position, token, logprob,
         )  # fmt: skip
     else:
         _ops().sample(
-            adapted, base, *mask.strength, *_of(mask), draw.temperature,
+            adapted, base, *strength, log_alpha(alpha), penalty, difference, draw.temperature,
             *draw.seed, *draw.position, token, logprob,
         )  # fmt: skip
 
 
 def topk(adapted: Tensor, base: Tensor, mask: Mask, k: int, logprob: Tensor, token: Tensor) -> None:
     """Write `reference.topk` to `logprob` (float32) and `token` (int64), [N, k] each."""
-    _ops().topk(adapted, base, *mask.strength, k, *_of(mask), logprob, token)
+    strength, alpha, penalty, direction = mask
+    difference = direction == "difference"
+    _ops().topk(adapted, base, *strength, k, log_alpha(alpha), penalty, difference, logprob, token)
 
 
 def score(adapted: Tensor, base: Tensor, mask: Mask, target: Tensor, logprob: Tensor) -> None:
     """Write `reference.score` to `logprob` (float32)."""
-    _ops().score(adapted, base, target, *mask.strength, *_of(mask), logprob)
+    strength, alpha, penalty, direction = mask
+    difference = direction == "difference"
+    _ops().score(adapted, base, target, *strength, log_alpha(alpha), penalty, difference, logprob)
 
 
 def project_strength(

@@ -194,9 +194,9 @@ def _emulated() -> Any:
 def _prepare_emulated(undo: contextlib.ExitStack) -> None:
     choose, library = dispatch.choose, _emulated()
 
-    def chosen(operator: str, backend: str, device: torch.device) -> ModuleType:
+    def chosen(*arguments: Any) -> ModuleType:
         """`choose`, uncached: for a while the backend takes tensors on the CPU."""
-        return choose.__wrapped__(operator, backend, device)  # type: ignore[attr-defined]
+        return choose.__wrapped__(*arguments)  # type: ignore[attr-defined]
 
     patch(undo, cuda, "_library", lambda: library)
     patch(undo, cuda, "_device_and_stream", lambda device: (0, 0))
