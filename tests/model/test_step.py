@@ -80,7 +80,6 @@ OTHERS = {
     "arcee": "it has no gate_proj",
     "stablelm": "its norms are no RMSNorm",
     "gpt2": "it has no layers and norm of these names",
-    "beam": "a trial failed: KeyError",
 }
 
 
