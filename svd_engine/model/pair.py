@@ -52,6 +52,11 @@ class PairedRunner:
         return self.runner.model.device
 
     @property
+    def how(self) -> str:
+        """How decode steps run, and if module by module, why."""
+        return self.runner.how
+
+    @property
     def memory_key(self) -> Hashable:
         """A value that changes when tensors that outlive a request are allocated anew."""
         return self.runner.memory_key
@@ -108,6 +113,16 @@ class SequentialRunner:
     @property
     def device(self) -> torch.device:
         return self.runners[0].model.device
+
+    @property
+    def how(self) -> str:
+        """How decode steps of each model run, in one line if they run alike."""
+        ways = [r.how for r in self.runners]
+        if len(set(ways)) == 1:
+            return ways[0]
+        return "; ".join(
+            f"{name}: {way}" for name, way in zip(("adapted", "base"), ways, strict=True)
+        )
 
     @property
     def memory_key(self) -> Hashable:

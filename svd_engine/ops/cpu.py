@@ -162,7 +162,7 @@ def linear(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, offset: float, rounded_between: bool, out: Tensor
 ) -> None:
-    """Write `rms_norm.composed` to `out`; x is contiguous and of the weight's dtype."""
+    """Write x / rms * (weight + offset) to `out`; x is contiguous and of the weight's dtype."""
     _ops().rms_norm(x, weight, eps, offset, rounded_between, out)
 
 

@@ -7,6 +7,7 @@ import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 
+from svd_engine import SteeredEngine
 from svd_engine.model import step
 from svd_engine.model.pair import PairedRunner, base_runner, pair_models
 from svd_engine.model.peft_adapter import Adapter
@@ -79,7 +80,6 @@ OTHERS = {
     "arcee": "it has no gate_proj",
     "stablelm": "its norms are no RMSNorm",
     "gpt2": "it has no layers and norm of these names",
-    "beam": "a trial failed: KeyError",
 }
 
 
@@ -161,6 +161,16 @@ def test_a_step_that_is_off_is_not_taken(monkeypatch):
     pair = pair_models(Adapter.read(tiny_peft("llama")))
     assert pair.runner.native is None
     assert pair.runner.how.startswith("module by module, because in a trial the native step was")
+
+
+def test_the_engine_says_how_each_model_runs():
+    assert SteeredEngine(tiny_peft("llama")).step == "one native call"
+    dora = LoraConfig(use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    told = SteeredEngine(tiny_peft("llama", dora)).step
+    assert told.startswith("adapted: module by module, because ")
+    assert told.endswith("; base: one native call")
+    half = SteeredEngine(tiny_peft("llama").to(torch.float16), probe=False).step
+    assert half == "module by module, because the weights are float16"
 
 
 def test_the_base_alone_runs_natively():

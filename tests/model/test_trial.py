@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from svd_engine.model.layers.rms_norm import FORMS
 from svd_engine.model.pair import PairedRunner
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.step import trial
@@ -16,6 +15,7 @@ from svd_engine.model.step.cpu import CpuStep
 from svd_engine.model.step.parts import NotDescribed
 from svd_engine.model.step.plan import Layer, Linear, Norm, Plan
 from svd_engine.model.step.read import read_plan
+from svd_engine.model.step.rms_norm import FORMS
 from svd_engine.model.step.widen import widen
 from svd_engine.ops import cpu
 from tests.tiny import VOCAB

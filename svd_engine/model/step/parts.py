@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from svd_engine.model.adapter_layers import AdaptedLayer, PairedIa3, PairedLoraLinear
 from svd_engine.model.layers import linear as linear_layers
-from svd_engine.model.layers import rms_norm
+from svd_engine.model.step import rms_norm
 from svd_engine.model.step.plan import Linear, Norm
 
 PLACES = "attention_norm", "attended_norm", "feedforward_norm", "fed_norm"
@@ -88,7 +88,7 @@ def norm(module: Any) -> Any:
     """Read an RMSNorm; None where there is none."""
     if module is None or isinstance(module, nn.Identity):
         return None
-    found = getattr(module, "native_form", None) or rms_norm.recognise(module)
+    found = rms_norm.recognise(module)
     if found is None:
         raise NotDescribed("its norms are no RMSNorm of a known form")
     return Norm(module.weight.detach(), *found)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from svd_engine.model.layers.linear import LowRank
-from svd_engine.model.layers.rms_norm import Form
+from svd_engine.model.step.rms_norm import Form
 
 Rotary = Callable[[int], tuple[Tensor, Tensor]]  # cos and sin [positions, rotary_dim]
 
