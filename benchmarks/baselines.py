@@ -18,6 +18,16 @@ def eager(adapted: Tensor, base: Tensor) -> Tensor:
     return torch.where(support, adapted + STRENGTH * delta, -math.inf).to(adapted.dtype)
 
 
+def eager_difference(adapted: Tensor, base: Tensor) -> Tensor:
+    """Compute the contrast of the two models as one would write it, with the mask."""
+    z, b = adapted.float(), base.float()
+    p = z.softmax(-1)
+    support = p >= ALPHA * p.amax(-1, keepdim=True)
+    contrast = (1 - STRENGTH) * z + STRENGTH * b
+    contrast = contrast + STRENGTH * (p * (z - b)).sum(-1, keepdim=True)
+    return torch.where(support, contrast, -math.inf).to(adapted.dtype)
+
+
 def cancelled(adapted: Tensor, base: Tensor) -> Tensor:
     """Compute delta_i = p_i (E_p[d] - d_i) with d = adapted - base, and the mask on logits."""
     z = adapted.float()

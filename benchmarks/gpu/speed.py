@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.baselines import STRENGTH, compiled, eager
 from benchmarks.gpu.measure import Call, host_cost, l2_bytes, per_call, sets, synchronize
 from benchmarks.gpu.worker import Run, words
-from tests.ops.cases import BF16, F32, OPERATORS, Options, absent
+from tests.ops.cases import BF16, DIFFERENCE, F32, OPERATORS, Options, absent
 
 Make = Callable[[], list[Call]]
 Measure = Callable[[], dict[str, Any]]
@@ -63,7 +63,7 @@ class Rows:
         """Return one call per buffer set; `steer` writes into the set, the others allocate."""
         operate = OPERATORS[name].run
         return [
-            partial(operate, z, b, self.options, backend, out if name == "steer" else None)
+            partial(operate, z, b, self.options, backend, out if name.startswith("steer") else None)
             for z, b, out in zip(self.z, self.b, self.out, strict=True)
         ]
 
@@ -72,6 +72,7 @@ class Rows:
 
     def moved(self, name: str) -> int:
         """Return the bytes of the inputs, read once, and of outputs as wide as the vocabulary."""
+        name = name.removesuffix(DIFFERENCE)
         written = {"steering_vector": self.n * self.vocab * 4}
         wide = ("steer", "eager formula", "torch.compile, cancelled form")
         return 2 * self.size + written.get(name, self.size if name in wide else 0)

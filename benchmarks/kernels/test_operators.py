@@ -18,7 +18,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.baselines import ALPHA, STRENGTH, compiled, eager
+from benchmarks.baselines import ALPHA, STRENGTH, compiled, eager, eager_difference
 from benchmarks.records import machine
 from svd_engine import ops
 from svd_engine.kernels import reference
@@ -28,7 +28,13 @@ from svd_engine.ops import cpu, dispatch
 INF = math.inf
 VOCABS = [49152, 128256, 151936]
 ROWS = [1, 4, 32, 256]
-NAMES = [*dispatch.OPERATORS, "sample_cut", "eager", "compiled", "read", "clone"]
+SLOTS = 64  # of `support`
+OPERATORS = [*dispatch.OPERATORS, "sample_cut"]
+DIFFERENCE = " difference"  # ends the name of an operator in that direction
+BASELINES = ["eager", "eager difference", "compiled", "read", "clone"]
+NAMES = [
+    *OPERATORS, *(name + DIFFERENCE for name in OPERATORS if name != "divergence"), *BASELINES,
+]  # fmt: skip
 WRITING = ("steer", "steering_vector", "eager", "compiled")  # a row of the vocabulary's width
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,9 +49,9 @@ def rows(n: int, vocab: int, dtype: str) -> tuple[Tensor, Tensor]:
 
 def operator(name: str, z: Tensor, b: Tensor) -> tuple[Callable[[], Any], Tensor | None]:
     """Return a call and the output that it fills, None where the call returns its result."""
-    n, k, along = len(z), 5, "projected"
+    n, k, (name, along) = len(z), 5, directed(name)
     token, logprob = torch.empty(n, dtype=torch.int64), torch.empty(n)
-    mask, target = Mask((STRENGTH, None), ALPHA, -INF), torch.arange(n)
+    mask, target = Mask((STRENGTH, None), ALPHA, -INF, along), torch.arange(n)
     greedy = Draw(0.0, 0, 1.0, 0.0, (0, None), (0, None))
     cut = greedy._replace(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05)
     match name:
@@ -67,13 +73,18 @@ def operator(name: str, z: Tensor, b: Tensor) -> tuple[Callable[[], Any], Tensor
             return partial(cpu.project_strength, z, b, target, ALPHA, along, *terms, inside), terms[
                 0
             ]
+        case "support":
+            rest = target, ALPHA, along, SLOTS
+            fields = dispatch.OPERATORS["support"].outputs(z, b, *rest)
+            return partial(cpu.support, z, b, *rest, *fields), fields[2]
         case "divergence":
             return partial(cpu.divergence, z, b, logprob), logprob
         case "steering_vector":
             delta = torch.empty(z.shape)
             return partial(cpu.steering_vector, z, b, along, delta), delta
         case "eager":
-            return partial(eager, z, b), None
+            formula = eager if along == "projected" else eager_difference
+            return partial(formula, z, b), None
         case "compiled":
             return partial(compiled(), z, b), None
         case "read":
@@ -81,6 +92,12 @@ def operator(name: str, z: Tensor, b: Tensor) -> tuple[Callable[[], Any], Tensor
         case "clone":
             return z.clone, None
     raise ValueError(name)
+
+
+def directed(name: str) -> tuple[str, str]:
+    """Return an operator or baseline and its direction."""
+    bare = name.removesuffix(DIFFERENCE)
+    return bare, "projected" if bare == name else "difference"
 
 
 @pytest.fixture(autouse=True)
@@ -93,10 +110,11 @@ def check(name: str, result: Tensor, adapted: Tensor, base: Tensor) -> None:
     """Compare the first rows of a result with the reference."""
     if name in ("read", "clone"):
         return
-    few = slice(0, 4)
+    few, (name, along) = slice(0, 4), directed(name)
     z, b = adapted[few].double(), base[few].double()
     target, rtol = torch.arange(len(z)), 2**-7 if adapted.dtype == torch.bfloat16 else 1e-5
-    mask: dict[str, Any] = {"strength": STRENGTH, "alpha": ALPHA}
+    to: dict[str, Any] = {"alpha": ALPHA, "direction": along}
+    mask = {"strength": STRENGTH} | to
     if name in ("sample", "sample_cut"):
         cuts: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05}
         want = reference.sample(z.float(), b.float(), **mask, **cuts if "cut" in name else {})
@@ -105,9 +123,10 @@ def check(name: str, result: Tensor, adapted: Tensor, base: Tensor) -> None:
     truths: dict[str, Callable[[], Tensor]] = {
         "topk": lambda: reference.topk(z, b, k=5, **mask).logprob,
         "score": lambda: reference.score(z, b, target=target, **mask),
-        "project_strength": lambda: reference.project_strength(z, b, target, alpha=ALPHA)[0],
+        "project_strength": lambda: reference.project_strength(z, b, target, **to)[0],
+        "support": lambda: reference.support(z, b, target, SLOTS, **to).delta,
         "divergence": lambda: reference.divergence(z, b),
-        "steering_vector": lambda: reference.steering_vector(z, b),
+        "steering_vector": lambda: reference.steering_vector(z, b, along),
     }
     truth = truths.get(name, lambda: reference.steer(z, b, **mask))()
     torch.testing.assert_close(result[few].double(), truth, rtol=rtol, atol=1e-5)
@@ -127,7 +146,7 @@ def test_operator(benchmark: BenchmarkFixture, name: str, n: int, vocab: int, dt
     benchmark.group = f"{dtype} N={n} V={vocab}"
     large = n * vocab > 4_000_000
     benchmark.pedantic(call, rounds=50 if large else 100, iterations=1, warmup_rounds=3)
-    moved = (3 if name in WRITING else 2) * adapted.nbytes
+    moved = (3 if directed(name)[0] in WRITING else 2) * adapted.nbytes
     benchmark.extra_info |= {"bytes": moved, "machine": machine()}
     if benchmark.stats:
         benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.min / 1e9, 1)
