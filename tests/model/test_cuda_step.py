@@ -16,7 +16,7 @@ from svd_engine.kernels import launch, launch_linear, launch_step, triton_step_a
 from svd_engine.model import step
 from svd_engine.model.pair import PairedRunner
 from svd_engine.model.peft_adapter import Adapter
-from svd_engine.model.step import cpu
+from svd_engine.model.step import cpu, cuda
 from svd_engine.model.step.cuda import CudaStep
 from svd_engine.model.step.read import read_plan
 from tests.model import architecture_cases
@@ -163,10 +163,11 @@ def test_bytes_of_a_step(monkeypatch):
 
 
 def test_who_runs_is_said(monkeypatch):
-    monkeypatch.setattr(cpu, "why_not", lambda plan: "this one is not asked")
+    monkeypatch.setattr(step, "CpuStep", CudaStep)  # as for weights on a GPU
+    monkeypatch.setattr(cpu, "why_not", cuda.why_not)
     pair = PairedRunner(Adapter.read(tiny_peft("llama")))
     step.use_native_step(pair.runner, lambda: PairedRunner(Adapter.read(tiny_peft("llama"))).runner)
     assert pair.runner.how == "cuda"
     other = PairedRunner(Adapter.read(copy.deepcopy(tiny_peft("llama")).double()))
     step.use_native_step(other.runner, lambda: other.runner)
-    assert other.runner.how == "module by module, because this one is not asked"
+    assert other.runner.how == "module by module, because the weights are float64"

@@ -43,9 +43,7 @@ def use_native_step(runner: "ModelRunner", build_short: Callable[[], "ModelRunne
 
 def _native(runner: "ModelRunner") -> CpuStep | CudaStep:
     plan = read_plan(runner)
-    reasons = {}
-    for kind, executor in ((CpuStep, cpu), (CudaStep, cuda)):
-        if (reason := executor.why_not(plan)) is None:
-            return kind(plan)
-        reasons[kind] = reason
-    raise NotDescribed(reasons[CpuStep if plan.norm.weight.is_cpu else CudaStep])
+    on_cpu = plan.norm.weight.is_cpu
+    if (reason := (cpu if on_cpu else cuda).why_not(plan)) is not None:
+        raise NotDescribed(reason)
+    return CpuStep(plan) if on_cpu else CudaStep(plan)
