@@ -16,7 +16,7 @@ from .triton_step_attend import SPLITS, attend_rows, attend_tiles
 from .triton_step_rows import finish_gate, finish_heads, finish_norm
 
 GATE_TILE = 256
-BLOCK_BYTES = 1 << 14  # of keys at once
+BLOCK_BYTES = 1 << 13  # of keys at once
 LEAST_DOT = 16  # rows that a matrix product takes
 
 
@@ -92,12 +92,14 @@ def finish_with_norm(
     """
     rows, outputs = residual.shape
     tile = _power(outputs)
+    weights = [x.weight for x in (after, before) if x is not None]
+    wide = outputs % 8 == 0 and all(x.data_ptr() % 16 == 0 for x in (residual, stream, *weights))
     with torch.cuda.device_of(residual):
         finish_norm[(rows,)](
             *_finish(parts, rows, outputs, first_adapted, residual),
             *_norm(after, residual), residual, residual_scale, *_norm(before, residual),
             stream, normal, **_forms(parts), AFTER=after is not None, BEFORE=before is not None,
-            TILE=tile, num_warps=min(16, max(4, tile // 256)), enable_fp_fusion=True,
+            ALIGNED=wide, TILE=tile, num_warps=min(16, max(4, tile // 256)), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -170,7 +172,7 @@ def attend(
             query, keys, values, places.positions, places.new, places.slots, form.window,
             form.heads, form.kv_heads, form.scaling, form.softcap, sums, peaks,
             SOFTCAP=form.softcap > 0, ALIGNED=aligned, GROUP=group, **sizes,
-            STAGES=2 if aligned else 1, num_warps=4 if keys.itemsize == 2 else 8,
+            STAGES=3 if aligned else 1, num_warps=4 if keys.itemsize == 2 else 8,
             enable_fp_fusion=True,
         )  # fmt: skip
         attend_rows[(rows * form.heads,)](

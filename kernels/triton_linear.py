@@ -99,36 +99,46 @@ def linear_tiles(
 
 
 @triton.jit
+def load_columns(row, column, inside, ALIGNED: tl.constexpr):
+    """Load the columns of a row, zeros outside, by 16 bytes where that is ALIGNED."""
+    pointers = row + column
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    return tl.load(pointers, inside, other=0.0)
+
+
+@triton.jit
 def finished(
     parts, rows, row, column, inside, outputs, layer, adapted, biases, up, scale,
     SPLITS: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr, SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
 ):  # fmt: skip
     """The outputs `column` of one row, all of joined layer number `layer`, in float32.
 
     biases: float32 `[2, outputs]`, of base and of adapted rows; up: `[RANK, outputs]`; scale:
-    float32 `[outputs]`, of adapted rows.
+    float32 `[outputs]`, of adapted rows. There is no branch, so all loads are under way at once.
     """
     width = outputs + LAYERS * RANK
     step = tl.cast(rows, tl.int64) * width
     parts += tl.cast(row, tl.int64) * width
-    total = tl.zeros_like(column).to(tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + split * step + column, inside, other=0.0)
-    if adapted:
-        if SCALED:
-            total *= tl.load(scale + column, inside, other=0.0)
-        low_parts = parts + outputs + layer * RANK
-        for start in range(0, RANK, 4):
-            for i in tl.static_range(4):
-                low = tl.load(low_parts + start + i)
-                for split in tl.static_range(1, SPLITS):
-                    low += tl.load(low_parts + split * step + start + i)
-                w = tl.load(up + (start + i) * outputs + column, inside, other=0.0)
-                total += low * w.to(tl.float32)
-        total += tl.load(biases + outputs + column, inside, other=0.0)
-    else:
-        total += tl.load(biases + column, inside, other=0.0)
-    return total
+    end = outputs // 8 * 8 if ALIGNED else outputs
+    mine = inside & (column < tl.where(adapted, end, 0))
+    bias = load_columns(biases + tl.where(adapted, outputs, 0), column, inside, ALIGNED)
+    total = load_columns(parts, column, inside, ALIGNED)
+    for split in tl.static_range(1, SPLITS):
+        total += load_columns(parts + split * step, column, inside, ALIGNED)
+    if SCALED:
+        total *= tl.load(scale + column, mine, other=1.0)
+    low_parts = parts + outputs + layer * RANK
+    AT_ONCE: tl.constexpr = RANK if 0 < RANK and RANK <= 16 else (4 if RANK % 16 else 16)
+    for start in range(0, RANK, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            low = tl.load(low_parts + start + i, adapted, other=0.0)
+            for split in tl.static_range(1, SPLITS):
+                low += tl.load(low_parts + split * step + start + i, adapted, other=0.0)
+            w = load_columns(up + (start + i) * outputs, column, mine, ALIGNED)
+            total += low * w.to(tl.float32)
+    return total + bias
 
 
 @kernel

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_linear import NO_BFLOAT16
-from .triton_rows import INF, kernel
+from .triton_rows import INF, exp, kernel
 from .triton_step_rows import rounded, tanh
 
 SPLITS = tl.constexpr(32)
@@ -59,18 +59,19 @@ def attend_tiles(
     row = tl.program_id(0) // SPLITS // kv_heads
     room = tl.load(slots)
     begin, end, span = seen(positions, row, new, window, room, BLOCK)
+    group = heads // kv_heads
+    member = tl.arange(0, GROUP)
+    lane = tl.arange(0, LANES)
+    inside = lane < DIM
+    real = member < group
+    head = tl.cast(row, tl.int64) * heads + kv_head * group + member
+    q_places = query + (head * DIM)[:, None] + lane[None, :]
+    if ALIGNED:
+        q_places = tl.multiple_of(q_places, (1, 16))
+    q = tl.load(q_places, real[:, None] & inside[None, :], other=0.0)
     begin += split * span
     end = tl.minimum(begin + span, end)
     if begin < end:
-        group = heads // kv_heads
-        member = tl.arange(0, GROUP)
-        lane = tl.arange(0, LANES)
-        inside = lane < DIM
-        real = member < group
-        head = tl.cast(row, tl.int64) * heads + kv_head * group + member
-        q = tl.load(
-            query + head[:, None] * DIM + lane[None, :], real[:, None] & inside[None, :], other=0.0
-        )
         at = (tl.cast(row // new, tl.int64) * kv_heads + kv_head) * room * DIM
         peak = tl.full((GROUP,), -INF, tl.float32)
         total = tl.zeros((GROUP,), tl.float32)
@@ -79,8 +80,8 @@ def attend_tiles(
             q = q.to(tl.float32)
         for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
             slot = start + tl.arange(0, BLOCK)
-            places = at + slot.to(tl.int64)[:, None] * DIM + lane[None, :]
-            k_places, v_places = keys + places, values + places
+            places = slot[:, None] * DIM + lane[None, :]  # of a head: within 32 bits
+            k_places, v_places = keys + at + places, values + at + places
             if ALIGNED:
                 k_places = tl.multiple_of(k_places, (1, 16))
                 v_places = tl.multiple_of(v_places, (1, 16))
@@ -95,8 +96,8 @@ def attend_tiles(
                 score = softcap * tanh(score / softcap)
             score = tl.where(here[None, :], score, -INF)
             higher = tl.maximum(peak, tl.max(score, 1))
-            shrink = tl.exp(peak - higher)
-            weight = tl.exp(score - higher[:, None])
+            shrink = exp(peak - higher)
+            weight = exp(score - higher[:, None])
             total = total * shrink + tl.sum(weight, 1)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
             peak = higher
@@ -135,7 +136,7 @@ def attend_rows(
     place = (tl.cast(row, tl.int64) * heads + head) * SPLITS + split
     peak = tl.load(peaks + 2 * place, real, other=-INF)
     total = tl.load(peaks + 2 * place + 1, real, other=0.0)
-    weight = tl.exp(peak - tl.max(peak, 0))
+    weight = exp(peak - tl.max(peak, 0))
     part = tl.load(
         sums + place[:, None] * DIM + lane[None, :], real[:, None] & inside[None, :], other=0.0
     )
