@@ -19,6 +19,44 @@ NO_BFLOAT16 = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def wait_for_kernel_before(OVERLAP: tl.constexpr):
+    """Wait for the end of the kernel before; only then may the one after start.
+
+    A program calls it before it reads or writes anything but by `prefetch`. So when a kernel gets
+    past it, all kernels before have ended, not only the last.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(matrix, stride, row, rows, column, columns):
+    """Bring cache lines into the L2 cache, where nothing is ever stale; the last for those beyond.
+
+    column: one per line. Nothing is loaded, so this may come before what is awaited.
+    """
+    row, column = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
+    places = matrix + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefetch_finish(
+    biases, up, first, outputs, RANK: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Prefetch what `finished` reads for COLUMNS outputs from `first` on, besides the parts."""
+    if OVERLAP:
+        line = tl.arange(0, COLUMNS // 32)  # 128 bytes of float32
+        prefetch(biases, outputs, tl.arange(0, 2), 2, first + 32 * line, outputs)
+        if RANK > 0:
+            prefetch(up, outputs, tl.arange(0, 16), RANK, first + 32 * line, outputs)
+
+
+@triton.jit
 def load_tile(matrix, stride, row, rows, column, columns, ALIGNED: tl.constexpr):
     """Load matrix[row, column], zeros outside."""
     places = matrix + row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -55,6 +93,7 @@ def linear_tiles(
     OUT_TILE: tl.constexpr,
     IN_TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """parts `[splits, rows, outputs0 + outputs1 + outputs2 + ranks]` = x [weights, down]^T, each
     over a split's columns."""
@@ -83,6 +122,10 @@ def linear_tiles(
     end = tl.minimum(begin + span, fan_in)
     row = block * ROWS + tl.arange(0, ROWS)
     output = tile * OUT_TILE + tl.arange(0, OUT_TILE)
+    if OVERLAP:
+        line = tl.arange(0, 16) * (IN_TILE // 2)  # 128 bytes
+        prefetch(weight, stride, output, outputs, begin + line, end)
+    wait_for_kernel_before(OVERLAP)
     total = tl.zeros((ROWS, OUT_TILE), tl.float32)
     for start in tl.range(begin, end, IN_TILE, num_stages=STAGES):
         column = start + tl.arange(0, IN_TILE)
@@ -157,12 +200,16 @@ def finish_rows(
     RANK: tl.constexpr,
     SCALED: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per tile of a row of one layer's outputs."""
     tiles = tl.cdiv(outputs, TILE)
     row = tl.program_id(0) // tiles
-    column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    first = tl.program_id(0) % tiles * TILE
+    column = first + tl.arange(0, TILE)
     inside = column < outputs
+    prefetch_finish(biases, up, first, outputs, RANK, TILE, OVERLAP)
+    wait_for_kernel_before(OVERLAP)
     total = finished(
         parts, rows, row, column, inside, outputs, 0, row >= first_adapted, biases, up, scale,
         SPLITS, LAYERS, RANK, SCALED,

@@ -7,7 +7,7 @@ of a token depend neither on other rows nor on the room in the cache.
 import triton
 import triton.language as tl
 
-from .triton_linear import NO_BFLOAT16
+from .triton_linear import NO_BFLOAT16, wait_for_kernel_before
 from .triton_rows import INF, exp, kernel
 from .triton_step_rows import rounded, tanh
 
@@ -48,6 +48,7 @@ def attend_tiles(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per split of a key head of a token.
 
@@ -57,6 +58,7 @@ def attend_tiles(
     split = tl.program_id(0) % SPLITS
     kv_head = tl.program_id(0) // SPLITS % kv_heads
     row = tl.program_id(0) // SPLITS // kv_heads
+    wait_for_kernel_before(OVERLAP)
     room = tl.load(slots)
     begin, end, span = seen(positions, row, new, window, room, BLOCK)
     group = heads // kv_heads
@@ -124,10 +126,12 @@ def attend_rows(
     DIM: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per head of a token: out `[rows, heads, DIM]`, in adapted rows * input_scale."""
     head = tl.program_id(0) % heads
     row = tl.program_id(0) // heads
+    wait_for_kernel_before(OVERLAP)
     begin, end, span = seen(positions, row, new, window, tl.load(slots), BLOCK)
     lane = tl.arange(0, LANES)
     inside = lane < DIM

@@ -6,7 +6,7 @@ Each kernel adds up the parts that `linear_tiles` left, and goes on with them.
 import triton
 import triton.language as tl
 
-from .triton_linear import finished, load_columns
+from .triton_linear import finished, load_columns, prefetch, prefetch_finish, wait_for_kernel_before
 from .triton_rows import kernel
 
 
@@ -58,6 +58,7 @@ def finish_norm(
     BEFORE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per row: stream = residual + norm(x W^T) * residual_scale; normal = norm(stream).
 
@@ -68,6 +69,15 @@ def finish_norm(
     inside = column < (outputs // 8 * 8 if ALIGNED else outputs)
     at = tl.cast(row, tl.int64) * outputs
     dtype = stream.dtype.element_ty
+    if OVERLAP:
+        line = tl.arange(0, TILE // 32) * 32
+        if BEFORE:
+            prefetch(before, 0, tl.arange(0, 1), 1, line, outputs)
+        if AFTER:
+            prefetch(after, 0, tl.arange(0, 1), 1, line, outputs)
+        if SPLITS > 0:
+            prefetch_finish(biases, up, 0, outputs, RANK, TILE, OVERLAP)
+    wait_for_kernel_before(OVERLAP)
     x = load_columns(residual + at, column, inside, ALIGNED).to(tl.float32)
     if BEFORE:
         before_weight = load_columns(before, column, inside, ALIGNED)
@@ -112,13 +122,18 @@ def finish_gate(
     INPUT_SCALED: tl.constexpr,
     GELU: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per tile of a row: act(gate) * up, and in adapted rows * input_scale."""
     size = outputs // 2
     tiles = tl.cdiv(size, TILE)
     row = tl.program_id(0) // tiles
-    column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    first = tl.program_id(0) % tiles * TILE
+    column = first + tl.arange(0, TILE)
     inside = column < size
+    prefetch_finish(biases, up, first, outputs, RANK, TILE, OVERLAP)
+    prefetch_finish(biases, up, size + first, outputs, RANK, TILE, OVERLAP)
+    wait_for_kernel_before(OVERLAP)
     adapted = row >= first_adapted
     gate = finished(
         parts, rows, row, column, inside, outputs, 0, adapted, biases, up, scale,
@@ -176,6 +191,7 @@ def finish_heads(
     ACROSS: tl.constexpr,
     DIM: tl.constexpr,
     LANES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per head of a token: q to `query` `[rows, heads, DIM]`, k and v to the cache.
 
@@ -186,6 +202,8 @@ def finish_heads(
     row = tl.program_id(0) // every
     head = tl.program_id(0) % every
     sequence = row // new
+    prefetch_finish(biases, up, head * DIM, outputs, RANK, LANES, OVERLAP)
+    wait_for_kernel_before(OVERLAP)
     room = tl.load(slots)
     position = tl.load(positions + sequence) + row % new
     kept = tl.where(position < room, DIM, 0)  # nothing is written past the room
