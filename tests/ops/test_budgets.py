@@ -23,6 +23,10 @@ class Budget(NamedTuple):
 
 
 BUDGETS: dict[str, Budget] = {
+    "attend_rows DIM=128 OVERLAP": Budget(500, 0),
+    "attend_rows DIM=64 OVERLAP": Budget(470, 3),
+    "attend_tiles bf16 DIM=128 OVERLAP": Budget(660, 9, loops=((225, 7),)),
+    "attend_tiles bf16 DIM=64 OVERLAP": Budget(630, 9, loops=((235, 7),)),
     "choose_tiles bf16": Budget(268, 14, 3382, 26, 4),
     "choose_tiles bf16 GREEDY": Budget(247, 14, 1086, 26, 4),
     "choose_tiles bf16 GREEDY REMOVE": Budget(246, 14, 1148, 26, 4),
@@ -36,6 +40,15 @@ BUDGETS: dict[str, Budget] = {
     "cut_rows fp32": Budget(343, 20, loops=((531, 15), (480, 15), (1783, 17))),
     "cut_rows fp32 REMOVE": Budget(342, 20, loops=((543, 15), (493, 15), (1784, 17))),
     "divergence_rows": Budget(350, 0),
+    "finish_gate bf16 TILE=256 SPLITS=1 RANK=0 OVERLAP": Budget(155, 0),
+    "finish_gate bf16 TILE=256 SPLITS=1 RANK=8 OVERLAP": Budget(400, 0),
+    "finish_heads bf16 DIM=128 SPLITS=2 RANK=0 OVERLAP": Budget(315, 0),
+    "finish_heads bf16 DIM=64 SPLITS=1 RANK=8 OVERLAP": Budget(470, 0),
+    "finish_norm bf16 TILE=1024 SPLITS=0 RANK=0 BEFORE OVERLAP": Budget(180, 1, 180, 1, 2),
+    "finish_norm bf16 TILE=1024 SPLITS=1 RANK=8 BEFORE OVERLAP": Budget(530, 1, 530, 1, 14),
+    "finish_norm bf16 TILE=1024 SPLITS=3 RANK=8 BEFORE OVERLAP": Budget(620, 1, 620, 1, 18),
+    "finish_norm bf16 TILE=2048 SPLITS=0 RANK=0 BEFORE OVERLAP": Budget(180, 1, 180, 1, 2),
+    "finish_norm bf16 TILE=2048 SPLITS=2 RANK=0 BEFORE OVERLAP": Budget(300, 1, 300, 1, 8),
     "measure_tiles bf16": Budget(610, 11, 610, 11, 4),
     "measure_tiles bf16 BASE": Budget(829, 20, 829, 20, 4),
     "measure_tiles fp32": Budget(536, 11, 536, 11, 8),
