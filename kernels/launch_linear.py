@@ -4,6 +4,7 @@ The caller has checked the arguments. Nothing is read back from the device, so e
 captured in a CUDA graph.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +26,9 @@ COLUMNS = 512  # but hardly into less than so many
 SPLITS = 8
 IN_BYTES = 256  # of one output's weights, per tile
 SUM_TILE = 256
+
+# Whether a kernel starts, and prefetches, while the one before it ends, where the device can.
+OVERLAP = True
 
 
 class Layer(Protocol):
@@ -115,6 +119,23 @@ def parts_size(joined: Joined, rows: int) -> int:
     return joined.tile()[2] * rows * (joined.outputs + len(joined.down))
 
 
+def overlap(x: Tensor) -> dict[str, bool]:
+    """The options of a launch: whether it overlaps the end of the kernel before.
+
+    Each kernel waits, so mixing kernels that overlap with others is right as well.
+    """
+    overlaps = OVERLAP and can_overlap(x.device)
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Tell whether a device has programmatic dependent launch."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def multiply(x: Tensor, joined: Joined, parts: Tensor, splits: int | None = None) -> int:
     """Write the parts of x [weights, down]^T and return the number of splits.
 
@@ -143,7 +164,7 @@ def multiply(x: Tensor, joined: Joined, parts: Tensor, splits: int | None = None
             x, x.stride(0), *each[0], *each[1], *each[2], down if ranks else unread,
             down.stride(0) if ranks else 0, ranks, parts, stride, rows, fan_in, splits,
             ALIGNED=wide, ROWS=block, OUT_TILE=out_tile, IN_TILE=IN_BYTES // x.itemsize,
-            STAGES=stages if wide else 1, num_warps=warps, enable_fp_fusion=True,
+            STAGES=stages if wide else 1, num_warps=warps, enable_fp_fusion=True, **overlap(x),
             # Bounded only where it has to be: given room, ptxas takes it, and spills besides.
             maxnreg=STREAM_REGISTERS if block == ROWS or not wide else None,
         )  # fmt: skip
@@ -168,5 +189,5 @@ def linear(x: Tensor, joined: Joined, first: int, out: Tensor) -> None:
         finish_rows[(rows * -(-outputs // SUM_TILE),)](
             parts, rows, outputs, first, *joined.finish_tensors, out, out.stride(0),
             **joined.finish(splits), TILE=SUM_TILE, num_warps=4, maxnreg=STREAM_REGISTERS,
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, **overlap(x),
         )  # fmt: skip

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .launch import ROW_REGISTERS, STREAM_REGISTERS
-from .launch_linear import Joined, multiply, parts_size
+from .launch_linear import Joined, multiply, overlap, parts_size
 from .triton_step_attend import SPLITS, attend_rows, attend_tiles
 from .triton_step_rows import finish_gate, finish_heads, finish_norm
 
 GATE_TILE = 256
-BLOCK_BYTES = 1 << 14  # of keys at once
+BLOCK_BYTES = 1 << 13  # of keys at once
 LEAST_DOT = 16  # rows that a matrix product takes
 
 
@@ -92,12 +92,15 @@ def finish_with_norm(
     """
     rows, outputs = residual.shape
     tile = _power(outputs)
+    weights = [x.weight for x in (after, before) if x is not None]
+    wide = outputs % 8 == 0 and all(x.data_ptr() % 16 == 0 for x in (residual, stream, *weights))
     with torch.cuda.device_of(residual):
         finish_norm[(rows,)](
             *_finish(parts, rows, outputs, first_adapted, residual),
             *_norm(after, residual), residual, residual_scale, *_norm(before, residual),
             stream, normal, **_forms(parts), AFTER=after is not None, BEFORE=before is not None,
-            TILE=tile, num_warps=min(16, max(4, tile // 256)), enable_fp_fusion=True,
+            ALIGNED=wide, TILE=tile, num_warps=min(16, max(4, tile // 256)),
+            enable_fp_fusion=True, **overlap(residual),
         )  # fmt: skip
 
 
@@ -111,7 +114,7 @@ def finish_with_gate(
             *_finish(parts, rows, 2 * size, first_adapted, out),
             out if input_scale is None else input_scale, out, **_forms(parts),
             INPUT_SCALED=input_scale is not None, GELU=is_gelu, TILE=GATE_TILE, num_warps=4,
-            maxnreg=STREAM_REGISTERS, enable_fp_fusion=True,
+            maxnreg=STREAM_REGISTERS, enable_fp_fusion=True, **overlap(out),
         )  # fmt: skip
 
 
@@ -140,7 +143,7 @@ def finish_with_heads(
             *_norm(form.query_norm, query), *_norm(form.key_norm, query),
             query, keys, values, form.heads, form.kv_heads, **_forms(parts),
             NORM=form.query_norm is not None, ACROSS=across, DIM=form.dim, LANES=form.lanes,
-            num_warps=1, enable_fp_fusion=True,
+            num_warps=1, enable_fp_fusion=True, **overlap(query),
         )  # fmt: skip
 
 
@@ -170,14 +173,14 @@ def attend(
             query, keys, values, places.positions, places.new, places.slots, form.window,
             form.heads, form.kv_heads, form.scaling, form.softcap, sums, peaks,
             SOFTCAP=form.softcap > 0, ALIGNED=aligned, GROUP=group, **sizes,
-            STAGES=2 if aligned else 1, num_warps=4 if keys.itemsize == 2 else 8,
-            enable_fp_fusion=True,
+            STAGES=3 if aligned else 1, num_warps=4 if keys.itemsize == 2 else 8,
+            enable_fp_fusion=True, **overlap(query),
         )  # fmt: skip
         attend_rows[(rows * form.heads,)](
             sums, peaks, places.positions, places.new, places.slots, form.window, form.heads,
             places.first_adapted, out if input_scale is None else input_scale, out,
             INPUT_SCALED=input_scale is not None, **sizes, num_warps=4, maxnreg=ROW_REGISTERS,
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, **overlap(query),
         )  # fmt: skip
 
 

@@ -19,6 +19,44 @@ NO_BFLOAT16 = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def wait_for_kernel_before(OVERLAP: tl.constexpr):
+    """Wait for the end of the kernel before; only then may the one after start.
+
+    A program calls it before it reads or writes anything but by `prefetch`. So when a kernel gets
+    past it, all kernels before have ended, not only the last.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(matrix, stride, row, rows, column, columns):
+    """Bring cache lines into the L2 cache, where nothing is ever stale; the last for those beyond.
+
+    column: one per line. Nothing is loaded, so this may come before what is awaited.
+    """
+    row, column = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
+    places = matrix + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefetch_finish(
+    biases, up, first, outputs, RANK: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Prefetch what `finished` reads for COLUMNS outputs from `first` on, besides the parts."""
+    if OVERLAP:
+        line = tl.arange(0, COLUMNS // 32)  # 128 bytes of float32
+        prefetch(biases, outputs, tl.arange(0, 2), 2, first + 32 * line, outputs)
+        if RANK > 0:
+            prefetch(up, outputs, tl.arange(0, 16), RANK, first + 32 * line, outputs)
+
+
+@triton.jit
 def load_tile(matrix, stride, row, rows, column, columns, ALIGNED: tl.constexpr):
     """Load matrix[row, column], zeros outside."""
     places = matrix + row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -55,6 +93,7 @@ def linear_tiles(
     OUT_TILE: tl.constexpr,
     IN_TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """parts `[splits, rows, outputs0 + outputs1 + outputs2 + ranks]` = x [weights, down]^T, each
     over a split's columns."""
@@ -83,6 +122,10 @@ def linear_tiles(
     end = tl.minimum(begin + span, fan_in)
     row = block * ROWS + tl.arange(0, ROWS)
     output = tile * OUT_TILE + tl.arange(0, OUT_TILE)
+    if OVERLAP:
+        line = tl.arange(0, 16) * (IN_TILE // 2)  # 128 bytes
+        prefetch(weight, stride, output, outputs, begin + line, end)
+    wait_for_kernel_before(OVERLAP)
     total = tl.zeros((ROWS, OUT_TILE), tl.float32)
     for start in tl.range(begin, end, IN_TILE, num_stages=STAGES):
         column = start + tl.arange(0, IN_TILE)
@@ -99,36 +142,46 @@ def linear_tiles(
 
 
 @triton.jit
+def load_columns(row, column, inside, ALIGNED: tl.constexpr):
+    """Load the columns of a row, zeros outside, by 16 bytes where that is ALIGNED."""
+    pointers = row + column
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    return tl.load(pointers, inside, other=0.0)
+
+
+@triton.jit
 def finished(
     parts, rows, row, column, inside, outputs, layer, adapted, biases, up, scale,
     SPLITS: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr, SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
 ):  # fmt: skip
     """The outputs `column` of one row, all of joined layer number `layer`, in float32.
 
     biases: float32 `[2, outputs]`, of base and of adapted rows; up: `[RANK, outputs]`; scale:
-    float32 `[outputs]`, of adapted rows.
+    float32 `[outputs]`, of adapted rows. There is no branch, so all loads are under way at once.
     """
     width = outputs + LAYERS * RANK
     step = tl.cast(rows, tl.int64) * width
     parts += tl.cast(row, tl.int64) * width
-    total = tl.zeros_like(column).to(tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + split * step + column, inside, other=0.0)
-    if adapted:
-        if SCALED:
-            total *= tl.load(scale + column, inside, other=0.0)
-        low_parts = parts + outputs + layer * RANK
-        for start in range(0, RANK, 4):
-            for i in tl.static_range(4):
-                low = tl.load(low_parts + start + i)
-                for split in tl.static_range(1, SPLITS):
-                    low += tl.load(low_parts + split * step + start + i)
-                w = tl.load(up + (start + i) * outputs + column, inside, other=0.0)
-                total += low * w.to(tl.float32)
-        total += tl.load(biases + outputs + column, inside, other=0.0)
-    else:
-        total += tl.load(biases + column, inside, other=0.0)
-    return total
+    end = outputs // 8 * 8 if ALIGNED else outputs
+    mine = inside & (column < tl.where(adapted, end, 0))
+    bias = load_columns(biases + tl.where(adapted, outputs, 0), column, inside, ALIGNED)
+    total = load_columns(parts, column, inside, ALIGNED)
+    for split in tl.static_range(1, SPLITS):
+        total += load_columns(parts + split * step, column, inside, ALIGNED)
+    if SCALED:
+        total *= tl.load(scale + column, mine, other=1.0)
+    low_parts = parts + outputs + layer * RANK
+    AT_ONCE: tl.constexpr = RANK if 0 < RANK and RANK <= 16 else (4 if RANK % 16 else 16)
+    for start in range(0, RANK, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            low = tl.load(low_parts + start + i, adapted, other=0.0)
+            for split in tl.static_range(1, SPLITS):
+                low += tl.load(low_parts + split * step + start + i, adapted, other=0.0)
+            w = load_columns(up + (start + i) * outputs, column, mine, ALIGNED)
+            total += low * w.to(tl.float32)
+    return total + bias
 
 
 @kernel
@@ -147,12 +200,16 @@ def finish_rows(
     RANK: tl.constexpr,
     SCALED: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per tile of a row of one layer's outputs."""
     tiles = tl.cdiv(outputs, TILE)
     row = tl.program_id(0) // tiles
-    column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    first = tl.program_id(0) % tiles * TILE
+    column = first + tl.arange(0, TILE)
     inside = column < outputs
+    prefetch_finish(biases, up, first, outputs, RANK, TILE, OVERLAP)
+    wait_for_kernel_before(OVERLAP)
     total = finished(
         parts, rows, row, column, inside, outputs, 0, row >= first_adapted, biases, up, scale,
         SPLITS, LAYERS, RANK, SCALED,

@@ -7,8 +7,8 @@ of a token depend neither on other rows nor on the room in the cache.
 import triton
 import triton.language as tl
 
-from .triton_linear import NO_BFLOAT16
-from .triton_rows import INF, kernel
+from .triton_linear import NO_BFLOAT16, wait_for_kernel_before
+from .triton_rows import INF, exp, kernel
 from .triton_step_rows import rounded, tanh
 
 SPLITS = tl.constexpr(32)
@@ -48,6 +48,7 @@ def attend_tiles(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per split of a key head of a token.
 
@@ -57,20 +58,22 @@ def attend_tiles(
     split = tl.program_id(0) % SPLITS
     kv_head = tl.program_id(0) // SPLITS % kv_heads
     row = tl.program_id(0) // SPLITS // kv_heads
+    wait_for_kernel_before(OVERLAP)
     room = tl.load(slots)
     begin, end, span = seen(positions, row, new, window, room, BLOCK)
+    group = heads // kv_heads
+    member = tl.arange(0, GROUP)
+    lane = tl.arange(0, LANES)
+    inside = lane < DIM
+    real = member < group
+    head = tl.cast(row, tl.int64) * heads + kv_head * group + member
+    q_places = query + (head * DIM)[:, None] + lane[None, :]
+    if ALIGNED:
+        q_places = tl.multiple_of(q_places, (1, 16))
+    q = tl.load(q_places, real[:, None] & inside[None, :], other=0.0)
     begin += split * span
     end = tl.minimum(begin + span, end)
     if begin < end:
-        group = heads // kv_heads
-        member = tl.arange(0, GROUP)
-        lane = tl.arange(0, LANES)
-        inside = lane < DIM
-        real = member < group
-        head = tl.cast(row, tl.int64) * heads + kv_head * group + member
-        q = tl.load(
-            query + head[:, None] * DIM + lane[None, :], real[:, None] & inside[None, :], other=0.0
-        )
         at = (tl.cast(row // new, tl.int64) * kv_heads + kv_head) * room * DIM
         peak = tl.full((GROUP,), -INF, tl.float32)
         total = tl.zeros((GROUP,), tl.float32)
@@ -79,8 +82,8 @@ def attend_tiles(
             q = q.to(tl.float32)
         for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
             slot = start + tl.arange(0, BLOCK)
-            places = at + slot.to(tl.int64)[:, None] * DIM + lane[None, :]
-            k_places, v_places = keys + places, values + places
+            places = slot[:, None] * DIM + lane[None, :]  # of a head: within 32 bits
+            k_places, v_places = keys + at + places, values + at + places
             if ALIGNED:
                 k_places = tl.multiple_of(k_places, (1, 16))
                 v_places = tl.multiple_of(v_places, (1, 16))
@@ -95,8 +98,8 @@ def attend_tiles(
                 score = softcap * tanh(score / softcap)
             score = tl.where(here[None, :], score, -INF)
             higher = tl.maximum(peak, tl.max(score, 1))
-            shrink = tl.exp(peak - higher)
-            weight = tl.exp(score - higher[:, None])
+            shrink = exp(peak - higher)
+            weight = exp(score - higher[:, None])
             total = total * shrink + tl.sum(weight, 1)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
             peak = higher
@@ -123,10 +126,12 @@ def attend_rows(
     DIM: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per head of a token: out `[rows, heads, DIM]`, in adapted rows * input_scale."""
     head = tl.program_id(0) % heads
     row = tl.program_id(0) // heads
+    wait_for_kernel_before(OVERLAP)
     begin, end, span = seen(positions, row, new, window, tl.load(slots), BLOCK)
     lane = tl.arange(0, LANES)
     inside = lane < DIM
@@ -135,7 +140,7 @@ def attend_rows(
     place = (tl.cast(row, tl.int64) * heads + head) * SPLITS + split
     peak = tl.load(peaks + 2 * place, real, other=-INF)
     total = tl.load(peaks + 2 * place + 1, real, other=0.0)
-    weight = tl.exp(peak - tl.max(peak, 0))
+    weight = exp(peak - tl.max(peak, 0))
     part = tl.load(
         sums + place[:, None] * DIM + lane[None, :], real[:, None] & inside[None, :], other=0.0
     )

@@ -6,7 +6,7 @@ Each kernel adds up the parts that `linear_tiles` left, and goes on with them.
 import triton
 import triton.language as tl
 
-from .triton_linear import finished
+from .triton_linear import finished, load_columns, prefetch, prefetch_finish, wait_for_kernel_before
 from .triton_rows import kernel
 
 
@@ -17,10 +17,18 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def normalised(x, square_sum, weight, column, inside, size, eps, offset):
+def normalised(x, square_sum, weight, size, eps, offset):
     """The RMSNorm of x, whose squares sum to `square_sum` over `size` elements."""
-    w = tl.load(weight + column, inside, other=0.0).to(tl.float32) + offset
-    return x / tl.sqrt(square_sum / size + eps) * w
+    return x / tl.sqrt(square_sum / size + eps) * (weight.to(tl.float32) + offset)
+
+
+@triton.jit
+def store_columns(row, column, x, inside, ALIGNED: tl.constexpr):
+    """Store the columns of a row, by 16 bytes where that is ALIGNED."""
+    pointers = row + column
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    tl.store(pointers, x, inside)
 
 
 @kernel
@@ -48,7 +56,9 @@ def finish_norm(
     SCALED: tl.constexpr,
     AFTER: tl.constexpr,
     BEFORE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per row: stream = residual + norm(x W^T) * residual_scale; normal = norm(stream).
 
@@ -56,26 +66,37 @@ def finish_norm(
     """
     row = tl.program_id(0)
     column = tl.arange(0, TILE)
-    inside = column < outputs
+    inside = column < (outputs // 8 * 8 if ALIGNED else outputs)
     at = tl.cast(row, tl.int64) * outputs
     dtype = stream.dtype.element_ty
-    x = tl.load(residual + at + column, inside, other=0.0).to(tl.float32)
+    if OVERLAP:
+        line = tl.arange(0, TILE // 32) * 32
+        if BEFORE:
+            prefetch(before, 0, tl.arange(0, 1), 1, line, outputs)
+        if AFTER:
+            prefetch(after, 0, tl.arange(0, 1), 1, line, outputs)
+        if SPLITS > 0:
+            prefetch_finish(biases, up, 0, outputs, RANK, TILE, OVERLAP)
+    wait_for_kernel_before(OVERLAP)
+    x = load_columns(residual + at, column, inside, ALIGNED).to(tl.float32)
+    if BEFORE:
+        before_weight = load_columns(before, column, inside, ALIGNED)
     if SPLITS > 0:
+        if AFTER:
+            after_weight = load_columns(after, column, inside, ALIGNED)
         y = finished(
             parts, rows, row, column, inside, outputs, 0, row >= first_adapted, biases, up, scale,
-            SPLITS, LAYERS, RANK, SCALED,
+            SPLITS, LAYERS, RANK, SCALED, ALIGNED,
         )  # fmt: skip
         y = rounded(y, dtype)
         if AFTER:
-            squares = tl.sum(y * y)
-            y = normalised(y, squares, after, column, inside, outputs, after_eps, after_offset)
+            y = normalised(y, tl.sum(y * y), after_weight, outputs, after_eps, after_offset)
             y = rounded(y, dtype)
         x = rounded(x + y * residual_scale, dtype)
-    tl.store(stream + at + column, x.to(dtype), inside)
+    store_columns(stream + at, column, x.to(dtype), inside, ALIGNED)
     if BEFORE:
-        squares = tl.sum(x * x)
-        x = normalised(x, squares, before, column, inside, outputs, before_eps, before_offset)
-    tl.store(normal + at + column, x.to(dtype), inside)
+        x = normalised(x, tl.sum(x * x), before_weight, outputs, before_eps, before_offset)
+    store_columns(normal + at, column, x.to(dtype), inside, ALIGNED)
 
 
 @triton.jit
@@ -101,13 +122,18 @@ def finish_gate(
     INPUT_SCALED: tl.constexpr,
     GELU: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per tile of a row: act(gate) * up, and in adapted rows * input_scale."""
     size = outputs // 2
     tiles = tl.cdiv(size, TILE)
     row = tl.program_id(0) // tiles
-    column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    first = tl.program_id(0) % tiles * TILE
+    column = first + tl.arange(0, TILE)
     inside = column < size
+    prefetch_finish(biases, up, first, outputs, RANK, TILE, OVERLAP)
+    prefetch_finish(biases, up, size + first, outputs, RANK, TILE, OVERLAP)
+    wait_for_kernel_before(OVERLAP)
     adapted = row >= first_adapted
     gate = finished(
         parts, rows, row, column, inside, outputs, 0, adapted, biases, up, scale,
@@ -165,6 +191,7 @@ def finish_heads(
     ACROSS: tl.constexpr,
     DIM: tl.constexpr,
     LANES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per head of a token: q to `query` `[rows, heads, DIM]`, k and v to the cache.
 
@@ -175,6 +202,8 @@ def finish_heads(
     row = tl.program_id(0) // every
     head = tl.program_id(0) % every
     sequence = row // new
+    prefetch_finish(biases, up, head * DIM, outputs, RANK, LANES, OVERLAP)
+    wait_for_kernel_before(OVERLAP)
     room = tl.load(slots)
     position = tl.load(positions + sequence) + row % new
     kept = tl.where(position < room, DIM, 0)  # nothing is written past the room
@@ -182,33 +211,30 @@ def finish_heads(
     inside = lane < DIM
     adapted = row >= first_adapted
     is_value = head >= heads + kv_heads
+    is_key = (head >= heads) & (head < heads + kv_heads)
     layer = (head >= heads).to(tl.int32) + is_value.to(tl.int32)
     dtype = query.dtype.element_ty
+    half = rotary_dim // 2
+    turned = lane < tl.where(is_value, 0, rotary_dim)
+    other = tl.where(lane < half, lane + half, lane - half)
+    angle = tl.minimum(position, room - 1) * rotary_dim + lane
+    c = tl.load(cos + angle, turned, other=1.0).to(tl.float32)
+    s = tl.load(sin + angle, turned, other=0.0).to(tl.float32)
     x = finished(
         parts, rows, row, head * DIM + lane, inside, outputs, layer, adapted, biases, up, scale,
         SPLITS, LAYERS, RANK, SCALED,
     )  # fmt: skip
     x = rounded(x, dtype)
-    if is_value:
-        kv_head = head - heads - kv_heads
-        place = (tl.cast(sequence, tl.int64) * kv_heads + kv_head) * room + position
-        tl.store(values + place * DIM + lane, x.to(dtype), lane < kept)
-    else:
-        half = rotary_dim // 2
-        turned = lane < rotary_dim
-        other = tl.where(lane < half, lane + half, lane - half)
-        y = finished(
-            parts, rows, row, head * DIM + other, turned, outputs, layer, adapted, biases, up,
-            scale, SPLITS, LAYERS, RANK, SCALED,
-        )  # fmt: skip
-        y = rounded(y, dtype)
-        is_key = head >= heads
-        kv_head = head - heads
-        if NORM:
+    y = finished(
+        parts, rows, row, head * DIM + other, turned, outputs, layer, adapted, biases, up, scale,
+        SPLITS, LAYERS, RANK, SCALED,
+    )  # fmt: skip
+    y = rounded(y, dtype)
+    if NORM:
+        if not is_value:
             weight, eps, offset, of, begin = query_norm, query_eps, query_offset, heads, heads * 0
             if is_key:
                 weight, eps, offset, of, begin = key_norm, key_eps, key_offset, kv_heads, heads
-            x = tl.where(inside, x, 0.0)
             squares = tl.sum(x * x)
             size, at = heads * 0 + DIM, heads * 0
             if ACROSS:
@@ -218,20 +244,21 @@ def finish_heads(
                         parts, rows, row, (begin + one) * DIM + lane, inside, outputs, layer,
                         adapted, biases, up, scale, SPLITS, LAYERS, RANK, SCALED,
                     )  # fmt: skip
-                    z = tl.where(inside, rounded(z, dtype), 0.0)
+                    z = rounded(z, dtype)
                     squares += tl.sum(z * z)
                 size, at = of * DIM, (head - begin) * DIM
-            x = rounded(normalised(x, squares, weight, at + lane, inside, size, eps, offset), dtype)
-            y = rounded(
-                normalised(y, squares, weight, at + other, turned, size, eps, offset), dtype
-            )
-        angle = tl.minimum(position, room - 1) * rotary_dim + lane
-        c = tl.load(cos + angle, turned, other=1.0).to(tl.float32)
-        s = tl.load(sin + angle, turned, other=0.0).to(tl.float32)
-        turn = (x * c + tl.where(lane < half, -y, y) * s).to(dtype)
-        if is_key:
-            place = (tl.cast(sequence, tl.int64) * kv_heads + kv_head) * room + position
-            tl.store(keys + place * DIM + lane, turn, lane < kept)
-        else:
-            place = tl.cast(row, tl.int64) * heads + head
-            tl.store(query + place * DIM + lane, turn, inside)
+            w = tl.load(weight + at + lane, inside, other=0.0)
+            x = rounded(normalised(x, squares, w, size, eps, offset), dtype)
+            w = tl.load(weight + at + other, turned, other=0.0)
+            y = rounded(normalised(y, squares, w, size, eps, offset), dtype)
+    turn = (x * c + tl.where(lane < half, -y, y) * s).to(dtype)
+    if head < heads:
+        place = tl.cast(row, tl.int64) * heads + head
+        tl.store(query + place * DIM + lane, turn, inside)
+    else:
+        cache = keys
+        if is_value:
+            cache = values
+        kv_head = head - heads - tl.where(is_value, kv_heads, 0)
+        place = (tl.cast(sequence, tl.int64) * kv_heads + kv_head) * room + position
+        tl.store(cache + place * DIM + lane, turn, lane < kept)

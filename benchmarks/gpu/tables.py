@@ -35,6 +35,7 @@ def tables(result: Part) -> list[Table]:
         "operators": _operators,
         "linear": _linear,
         "engine": _engine,
+        "step": _step,
         "tiles": _tiles,
         "sanitizer": _sanitizer,
     }
@@ -198,6 +199,55 @@ def _engine(found: Part) -> list[Table]:
         Table("The engine, bfloat16", head, rows),
         Table("PairedRunner, sequential and single decoding draw the same tokens", ["", ""], equal),
     ]
+
+
+def _step(found: Part) -> list[Table]:
+    result = found["step"]
+    checked = []
+    for check in result["checks"]:
+        bits = [str(check.get(key, "-")) for key in ("alone = in a batch", "replayed = not")]
+        error = check.get("error", "-")
+        error = f"{error:.2g}" if isinstance(error, float) else short(error)
+        checked.append([check["model"], check["dtype"], check.get("step", "-"), error, *bits])
+    times = [
+        [
+            case["model"],
+            *(str(case[key]) for key in ("batch", "context")),
+            *(_milliseconds(case.get(key)) for key in ("steered", "adapted", "walk")),
+            percent(case.get("of bandwidth")),
+        ]
+        for case in result["cases"]
+    ]
+    kernels = [
+        [
+            part["model"],
+            short(name, 40),
+            str(each["calls"]),
+            number(each["us each"]),
+            number(each["us"]),
+        ]
+        for part in result["models"]
+        for name, each in part.get("kernels", {}).items()
+        if isinstance(each, dict)
+    ]
+    head = ["model", "batch", "context", "steered", "adapted", "walk", "of copy bandwidth"]
+    return [
+        Table(
+            "The step of kernels against the model's modules",
+            ["model", "dtype", "step", "error", "alone = in a batch", "replayed = not"],
+            checked,
+        ),
+        Table("The step of kernels, bfloat16: ms per token", head, times),
+        Table(
+            "Kernels of a step of one sequence, context 1024",
+            ["model", "kernel", "calls", "us each", "us"],
+            kernels,
+        ),
+    ]
+
+
+def _milliseconds(value: Any) -> Cell:
+    return number(value) if isinstance(value, int | float) else short(value or "-", 60)
 
 
 def _tiles(found: Part) -> list[Table]:

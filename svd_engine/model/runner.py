@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from svd_engine.model.kv_cache import KVCache
-from svd_engine.model.layers.attention import causal_mask
+from svd_engine.model.layers.attention import causal, causal_mask
 from svd_engine.model.peft_adapter import Prefix
 from svd_engine.model.step.cpu import CpuStep
 from svd_engine.model.step.cuda import CudaStep
@@ -177,9 +177,11 @@ class ModelRunner:
         if start is None or positions.shape[1] > 1:
             alike = positions if start is None else positions[:1]
             mask = causal_mask(alike, kv_length, self.model.dtype)
-        return self.model.get_decoder()(
-            attention_mask=mask,
-            use_cache=True,
-            **{self._cache_argument: self.cache},
-            **inputs,
-        ).last_hidden_state
+        from_first = start == 0 and kv_length == positions.shape[1]
+        with causal(mask if from_first else None):
+            return self.model.get_decoder()(
+                attention_mask=mask,
+                use_cache=True,
+                **{self._cache_argument: self.cache},
+                **inputs,
+            ).last_hidden_state

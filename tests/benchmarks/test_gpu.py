@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 SECTIONS = [
     "machine", "bandwidth", "correctness_cpu", "correctness_reference", "graph", "latency",
-    "operators", "engine", "linear", "tiles", "sanitizer",
+    "operators", "engine", "linear", "step", "tiles", "sanitizer",
 ]  # fmt: skip
 
 

@@ -279,3 +279,56 @@ def test_attention_takes_what_a_gpu_returns(monkeypatch):
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", behind)
     assert torch.equal(attention.attend(nn.Module(), query, key, value, None)[0], right)
+
+
+@pytest.fixture
+def causal_calls(monkeypatch):
+    """The arguments of every attention that needs no mask, as if there were a kernel for it."""
+    calls, compute = [], attention.scaled_dot_product_attention
+
+    def record(query, key, value, **options):
+        if "is_causal" in options:
+            calls.append((query.shape[2], key.shape[1], options))
+        return compute(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(attention, "_has_causal_kernel", lambda *_: True)
+    return calls
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 4)])  # padding on the right is hidden as well
+def test_prompts_from_the_first_slot_need_no_mask(architecture, lengths, causal_calls, monkeypatch):
+    model = tiny_base(architecture)
+    prompts = [list(range(3, 3 + length)) for length in lengths]
+    runner = ModelRunner(base_tree(Adapter.read(tiny_peft(architecture))))
+    got = runner.prefill(prompts, max_new_tokens=2)
+    config = model.config
+    kind = {"is_causal": True, "enable_gqa": True}
+    assert len(causal_calls) == config.num_hidden_layers
+    for length, kv_heads, options in causal_calls:
+        assert (length, kv_heads) == (7, config.num_key_value_heads)
+        assert kind.items() <= options.items() and "attn_mask" not in options
+    monkeypatch.setattr(attention, "_has_causal_kernel", lambda *_: False)
+    torch.testing.assert_close(got, runner.prefill(prompts, max_new_tokens=2))
+    assert len(causal_calls) == config.num_hidden_layers
+
+
+def test_what_hides_more_than_later_slots_keeps_its_mask(causal_calls):
+    runner = ModelRunner(base_tree(Adapter.read(tiny_peft("llama"))))
+    runner.prefill([[5, 3, 8]] * 2, max_new_tokens=4)
+    causal_calls.clear()
+    runner.extend(torch.tensor([[4, 9], [2, 1]]))  # not from the first slot
+    query, key = normal(1, 4, 5, 8), normal(1, 2, 5, 8)
+    mask = attention.causal_mask(torch.arange(5)[None], 5, F32)
+    of = dict(module=nn.Module(), query=query, key=key, value=key)
+    with attention.causal(mask):
+        attention.attend(attention_mask=mask, softcap=20.0, **of)
+        attention.attend(attention_mask=mask, s_aux=normal(4), **of)
+        attention.attend(
+            attention_mask=mask, sliding_window=3, position_ids=torch.arange(5)[None], **of
+        )
+        attention.attend(attention_mask=mask.clone(), **of)
+        assert causal_calls == []
+        attention.attend(attention_mask=mask, sliding_window=5, **of)
+    assert len(causal_calls) == 1

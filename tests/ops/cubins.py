@@ -35,6 +35,7 @@ REGISTERS = {
     "cut_rows": 168,
     "topk_rows": 168,
 }
+STEP = ("finish_norm", "finish_gate", "finish_heads", "attend_tiles", "attend_rows")
 WIDE_COPY = "cp.async.cg.shared.global"  # of 16 bytes always: how the linear reads
 
 
@@ -152,12 +153,18 @@ def steps(dtype):
 
 def form(name: str, signature: dict[str, str], options: dict[str, Any]) -> str:
     """`name dtypes flags`, by which `test_budgets` knows it: "steer_tiles bf16 REMOVE"."""
-    rows = ("adapted", "base", "out") if name == "steer_tiles" else ("adapted", "base")
+    rows = {"steer_tiles": ("adapted", "base", "out")}.get(name, ("adapted", "base"))
+    sizes: tuple[str, ...] = ()
+    if name in STEP:
+        rows = ("weight0", "query", "up")
+        sizes = tuple(
+            f"{x}={options[x]}" for x in ("TILE", "DIM", "SPLITS", "RANK") if x in options
+        )
     dtypes = (signature.get(x, "")[1:] for x in rows)
     layout = () if options.get("ALIGNED", True) else ("unaligned",)
     plain = ("ALIGNED", "PDL")
     flags = (x for x, value in options.items() if value is True and x not in plain and x.isupper())
-    return " ".join((name, *dict.fromkeys(x for x in dtypes if x), *layout, *sorted(flags)))
+    return " ".join((name, *dict.fromkeys(x for x in dtypes if x), *layout, *sizes, *sorted(flags)))
 
 
 def main(target: int) -> None:
@@ -165,10 +172,13 @@ def main(target: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
+    from svd_engine.kernels import launch_linear
+
     from .sass import Code
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(os.environ.get("TMPDIR", "/tmp")) / f"svd-engine-{os.getpid()}.cubin"
+    launch_linear.can_overlap = lambda device: target >= 90
     asked = launches(target)
 
     class Device:
@@ -198,6 +208,7 @@ def main(target: int) -> None:
                     "registers": int(registers),
                     "stack": int(stack),
                     "local": int(local),
+                    "overlaps": options.get("launch_pdl", False),
                     "aligned": options.get("ALIGNED", False),
                     "reads": not options.get("CHOSEN", False),
                     "shared": compiled.metadata.shared,

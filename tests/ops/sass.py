@@ -11,6 +11,11 @@ _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;
 _TARGET = re.compile(r"0x([0-9a-f]+)")
 KINDS = {"barriers": "BAR.", "shuffles": "SHFL", "wide_loads": "LDG.E.128", "loads": "LDG"}
 
+# LDC reads the arguments of the launch.
+ACCESSES = (
+    "LDG", "LD.", "LDGSTS", "STG", "ST.", "ATOM", "RED.", "REDG", "UBLK", "UTMA", "EXIT", "PREEXIT",
+)  # fmt: skip
+
 
 class Instruction(NamedTuple):
     address: int
@@ -76,6 +81,20 @@ class Code:
             row = following
         raise ValueError(f"no way to the end through {through}")
 
+    def early(self) -> list[str]:
+        """What is done before the kernel before has ended: accesses to memory, ends and triggers.
+
+        Prefetches are not among them, which show nothing of what they bring.
+        """
+        reached, todo = set(), [0]
+        while todo:
+            i = todo.pop()
+            if i not in reached and not self.instructions[i].name.startswith("ACQBULK"):
+                reached.add(i)
+                todo += self.after[i]
+        names = {self.instructions[i].name for i in reached}
+        return sorted(x for x in names if x.startswith(ACCESSES))
+
     def loops(self) -> list[set[int]]:
         """The innermost loops that load logits, in order, as sets of instructions."""
         before: list[list[int]] = [[] for _ in self.instructions]
@@ -117,5 +136,6 @@ class Code:
         return {
             "shortest": self.count(self.shortest()),
             "reading": self.count(self.shortest(KINDS["wide_loads"])) if wide else None,
+            "early": self.early(),
             "loops": [self.count(body) for body in self.loops()],
         }

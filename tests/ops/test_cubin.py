@@ -16,11 +16,15 @@ def test_compiles_without_spills(target):
     pytest.importorskip("triton")
     kernels = cubins.compiled(target)
     assert {x["name"] for x in kernels} == set(cubins.REGISTERS)
+    linear = [x for x in kernels if x["name"].split("_")[0] in ("linear", "finish", "attend")]
+    assert all(x["overlaps"] == (target >= 90) for x in linear)
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["registers"] <= cubins.REGISTERS[kernel["name"]], kernel
         assert kernel["specialised"] == [], "a request could compile this anew"
         if kernel["aligned"] and kernel["reads"]:
             assert kernel["vectors"], f"no 16-byte loads: {kernel}"
+        if kernel["overlaps"] and target == 90:
+            assert kernel["code"]["early"] == [], f"before the kernel before has ended: {kernel}"
         # 164 KiB or more are there for the programs of a multiprocessor: two at once at least.
         assert kernel["shared"] <= 65536, kernel

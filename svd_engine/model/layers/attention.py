@@ -49,6 +49,31 @@ def recorded() -> Iterator[list[Call]]:
         _recording.reset(token)
 
 
+_causal: ContextVar[Tensor | None] = ContextVar("causal", default=None)
+
+
+@contextmanager
+def causal(mask: Tensor | None) -> Iterator[None]:
+    """Let attention know that `mask` hides from token i of every row all but slots 0 to i.
+
+    Attention that is handed this very tensor may compute without it.
+    """
+    token = _causal.set(mask)
+    try:
+        yield
+    finally:
+        _causal.reset(token)
+
+
+def _has_causal_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a kernel needs no mask and leaves out what it would hide, in memory and time."""
+    if not query.is_cuda:
+        return False
+    cuda = torch.backends.cuda
+    asked = cuda.SDPAParams(query, key, value, None, 0.0, True, True)
+    return cuda.can_use_flash_attention(asked)
+
+
 def causal_mask(positions: Tensor, kv_length: int, dtype: torch.dtype) -> Tensor:
     """Build the additive causal mask `[rows, 1, q, kv_length]`: 0 where visible, -inf where hidden.
 
@@ -98,17 +123,26 @@ def attend(
         mask = window if mask is None else mask + window
     scaling = dim**-0.5 if scaling is None else scaling
     if (recording := _recording.get()) is not None:
-        is_plain = value.shape[3] == dim and s_aux is None
+        has_plain_values = value.shape[3] == dim and s_aux is None
         sizes = heads, key.shape[1], dim
-        recording.append(Call(query, key, *sizes, scaling, sliding_window, softcap, is_plain))
+        recording.append(
+            Call(query, key, *sizes, scaling, sliding_window, softcap, has_plain_values)
+        )
     if length == 1 and s_aux is None and _can_run_natively(query, key, value):
         out = query.new_empty(rows, 1, heads, value.shape[3])
         cpu.attend(query, key, value, mask, scaling, softcap, out)
         return out, None
+    is_plain = softcap is None and s_aux is None
+    is_causal = mask is not None and mask is _causal.get()
+    if is_causal and is_plain and _has_causal_kernel(query, key, value):
+        out = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous(), None
     if mask is not None and length > 1:
         mask = mask.repeat(1, 1, group, 1)
     packed = query.reshape(rows, key.shape[1], group * length, dim)
-    if softcap is None and s_aux is None:
+    if is_plain:
         out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     else:
         weights = packed @ key.transpose(-1, -2) * scaling
