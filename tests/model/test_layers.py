@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from svd_engine.model.layers import attention, linear
-from svd_engine.model.module_tree import paired_tree
+from svd_engine.model.module_tree import base_tree, paired_tree
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.runner import ModelRunner
 from svd_engine.model.step import rms_norm
