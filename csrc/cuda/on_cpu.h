@@ -21,7 +21,6 @@
 #define __forceinline__ inline
 #undef __launch_bounds__
 #define __launch_bounds__(threads)
-#define SVD_TEAMS 2
 
 namespace on_cpu {
 

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kWalkThreads) project_rows(const Project to) {
   }
 }
 
-// The sums of a row, in every lane of a warp.
+// The sums of a row; every warp computes them for itself.
 SVD_DEVICE PairSums pair_sums_of(const Rows& rows, int row) {
   const PairSums* tiles = sums_of<PairSums>(rows, row);
   PairSums sums = kNoPairs;
@@ -180,7 +180,6 @@ __global__ void __launch_bounds__(kWalkThreads) support_rows(const Support to) {
     to.token[start + slot] = -1;
     to.p[start + slot] = to.delta[start + slot] = row.valid ? 0.0f : NAN;
   }
-  if (threadIdx.x >= kWarp) return;
   const Target target = target_of(rows, row, to.target);
   const PairSums sums = pair_sums_of(rows, row.index);
   if (threadIdx.x > 0) return;

@@ -1,21 +1,14 @@
 // Shared by the kernels that use one thread block per row: the walk over the tiles that are needed,
 // and reductions over the block. These kernels read few tiles, so they branch on dtypes at run
-// time. What a tile costs them is the latency of a chain of instructions (1 to 1.5 us), not its
-// bytes: so several tiles are worked on at once, each by a team of threads.
+// time.
 #pragma once
 
 #include "kernels.h"
 
 namespace {
 
-#ifndef SVD_TEAMS
-#define SVD_TEAMS 4  // fewer where threads are emulated
-#endif
-constexpr int kTeams = SVD_TEAMS;  // tiles at once
-constexpr int kTeamThreads = kTile / kRun;  // a thread holds one run of a tile
-constexpr int kWalkThreads = kTeams * kTeamThreads;
-constexpr int kWalkWarps = kWalkThreads / kWarp;
-static_assert(kWalkWarps <= kWarp, "one warp reduces what the warps have found");
+constexpr int kWalkThreads = 256;
+static_assert(kWalkThreads * kRun == kTile, "a thread holds one run of a tile");
 
 // The memory image of a run of any dtype.
 struct Raw {
@@ -88,36 +81,24 @@ SVD_DEVICE Row open_row(const Steered& of) {
   constexpr int step = sizeof(S) / sizeof(Sums);
   const int index = blockIdx.x;
   const Sums* tiles = reinterpret_cast<const Sums*>(sums_of<S>(of.rows, index));
-  __shared__ RowStats stats;
-  if (threadIdx.x < kWarp) {
-    const RowStats combined = combine(tiles, step, of.rows.tiles, of.log_alpha);
-    if (threadIdx.x == 0) stats = combined;
-  }
+  const RowStats stats = combine(tiles, step, of.rows.tiles, of.log_alpha);
   const float strength = value_of(of.strength, index);
-  __syncthreads();
   return {index, tiles, step, stats, {strength, of.log_alpha, of.penalty, of.projected},
           is_valid(stats) && strength - strength == 0.0f};
 }
 
 // Calls f(token, adapted, base), with this thread's run from `token` on, for each tile for whose
-// peak `takes` returns true: kTeams tiles at a time in ascending order, in all threads together,
-// until f returns false (in every thread alike). A team without a tile gets -inf, from `vocab` on.
-// 32 tiles are tested at a time, one per lane, with a ballot.
+// peak `takes` returns true: in ascending order, in all threads together, until f returns false (in
+// every thread alike). 32 tiles are tested at a time, one per lane, with a ballot.
 template <class Takes, class F>
 SVD_DEVICE void walk(const Rows& rows, const Row& row, const Takes& takes, const F& f) {
-  const int team = threadIdx.x / kTeamThreads, run = threadIdx.x % kTeamThreads * kRun;
   for (int group = 0; group < rows.tiles; group += kWarp) {
     const int mine = group + threadIdx.x % kWarp;
     const bool taken = mine < rows.tiles && takes(row.tile(mine).peak);
     // The ballot is over the lanes of one warp, but every warp tests the same tiles.
-    unsigned left = __ballot_sync(kAllLanes, taken);
-    while (left) {
-      int token = rows.vocab;
-#pragma unroll
-      for (int k = 0; k < kTeams; ++k) {
-        if (k == team && left) token = (group + __ffs(left) - 1) * kTile + run;
-        left &= left - 1;
-      }
+    for (unsigned left = __ballot_sync(kAllLanes, taken); left; left &= left - 1) {
+      const int begin = (group + __ffs(left) - 1) * kTile;
+      const int token = begin + place<true, kWalkThreads>(0);
       const Raw adapted = fetch(rows, rows.adapted, row.index, token);
       const Raw base = fetch(rows, rows.base, row.index, token);
       float z[kRun], b[kRun];
@@ -163,29 +144,23 @@ SVD_DEVICE void each_tile_off_support(const Rows& rows, const Row& row, const F&
       f(row.tile(tile));
 }
 
-// Reduces `mine` over `kLanes` adjacent lanes of a warp with `join`.
-template <int kLanes, class T, class Join>
-SVD_DEVICE T of_lanes(T mine, const Join& join) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) mine = join(mine, across(mine, step));
-  return mine;
-}
-
-// Reduces `mine` over the thread block with `join`. Every thread gets the result, with the same
-// bits if join(a, b) has those of join(b, a).
+// Reduces `mine` over the thread block with `join`; every thread gets the result, the same bits.
 template <class T, class Join>
 SVD_DEVICE T of_block(T mine, const Join& join) {
-  __shared__ T warps[kWalkWarps];
-  mine = of_lanes<kWarp>(mine, join);
+  __shared__ T warps[kWalkThreads / kWarp];
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) mine = join(mine, across(mine, step));
   __syncthreads();  // the last call's values have been read
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  return of_lanes<kWalkWarps>(warps[threadIdx.x % kWalkWarps], join);
+  mine = warps[0];
+  for (int warp = 1; warp < kWalkThreads / kWarp; ++warp) mine = join(mine, warps[warp]);
+  return mine;
 }
 
 // The sum of `mine` over the threads before this one; `total` becomes that over all threads.
 SVD_DEVICE int sum_before(int mine, int& total) {
-  __shared__ int warps[kWalkWarps];
+  __shared__ int warps[kWalkThreads / kWarp];
   const int lane = threadIdx.x % kWarp;
   int up_to = mine;
 #pragma unroll
@@ -198,7 +173,7 @@ SVD_DEVICE int sum_before(int mine, int& total) {
   __syncthreads();
   int before = up_to - mine;
   total = 0;
-  for (int warp = 0; warp < kWalkWarps; ++warp) {
+  for (int warp = 0; warp < kWalkThreads / kWarp; ++warp) {
     before += warp < static_cast<int>(threadIdx.x) / kWarp ? warps[warp] : 0;
     total += warps[warp];
   }
