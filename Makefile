@@ -55,7 +55,7 @@ test-newest: .venv/newest/ready
 test-oldest-triton: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/oldest-triton \
 		--no-deps $(OLDEST_TRITON)
-	PYTHONPATH=.venv/oldest-triton $(BIN)/pytest tests/ops/test_cubin.py tests/ops/test_budgets.py
+	PYTHONPATH=.venv/oldest-triton SVD_CUBINS=all $(BIN)/pytest tests/ops/test_cubin.py tests/ops/test_budgets.py
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.run
