@@ -10,12 +10,8 @@ ROWS = (1, 4, 32, 132, 1024)
 KINDS = {"peaked": "like a model's", "random": "random"}
 CONTENDERS = {
     "steered": "**steered**, one paired batch",
-    "adapted": "the same engine, adapted model alone",
-    "steered, no graphs": "steered, without CUDA graphs",
-    "sequential": 'steered, two passes (`pairing="sequential"`)',
-    "generate, static": "Hugging Face `generate`, merged, static cache, compiled, un-steered",
-    "generate, merged": "Hugging Face `generate`, merged, un-steered",
-    "naive": "naive: PEFT on, PEFT off, eager steering",
+    "adapted": "the adapted model alone, same engine",
+    "walk": "steered, module by module",
 }
 
 
@@ -30,8 +26,9 @@ def correctness(result: dict[str, Any]) -> str:
     for name in ("triton", "cuda"):
         part = _result(result, f"correctness_{name}")
         right = part["compared"] - len(part["failures"])
-        said.append(f"`{name}` is right in {right} of {part['compared']} comparisons with float64")
-    return "; ".join(said) + "."
+        note = f" ({part['note']})" if "note" in part else ""
+        said.append(f"`{name}` is right in {right} of {part['compared']}{note}")
+    return f"Compared with float64, {' and '.join(said)}."
 
 
 def operators(result: dict[str, Any]) -> str:
@@ -49,7 +46,8 @@ def operators(result: dict[str, Any]) -> str:
                 cells = [_point(at.get((kind, name, backend, n))) for n in ROWS]
                 rows.append([f"`{name.split()[0]}`, `{backend}`, {words}", *cells])
     for name in ("two softmaxes", "eager formula", "torch.compile, cancelled form"):
-        rows.append([name, *(_point(at.get(("random", name, "torch", n))) for n in ROWS)])
+        cells = [_point(at.get(("random", name, "torch", n))) for n in ROWS]
+        rows += [[name, *cells]] if set(cells) != {"-"} else []
     return table(["", *(f"N = {n}" for n in ROWS)], rows)
 
 
@@ -59,18 +57,19 @@ def _point(case: dict[str, Any] | None) -> str:
     return f"{number(case['cold_us'])}, {tables.percent(case.get('of copy'))}"
 
 
-def engine(result: dict[str, Any]) -> str:
-    """Format milliseconds per token by model, batch and context."""
-    cases = [c for c in _result(result, "engine")["cases"] if "ms" in c]
-    shapes = list(dict.fromkeys((c["model"], c["batch"], c["context"]) for c in cases))
-    at = {(c["contender"], c["model"], c["batch"], c["context"]): c["ms"] for c in cases}
+def steps(result: dict[str, Any]) -> str:
+    """Format milliseconds per token by model, batch and context, the sampler included."""
+    measured = _result(result, "step")
+    weights = {m["model"]: m["MB"] for m in measured["models"] if "MB" in m}
+    copy = _result(result, "bandwidth")["GB/s"]
     rows = []
-    for model, batch, context in shapes:
-        cells = (at.get((name, model, batch, context)) for name in CONTENDERS)
-        rows.append(
-            [f"{model}, {batch} x {context}", *("-" if x is None else number(x) for x in cells)]
-        )
-    return table(["model, batch x prompt", *CONTENDERS.values()], rows)
+    for case in sorted(measured["cases"], key=lambda c: (c["model"], c["batch"], c["context"])):
+        times = (case.get(name) for name in CONTENDERS)
+        cells = [number(x) if isinstance(x, float) else "-" for x in times]
+        limit = number(weights[case["model"]] / copy)
+        rows.append([f"{case['model']}, {case['batch']} x {case['context']}", *cells, limit])
+    head = ["model, batch x context", *CONTENDERS.values(), "reading the weights"]
+    return table(head, rows)
 
 
 def gpu(result: dict[str, Any]) -> str:
@@ -82,8 +81,9 @@ def gpu(result: dict[str, Any]) -> str:
             f"Microseconds with a cold L2, and the share of copy bandwidth ({copy} GB/s), "
             "V = 151936, bfloat16:",
             operators(result),
-            "Milliseconds per token, bfloat16, LoRA (r = 8) on all linear layers:",
-            engine(result),
+            *([f"{note}."] if (note := _result(result, "operators").get("note")) else []),
+            "Milliseconds per token, bfloat16, random weights, LoRA (r = 8) on all linear layers:",
+            steps(result),
         ]
     )
 

@@ -23,14 +23,20 @@ MODULES = {
     "cuda": "svd_engine.ops.cuda",
     "cpu": "svd_engine.ops.cpu",
 }
-# What "auto" takes, by device. CUDA C++ is before Triton because the instructions of both, counted
-# for an H100, predict so in either dtype: 4.7 us against 6.6 for `steer` of one row, 5.6 against
-# 8.4 for greedy `sample`, 215 against 275 for that of 1,024 rows, and a third of the time for each
-# tile that a second pass walks. Only choosing from all tokens (alpha = 0) is predicted faster in
-# Triton, for few rows. The number of rows decides nothing: a row's bits would depend on its batch.
+# What "auto" takes, by device. On an H200 (benchmarks/results/gpu.json) CUDA C++ is as fast as
+# Triton or faster for most operators, most of all with noise or cuts and at many rows. The number
+# of rows decides nothing: a row's bits would depend on its batch.
 PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-# The order on a CUDA device where measured otherwise, by operator and dtype of the adapted rows.
-MEASURED: dict[tuple[str, torch.dtype], tuple[str, ...]] = {}
+# The order on a CUDA device where Triton is faster, by operator and dtype of the adapted rows.
+MEASURED: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
+    (name, dtype): ("triton", "cuda")
+    for name, dtypes in {
+        "steer": (torch.float32,),
+        "topk": (torch.float32, torch.bfloat16, torch.float16),
+        "project_strength": (torch.float32, torch.bfloat16, torch.float16),
+    }.items()
+    for dtype in dtypes
+}
 
 
 class Operator(NamedTuple):
