@@ -11,7 +11,7 @@ PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 SITE = $(notdir $(wildcard .venv/lib/python3*))/site-packages
 VERSION_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py model/test_cuda_graphs.py \
 	model/test_peft_adapter.py model/test_peft_methods.py model/test_adapter_file.py \
-	model/test_shared_state.py model/test_probe.py model/test_longrope.py \
+	model/test_shared_state.py model/test_probe.py model/test_step.py model/test_longrope.py \
 	data/test_tokenization.py test_loading.py generation/test_generate.py generation/test_request.py \
 	generation/test_beam_search.py integrations/test_hugging_face.py training/test_warm_start.py)
 

@@ -123,6 +123,11 @@ class SteeredEngine:
         self._steering = value
 
     @property
+    def step(self) -> str:
+        """How a decode step runs: "one native call", or "module by module" and why."""
+        return self._pair.how
+
+    @property
     def pair(self) -> ModelPair:
         """The adapted and the base model. Raise ValueError if the PEFT model has changed."""
         self._adapter.state.check()

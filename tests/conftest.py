@@ -53,6 +53,19 @@ def smollm2():
     return loading.load_base(loading.SMOLLM2, dtype=torch.float32)
 
 
+@pytest.fixture(params=["native", "walk"])
+def executor(request, monkeypatch):
+    """Runs a test with each way in which decode steps run on a CPU."""
+    from svd_engine.model import pair
+    from svd_engine.ops import cpu
+
+    if request.param == "walk":
+        monkeypatch.setattr(pair, "use_native_step", lambda *_: None)
+    elif cpu.unavailable() is not None:
+        pytest.skip("no native kernels")
+    return request.param
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command; returns (exit code, standard output, standard error)."""

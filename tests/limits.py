@@ -44,6 +44,18 @@ def architectures():
     return "\n".join(lines)
 
 
+def steps():
+    """How decode steps of the paired architectures run on a CPU."""
+    lines = ["| step | architectures |", "| --- | --- |"]
+    ways = {}
+    for row in found_architectures():
+        if row.outcome == "paired":
+            ways.setdefault(re.sub(r" by \d\S*$", "", row.step), []).append(row.architecture)
+    for way in sorted(ways, key=lambda way: (way.startswith("module"), -len(ways[way]), way)):
+        lines.append(f"| {way} ({len(ways[way])}) | {', '.join(ways[way])} |")
+    return "\n".join(lines)
+
+
 def tokenizers():
     """With which tokenizers prompts, answers and chats are exact, or refused, and why."""
     return "\n".join(
@@ -52,7 +64,12 @@ def tokenizers():
     )
 
 
-TABLES = {"peft methods": peft_methods, "architectures": architectures, "tokenizers": tokenizers}
+TABLES = {
+    "peft methods": peft_methods,
+    "architectures": architectures,
+    "steps": steps,
+    "tokenizers": tokenizers,
+}
 
 
 def is_documented_peft():

@@ -59,30 +59,35 @@ struct Rows {
     for (size_t d = 0; d + 1 < sizes.size(); ++d) count *= sizes[d];
   }
 
-  int64_t packed_row_bytes(Dtype as) const { return ::packed_row_bytes(in, as); }
-
-  // Copies rows [begin, count) to `to`.
-  Packed pack(int64_t begin, Dtype as, char* to) const {
+  // Packs rows [begin, count) at `to`, to be multiplied by weights of dtype `as`.
+  Packed pack(const LinearKernel& kernel, int64_t begin, Dtype as, char* to) const {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
-    const int64_t row_bytes = packed_row_bytes(as);
+    const int64_t row_bytes = packed_row_bytes(in), size = size_of(dtype);
     const int last = int(sizes.size()) - 1;
-    const Packed packed = {to, row_bytes, as};
+    const Packed packed = {to, row_bytes, kernel.packs_bfloat16(dtype, as)};
     for (int64_t row = begin; row < count; ++row, to += row_bytes) {
       int64_t offset = 0, rest = row;
       for (int d = last - 1; d >= 0; rest /= sizes[d--]) offset += rest % sizes[d] * strides[d];
-      const char* from = static_cast<const char*>(tensor.data_ptr()) + offset * size_of(dtype);
-      pack_row(from, dtype, strides[last], in, as, to);
+      const char* from = static_cast<const char*>(tensor.data_ptr()) + offset * size;
+      if (strides[last] == 1 || in <= 1) {
+        kernel.pack(dtype, in, from, as, to);
+        continue;
+      }
+      thread_local Scratch scratch;
+      char* whole = scratch.of(in * size);
+      for (int64_t k = 0; k < in; ++k)
+        std::memcpy(whole + k * size, from + k * strides[last] * size, size);
+      kernel.pack(dtype, in, whole, as, to);
     }
     return packed;
   }
 };
 
 void multiply(const LinearKernel& kernel, const Product& product) {
-  const int64_t blocks = (product.weight.out + kOutputs - 1) / kOutputs;
-  const int64_t bytes = kOutputs * product.weight.in * size_of(product.weight.dtype);
+  const int64_t bytes = product.weight.in * size_of(product.weight.dtype);
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    kernel.blocks(product, begin, end);
+  torch::stable::parallel_for(0, product.weight.out, grain, [&](int64_t begin, int64_t end) {
+    kernel.outputs(product, begin, end);
   });
 }
 
@@ -102,9 +107,6 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
   STD_TORCH_CHECK(first_adapted >= 0 && down.has_value() == up.has_value(),
                   "low rank needs down, up and first_adapted >= 0");
 
-  const auto packed_for = [&](Dtype dtype) {
-    return kernel.multiplies_bfloat16 && dtype == rows.dtype ? dtype : Dtype::kFloat32;
-  };
   const int64_t adapted = down ? std::max<int64_t>(0, rows.count - first_adapted) : 0;
   Product product = {};
   product.weight = w;
@@ -114,10 +116,9 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
   product.out = static_cast<char*>(out.data_ptr());
   product.out_row_bytes = w.out * size_of(rows.dtype);
   product.out_dtype = rows.dtype;
-  const Dtype x_dtype = packed_for(w.dtype);
-  const int64_t x_bytes = rows.count * rows.packed_row_bytes(x_dtype);
+  const int64_t x_row_bytes = packed_row_bytes(w.in);
   if (!adapted) {
-    product.x = rows.pack(0, x_dtype, scratch.of(x_bytes));
+    product.x = rows.pack(kernel, 0, w.dtype, scratch.of(rows.count * x_row_bytes));
     return multiply(kernel, product);
   }
 
@@ -126,27 +127,26 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
                       down_weight.out == up_weight.in,
                   "down is [", down_weight.out, ", ", down_weight.in, "] and up is [",
                   up_weight.out, ", ", up_weight.in, "], weight is [", w.out, ", ", w.in, "]");
-  const Dtype down_x_dtype = packed_for(down_weight.dtype);  // in which `down` takes x
-  const int64_t repacked_bytes =
-      down_x_dtype == x_dtype ? 0 : adapted * rows.packed_row_bytes(down_x_dtype);
-  const int64_t down_row_bytes = (down_weight.out + 31) / 32 * 32 * 4;
-  const int64_t down_bytes = adapted * down_row_bytes;
-  char* room = scratch.of(x_bytes + repacked_bytes + down_bytes);
-  product.x = rows.pack(0, x_dtype, room);
-  char* down_x = room + x_bytes + repacked_bytes;
-  std::memset(down_x, 0, down_bytes);
-  product.down_x = {down_x, down_row_bytes, Dtype::kFloat32};
+  const bool repacked = down_weight.dtype != w.dtype;  // `down` takes x in another form
+  const int64_t down_x_stride = (down_weight.out + 31) / 32 * 32;
+  const int64_t x_rows = rows.count + (repacked ? adapted : 0);
+  char* room = scratch.of(x_rows * x_row_bytes + adapted * down_x_stride * 4);
+  product.x = rows.pack(kernel, 0, w.dtype, room);
+  char* down_x = room + x_rows * x_row_bytes;
+  std::memset(down_x, 0, adapted * down_x_stride * 4);
+  product.down_x = reinterpret_cast<const float*>(down_x);
+  product.down_x_stride = down_x_stride;
   product.up = up_weight;
   product.up_bias = bias_of(up_bias, w.out, "up_bias");
 
   Product down_product = {};
-  down_product.x = repacked_bytes
-                       ? rows.pack(product.first_adapted, down_x_dtype, room + x_bytes)
-                       : product.x.from(product.first_adapted);
+  down_product.x = repacked ? rows.pack(kernel, product.first_adapted, down_weight.dtype,
+                                        room + rows.count * x_row_bytes)
+                            : product.x.from(product.first_adapted);
   down_product.weight = down_weight;
   down_product.rows = down_product.first_adapted = adapted;
   down_product.out = down_x;
-  down_product.out_row_bytes = down_row_bytes;
+  down_product.out_row_bytes = down_x_stride * 4;
   down_product.out_dtype = Dtype::kFloat32;
   multiply(kernel, down_product);
   multiply(kernel, product);

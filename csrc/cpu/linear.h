@@ -1,21 +1,21 @@
 // The interface between linear.cpp and the instruction-set variants of linear_tile.h. The order in
 // which an output is summed depends only on its weights and the variant: it has the same bits for
-// any number of rows and threads.
+// any number of rows, outputs and threads.
 #pragma once
 
 #include "kernels.h"
 
-constexpr int kOutputs = 4;  // outputs in a block: so many rows of the weight are read together
-
-// Contiguous rows, padded with zeros to a multiple of 32 elements: float32, or bfloat16 where the
-// variant multiplies bfloat16.
+// Rows of x as a variant reads them beside weights of one dtype, padded with zeros to a multiple of
+// 32 elements.
 struct Packed {
   const char* data;
   int64_t row_bytes;
-  Dtype dtype;
+  bool bfloat16;  // where the variant multiplies bfloat16 by bfloat16; otherwise float32
 
-  Packed from(int64_t row) const { return {data + row * row_bytes, row_bytes, dtype}; }
+  Packed from(int64_t row) const { return {data + row * row_bytes, row_bytes, bfloat16}; }
 };
+
+constexpr int64_t packed_row_bytes(int64_t in) { return (in + 31) / 32 * 32 * 4; }
 
 struct Weight {  // [out, in]
   const char* data;
@@ -36,7 +36,8 @@ struct Product {
   Packed x;
   Weight weight;
   Bias bias;
-  Packed down_x;
+  const float* down_x;
+  int64_t down_x_stride;
   Weight up;
   Bias up_bias;
   int64_t rows, first_adapted;
@@ -46,9 +47,17 @@ struct Product {
 };
 
 struct LinearKernel {
-  bool multiplies_bfloat16;  // takes bfloat16 `x` with a bfloat16 weight; `down_x` is float32
-  // Computes the blocks [begin, end) of kOutputs outputs.
-  void (*blocks)(const Product&, int64_t begin, int64_t end);
+  bool multiplies_bfloat16;
+  // Packs a row of `in` elements to be multiplied by weights of dtype `weight`.
+  void (*pack)(Dtype, int64_t in, const char* x, Dtype weight, char* to);
+  // Computes the outputs [begin, end). Several weight rows far apart are read together, so let
+  // end - begin be large where the weights come from memory.
+  void (*outputs)(const Product&, int64_t begin, int64_t end);
+
+  // Whether rows of dtype `x` beside such weights are packed as bfloat16.
+  bool packs_bfloat16(Dtype x, Dtype weight) const {
+    return multiplies_bfloat16 && x == Dtype::kBFloat16 && weight == Dtype::kBFloat16;
+  }
 };
 
 const LinearKernel& linear_in_use();

@@ -6,82 +6,130 @@
 namespace SVD_VARIANT {
 namespace {
 
+constexpr int kStreams = 4;  // rows of the weight that are read together
 // The most rows of x that one reading of the weights serves: their sums fill the registers.
 constexpr int kRows = kLanes == 16 ? 6 : 2;
+constexpr int kLine = 64;      // bytes of a weight row that are multiplied at once
+constexpr int kAhead = 1024;  // bytes by which a stream is prefetched
 
-// How the elements of a weight are read and multiplied, `kStep` at a time. `row` reads x.
-struct Float32Products : Float32 {
-  typedef Vec Elements;
-  static constexpr int kStep = kLanes, kRowSize = 4;
-  SVD_HD Vec add(Vec sum, Elements x, Elements w) { return sum + x * w; }
-  SVD_HD Elements row(const char* from) { return load<Vec>(from); }
+// How a line of a weight is multiplied: in parts of one vector, each by `kFactors` vectors of x.
+struct Float32Line {
+  typedef Vec Part;
+  static constexpr int kSize = 4, kFactors = 1, kRowSize = 4;
+  SVD_HD void factors(Part w, Vec (&factor)[1]) { factor[0] = w; }
+  SVD_HD Vec add(Vec sum, Vec x, Vec w) { return sum + x * w; }
 };
 
-struct BFloat16Products : BFloat16 {
-  typedef Vec Elements;
-  static constexpr int kStep = kLanes, kRowSize = 4;
-  SVD_HD Vec add(Vec sum, Elements x, Elements w) { return sum + x * w; }
-  SVD_HD Elements row(const char* from) { return load<Vec>(from); }
+// A vector of bfloat16 pairs is two vectors of floats, the even and the odd elements, without a
+// shuffle; x is packed to match.
+struct BFloat16Line {
+  typedef Bits Part;
+  static constexpr int kSize = 2, kFactors = 2, kRowSize = 4;
+  SVD_HD void factors(Part w, Vec (&factor)[2]) {
+    factor[0] = (Vec)(w << 16);
+    factor[1] = (Vec)(w & 0xFFFF0000);
+  }
+  SVD_HD Vec add(Vec sum, Vec x, Vec w) { return sum + x * w; }
 };
 
 #ifdef SVD_BFLOAT16_PAIRS
-struct BFloat16Pairs {
-  typedef __m512i Elements;
-  static constexpr int kStep = 32, kSize = 2, kRowSize = 2;
-  SVD_HD Elements whole(const char* from) { return load<__m512i>(from); }
-  SVD_HD Elements part(const char* from, int64_t count) {
-    return _mm512_maskz_loadu_epi16((1u << count) - 1, from);
-  }
-  SVD_HD Vec add(Vec sum, Elements x, Elements w) {
+struct BFloat16PairsLine {
+  typedef Vec Part;
+  static constexpr int kSize = 2, kFactors = 1, kRowSize = 2;
+  SVD_HD void factors(Part w, Vec (&factor)[1]) { factor[0] = w; }
+  SVD_HD Vec add(Vec sum, Vec x, Vec w) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
   }
-  SVD_HD Elements row(const char* from) { return load<__m512i>(from); }
 };
-#else
-typedef BFloat16Products BFloat16Pairs;
 #endif
 
-// sum[i][o] += x[i] . w[o] for R rows of x. Prefetches the weights `ahead` bytes further on.
-template <class W, int R>
-SVD_HD void add_products(Vec (&sum)[R][kOutputs], const Packed& x, const char* const* w, int64_t in,
-                         int64_t ahead) {
-  const auto step = [&](int64_t k, auto read) SVD_INLINE {
-    typename W::Elements row[R];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) row[i] = W::row(x.data + i * x.row_bytes + k * W::kRowSize);
-#pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) {
-      const char* at = w[o] + k * W::kSize;
-      __builtin_prefetch(at + ahead);
-      const typename W::Elements elements = read(at);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) sum[i][o] = W::add(sum[i][o], row[i], elements);
+void pack(Dtype dtype, int64_t in, const char* x, Dtype weight, char* to) {
+#ifdef SVD_BFLOAT16_PAIRS
+  if (dtype == Dtype::kBFloat16 && weight == Dtype::kBFloat16) {
+    std::memcpy(to, x, in * 2);
+    std::memset(to + in * 2, 0, (in + 31) / 32 * 64 - in * 2);
+    return;
+  }
+#endif
+  constexpr int kPair = 2 * kLanes;
+  const int64_t padded = (in + 31) / 32 * 32;
+  for (int64_t k = 0; k < padded; k += kPair) {
+    float wide[kPair];
+    for (int half = 0; half < kPair; half += kLanes) {
+      Vec v = {};
+      if (const int64_t at = k + half; at < in)
+        v = dtype == Dtype::kFloat32 ? get<Float32>(x, at, in) : get<BFloat16>(x, at, in);
+      store(wide + half, v);
     }
-  };
-  int64_t k = 0;
-  for (; k + W::kStep <= in; k += W::kStep)
-    step(k, [](const char* at) SVD_INLINE { return W::whole(at); });
-  if (k < in) step(k, [&](const char* at) SVD_INLINE { return W::part(at, in - k); });
+    float* out = reinterpret_cast<float*>(to) + k;
+    if (weight == Dtype::kFloat32)
+      std::memcpy(out, wide, sizeof wide);
+    else
+      for (int i = 0; i < kLanes; ++i) out[i] = wide[2 * i], out[kLanes + i] = wide[2 * i + 1];
+  }
 }
 
-// Pointers to rows [output, output + kOutputs) of a weight; past the last row, to the last one.
-struct Block {
-  const char* w[kOutputs];
-
-  Block(const Weight& weight, int64_t output) {
-    for (int o = 0; o < kOutputs; ++o) {
-      const int64_t row = output + o < weight.out ? output + o : weight.out - 1;
-      w[o] = weight.data + row * weight.row_bytes;
+// sum[i][o] += x[i] . line[o] for R rows of x, from which the lines are multiplied on.
+template <class W, int R>
+SVD_HD void add_line(Vec (&sum)[R][kStreams], const char* x, int64_t row_bytes,
+                     const char* const (&line)[kStreams]) {
+  constexpr int kParts = kLine / sizeof(Vec);
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    Vec row[R][W::kFactors];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+      for (int f = 0; f < W::kFactors; ++f)
+        row[i][f] = load<Vec>(x + i * row_bytes + (part * W::kFactors + f) * sizeof(Vec));
+#pragma GCC unroll 4
+    for (int o = 0; o < kStreams; ++o) {
+      Vec factor[W::kFactors];
+      W::factors(load<typename W::Part>(line[o] + part * sizeof(Vec)), factor);
+#pragma GCC unroll 2
+      for (int f = 0; f < W::kFactors; ++f)
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) sum[i][o] = W::add(sum[i][o], row[i][f], factor[f]);
     }
   }
+}
+
+template <class W, int R>
+SVD_HD void add_products(Vec (&sum)[R][kStreams], const Packed& x,
+                         const char* const (&w)[kStreams], int64_t in) {
+  constexpr int kStep = kLine / W::kSize;
+  const char* row = x.data;
+  int64_t k = 0, at = 0;
+  for (; k + kStep <= in; k += kStep, at += kLine, row += kStep * W::kRowSize) {
+    const char* line[kStreams];
+#pragma GCC unroll 4
+    for (int o = 0; o < kStreams; ++o) __builtin_prefetch((line[o] = w[o] + at) + kAhead);
+    add_line<W>(sum, row, x.row_bytes, line);
+  }
+  if (k == in) return;
+  char rest[kStreams][kLine] = {};
+  const char* line[kStreams];
+  for (int o = 0; o < kStreams; ++o)
+    line[o] = static_cast<char*>(std::memcpy(rest[o], w[o] + at, (in - k) * W::kSize));
+  add_line<W>(sum, row, x.row_bytes, line);
+}
+
+// The outputs [begin, end) as streams of `length` each: output i of stream o is begin + o * length
+// + i. The last streams may be shorter or empty.
+struct Streams {
+  int64_t begin, end, length;
+
+  Streams(int64_t begin, int64_t end)
+      : begin(begin), end(end), length((end - begin + kStreams - 1) / kStreams) {}
+  int64_t output(int o, int64_t i) const { return begin + o * length + i; }
+  bool has(int o, int64_t i) const { return output(o, i) < end; }
 };
 
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourInts __attribute__((vector_size(16)));
 typedef uint32_t FourBits __attribute__((vector_size(16)));
-typedef uint16_t FourHalves __attribute__((vector_size(8)));
 
-static_assert(kOutputs == 4, "a Four holds the outputs of a block");
+static_assert(kStreams == 4, "a Four holds an output of each stream");
 
 SVD_HD Four four_of(Vec v) {
 #if SVD_LANES == 16
@@ -95,7 +143,7 @@ SVD_HD Four four_of(Vec v) {
 }
 
 // Sums the lanes of four vectors at once, each in the order of sum_of.
-SVD_HD Four sums_of(const Vec (&v)[kOutputs]) {
+SVD_HD Four sums_of(const Vec (&v)[kStreams]) {
   const Four a = four_of(v[0]), b = four_of(v[1]), c = four_of(v[2]), d = four_of(v[3]);
   const FourInts even = {0, 4, 1, 5}, odd = {2, 6, 3, 7}, low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
   const Four ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
@@ -103,98 +151,117 @@ SVD_HD Four sums_of(const Vec (&v)[kOutputs]) {
   return __builtin_shuffle(ab, cd, low) + __builtin_shuffle(ab, cd, high);
 }
 
-// Loads the bias of `count` outputs from `output` on; 0 where there is none.
-SVD_HD Four values(const Bias& bias, int64_t output, int count) {
-  float value[kOutputs] = {};
-  if (bias.data)
-    for (int o = 0; o < count; ++o) {
-      const char* at = bias.data + (output + o) * bias.stride_bytes;
-      if (bias.dtype == Dtype::kFloat32)
-        std::memcpy(value + o, at, 4);
-      else
-        std::memcpy(reinterpret_cast<char*>(value + o) + 2, at, 2);
-    }
-  return load<Four>(value);
+SVD_HD float value(const Bias& bias, int64_t output) {
+  float v = 0;
+  const char* at = bias.data + output * bias.stride_bytes;
+  if (bias.dtype == Dtype::kFloat32)
+    std::memcpy(&v, at, 4);
+  else
+    std::memcpy(reinterpret_cast<char*>(&v) + 2, at, 2);
+  return v;
 }
 
-SVD_HD FourHalves narrow(Four v) {
-  const FourBits bits = (FourBits)v, rounded = bits + 0x7FFF + (bits >> 16 & 1);
-  return __builtin_convertvector((v == v ? rounded : FourBits{} + 0x7FC00000) >> 16, FourHalves);
+SVD_HD void add_bias(Four& result, const Bias& bias, const Streams& streams, int64_t i) {
+  if (!bias.data) return;
+  for (int o = 0; o < kStreams; ++o)
+    if (streams.has(o, i)) result[o] += value(bias, streams.output(o, i));
 }
 
-template <class V>
-SVD_HD void put(char* to, V v, int count) {
-  if (count == kOutputs) return store(to, v);
-  for (int o = 0; o < count; ++o) std::memcpy(to + o * sizeof v[0], &v[o], sizeof v[0]);
+template <class E>
+SVD_HD void add_low_rank(Vec (&sum)[kStreams], const float* down_x,
+                         const char* const (&up)[kStreams], int64_t rank) {
+  for (int64_t k = 0; k < rank; k += kLanes) {
+    const Vec x = load<Vec>(down_x + k);
+#pragma GCC unroll 4
+    for (int o = 0; o < kStreams; ++o) sum[o] += x * get<E>(up[o], k, rank);
+  }
+}
+
+// Rows of `weight` that the streams read; an ended stream reads the last row.
+SVD_HD void rows_of(const Weight& weight, const Streams& streams, int64_t i,
+                    const char* (&w)[kStreams]) {
+  for (int o = 0; o < kStreams; ++o) {
+    const int64_t output = streams.output(o, i);
+    w[o] = weight.data + (output < streams.end ? output : streams.end - 1) * weight.row_bytes;
+  }
 }
 
 // Adds the low-rank term and the biases to the sums of rows [row, end), and writes the outputs.
-__attribute__((noinline)) void finish(Vec (*sum)[kOutputs], const Product& p, int64_t row,
-                                      int64_t end, int64_t output) {
-  const int64_t left = p.weight.out - output;
-  const int count = left < kOutputs ? left : kOutputs;
-  const Four bias = values(p.bias, output, count);
+__attribute__((noinline)) void finish(Vec (*sum)[kStreams], const Product& p, int64_t row,
+                                      int64_t end, const Streams& streams, int64_t i) {
+  const char* up[kStreams];
+  if (end > p.first_adapted) rows_of(p.up, streams, i, up);
   for (; row < end; ++row, ++sum) {
-    Four result;
-    if (row < p.first_adapted) {
-      result = sums_of(*sum) + bias;
-    } else {
-      const Block up(p.up, output);
-      const Packed down_x = p.down_x.from(row - p.first_adapted);
-      auto& one = reinterpret_cast<Vec(&)[1][kOutputs]>(*sum);
+    auto& one = reinterpret_cast<Vec(&)[kStreams]>(*sum);
+    const bool adapted = row >= p.first_adapted;
+    if (adapted) {
+      const float* down_x = p.down_x + (row - p.first_adapted) * p.down_x_stride;
       if (p.up.dtype == Dtype::kFloat32)
-        add_products<Float32Products>(one, down_x, up.w, p.up.in, 0);
+        add_low_rank<Float32>(one, down_x, up, p.up.in);
       else
-        add_products<BFloat16Products>(one, down_x, up.w, p.up.in, 0);
-      result = sums_of(*sum) + bias + values(p.up_bias, output, count);
+        add_low_rank<BFloat16>(one, down_x, up, p.up.in);
     }
+    Four result = sums_of(one);
+    add_bias(result, p.bias, streams, i);
+    if (adapted) add_bias(result, p.up_bias, streams, i);
     char* to = p.out + row * p.out_row_bytes;
-    if (p.out_dtype == Dtype::kFloat32)
-      put(to + output * 4, result, count);
-    else
-      put(to + output * 2, narrow(result), count);
+    if (p.out_dtype == Dtype::kFloat32) {
+      for (int o = 0; o < kStreams; ++o)
+        if (streams.has(o, i)) std::memcpy(to + streams.output(o, i) * 4, &result[o], 4);
+      continue;
+    }
+    const FourBits bits = (FourBits)result, rounded = bits + 0x7FFF + (bits >> 16 & 1);
+    const FourBits half = (result == result ? rounded : FourBits{} + 0x7FC00000) >> 16;
+    for (int o = 0; o < kStreams; ++o)
+      if (streams.has(o, i)) std::memcpy(to + streams.output(o, i) * 2, &half[o], 2);
   }
 }
 
 template <class W, int R>
-void tile(const Product& p, int64_t row, int64_t output, int64_t ahead) {
-  Vec sum[R][kOutputs] = {};
-  add_products<W>(sum, p.x.from(row), Block(p.weight, output).w, p.weight.in, ahead);
-  Vec sums[R][kOutputs];  // a copy in memory for `finish`, so that `sum` stays in registers
+void tile(const Product& p, int64_t row, const Streams& streams, int64_t i) {
+  const char* w[kStreams];
+  rows_of(p.weight, streams, i, w);
+  Vec sum[R][kStreams] = {};
+  add_products<W>(sum, p.x.from(row), w, p.weight.in);
+  Vec sums[R][kStreams];  // a copy in memory for `finish`, so that `sum` stays in registers
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) sums[i][o] = sum[i][o];
-  finish(sums, p, row, row + R, output);
+  for (int j = 0; j < R; ++j)
+#pragma GCC unroll 4
+    for (int o = 0; o < kStreams; ++o) sums[j][o] = sum[j][o];
+  finish(sums, p, row, row + R, streams, i);
 }
 
 template <class W, int R = kRows>
-SVD_HD void tile_of(int64_t rows, const Product& p, int64_t row, int64_t output, int64_t ahead) {
+SVD_HD void tile_of(int64_t rows, const Product& p, int64_t row, const Streams& streams,
+                    int64_t i) {
   if constexpr (R > 1)
-    if (rows < R) return tile_of<W, R - 1>(rows, p, row, output, ahead);
-  tile<W, R>(p, row, output, ahead);
+    if (rows < R) return tile_of<W, R - 1>(rows, p, row, streams, i);
+  tile<W, R>(p, row, streams, i);
 }
 
 template <class W>
-void blocks_of(const Product& p, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block) {
-    int64_t ahead = kOutputs * p.weight.row_bytes;
-    for (int64_t row = 0; row < p.rows; row += kRows, ahead = 0)
-      tile_of<W>(p.rows - row, p, row, block * kOutputs, ahead);
-  }
+void outputs_of(const Product& p, const Streams& streams) {
+  for (int64_t i = 0; i < streams.length; ++i)
+    for (int64_t row = 0; row < p.rows; row += kRows) tile_of<W>(p.rows - row, p, row, streams, i);
 }
 
-void blocks(const Product& p, int64_t begin, int64_t end) {
-  if (p.weight.dtype == Dtype::kFloat32)
-    blocks_of<Float32Products>(p, begin, end);
-  else if (p.x.dtype == Dtype::kFloat32)
-    blocks_of<BFloat16Products>(p, begin, end);
-  else
-    blocks_of<BFloat16Pairs>(p, begin, end);
+void outputs(const Product& p, int64_t begin, int64_t end) {
+  const Streams streams(begin, end);
+  if (p.weight.dtype == Dtype::kFloat32) return outputs_of<Float32Line>(p, streams);
+#ifdef SVD_BFLOAT16_PAIRS
+  if (p.x.bfloat16) return outputs_of<BFloat16PairsLine>(p, streams);
+#endif
+  outputs_of<BFloat16Line>(p, streams);
 }
+
+#ifdef SVD_BFLOAT16_PAIRS
+constexpr bool kMultipliesBFloat16 = true;
+#else
+constexpr bool kMultipliesBFloat16 = false;
+#endif
 
 }  // namespace
 
-const LinearKernel linear = {BFloat16Pairs::kRowSize == 2, blocks};
+const LinearKernel linear = {kMultipliesBFloat16, pack, outputs};
 
 }  // namespace SVD_VARIANT

@@ -7,9 +7,8 @@
 #include <algorithm>
 #include <optional>
 
+#include "attend.h"
 #include "capability.h"
-#include "linear.h"
-#include "tensors.h"
 
 namespace {
 
@@ -22,7 +21,11 @@ const StepKernel* const kVariants[] = {
 #endif
 };
 
+}  // namespace
+
 const StepKernel& step_in_use() { return *kVariants[capability_in_use()]; }
+
+namespace {
 
 // A [a, b, c, n] tensor as rows of n elements.
 struct Grid {
@@ -113,35 +116,20 @@ void attend(const Tensor query, const Tensor key, const Tensor value,
 
   const LinearKernel& linear = linear_in_use();
   const StepKernel& kernel = step_in_use();
-  const Dtype packed = linear.multiplies_bfloat16 ? q.dtype : Dtype::kFloat32;
-  const int64_t group = heads / kv_heads, room = (slots + 15) / 16 * 16;
-  const int64_t packed_bytes = group * packed_row_bytes(dim, packed);
+  const int64_t group = heads / kv_heads;
   const int64_t bytes = slots * (dim + out_dim) * size_of(q.dtype);
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes));
   torch::stable::parallel_for(0, rows * kv_heads, grain, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / kv_heads, head = unit % kv_heads;
-      char* x = scratch.of(packed_bytes + group * (room + 1) * 4);
-      float* scores = reinterpret_cast<float*>(x + packed_bytes);
-      float* sums = scores + group * room;
-      for (int64_t i = 0; i < group; ++i)
-        pack_row(q.at(row, head * group + i), q.dtype, 1, dim, packed,
-                 x + i * packed_row_bytes(dim, packed));
-      Product product = {};
-      product.x = {x, packed_row_bytes(dim, packed), packed};
-      product.weight = {k.at(row, head), k.stride_bytes[2], slots, dim, k.dtype};
-      product.rows = product.first_adapted = group;
-      product.out = reinterpret_cast<char*>(scores);
-      product.out_row_bytes = room * 4;
-      product.out_dtype = Dtype::kFloat32;
-      linear.blocks(product, 0, (slots + kOutputs - 1) / kOutputs);
+      const KeysAndValues kv = {k.at(row, head),   v.at(row, head), k.stride_bytes[2],
+                                v.stride_bytes[2], slots,           dim,
+                                out_dim,           q.dtype};
       const Softmax softmax = {float(scale), float(softcap), mask ? hidden.at(row, 0) : nullptr,
                                hidden.dtype};
-      for (int64_t i = 0; i < group; ++i)
-        sums[i] = kernel.exponentials(softmax, scores + i * room, slots);
-      kernel.mix({v.at(row, head), v.stride_bytes[2], slots, out_dim, v.dtype},
-                 {scores, room, sums, group}, o.at(row, 0) + head * group * o.stride_bytes[2]);
+      attend_group(linear, kernel, kv, softmax, q.at(row, head * group), q.stride_bytes[1], group,
+                   scratch, o.at(row, 0) + head * group * o.stride_bytes[2]);
     }
   });
 }

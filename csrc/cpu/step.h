@@ -35,6 +35,8 @@ struct Weights {  // [queries, slots], of the queries that share the values; not
   int64_t queries;
 };
 
+enum class Activation : int { kSilu, kGeluTanh };
+
 struct StepKernel {
   void (*rms_norm)(const Norm&, const char* x, char* out);
   // out = x cos + [-x2, x1] sin for one row x = [x1, x2] of `dim` elements, an even number.
@@ -45,7 +47,14 @@ struct StepKernel {
   // out = the weighted mean of the values for each query, [queries, dim] in the dtype of the
   // values.
   void (*mix)(const Values&, const Weights&, char* out);
+  // On n elements, each result rounded to the dtype: x += scale * y, where the product is rounded
+  // too; x *= factor; x = activation(x) * up, where the activation is rounded too.
+  void (*add)(Dtype, int64_t n, char* x, float scale, const char* y);
+  void (*multiply)(Dtype, int64_t n, char* x, Dtype factor_dtype, const char* factor);
+  void (*activate)(Dtype, int64_t n, char* x, Activation, const char* up);
 };
+
+const StepKernel& step_in_use();
 
 #ifdef SVD_X86_VARIANTS
 namespace avx512 { extern const StepKernel step; }

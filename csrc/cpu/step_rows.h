@@ -131,8 +131,51 @@ void mix(const Values& values, const Weights& weights, char* out) {
   });
 }
 
+void add(Dtype dtype, int64_t n, char* x, float scale, const char* y) {
+  for_dtype(dtype, [&](auto e) SVD_INLINE {
+    typedef decltype(e) E;
+    for (int64_t k = 0; k < n; k += kLanes)
+      put<E>(x, k, n, get<E>(x, k, n) + E::rounded(get<E>(y, k, n) * scale));
+  });
+}
+
+void multiply(Dtype dtype, int64_t n, char* x, Dtype factor_dtype, const char* factor) {
+  for_dtype(dtype, [&](auto e) SVD_INLINE {
+    for_dtype(factor_dtype, [&](auto f) SVD_INLINE {
+      typedef decltype(e) E;
+      for (int64_t k = 0; k < n; k += kLanes)
+        put<E>(x, k, n, get<E>(x, k, n) * get<decltype(f)>(factor, k, n));
+    });
+  });
+}
+
+SVD_HD Vec magnitude(Vec x) { return x < 0 ? -x : x; }
+
+SVD_HD Vec silu(Vec x) {
+  const Vec e = exp(-magnitude(x));
+  return x * ((x < 0 ? e : Vec{} + 1) / (1 + e));
+}
+
+SVD_HD Vec gelu_tanh(Vec x) {
+  const Vec inner = 0.7978845608f * (x + 0.044715f * x * x * x);
+  const Vec e = exp(-2 * magnitude(inner));
+  // 1 + tanh(inner) = 2 / (1 + e), or 2 e / (1 + e) where inner is negative
+  return x * ((inner < 0 ? e : Vec{} + 1) / (1 + e));
+}
+
+void activate(Dtype dtype, int64_t n, char* x, Activation activation, const char* up) {
+  for_dtype(dtype, [&](auto e) SVD_INLINE {
+    typedef decltype(e) E;
+    for (int64_t k = 0; k < n; k += kLanes) {
+      const Vec v = get<E>(x, k, n);
+      const Vec active = activation == Activation::kSilu ? silu(v) : gelu_tanh(v);
+      put<E>(x, k, n, E::rounded(active) * get<E>(up, k, n));
+    }
+  });
+}
+
 }  // namespace
 
-const StepKernel step = {rms_norm, rotate, exponentials, mix};
+const StepKernel step = {rms_norm, rotate, exponentials, mix, add, multiply, activate};
 
 }  // namespace SVD_VARIANT

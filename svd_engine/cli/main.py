@@ -13,6 +13,7 @@ from svd_engine.cli import terminal
 from svd_engine.cli.calibrate import calibrate
 from svd_engine.cli.evaluate import app as evaluate
 from svd_engine.cli.generate import generate
+from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
 from svd_engine.cli.train import warm_start
 
 app = typer.Typer(
@@ -48,11 +49,29 @@ def root(
 
 
 @app.command()
-def env() -> None:
-    """Print versions, devices and backends, with the reason if one is not available."""
+def env(
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter: also print how its decode steps run.")
+    ] = None,
+    base: Base = "smollm2",
+    dtype: DType = "auto",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Print versions, devices and backends, with the reason if one is not available.
+
+    The other options are about the adapter.
+    """
     from svd_engine.cli import tables
 
-    terminal.show(tables.environment())
+    step = None
+    if adapter is not None:
+        from svd_engine.engine import SteeredEngine
+
+        step = SteeredEngine.from_pretrained(
+            base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        ).step
+    terminal.show(tables.environment(step))
 
 
 @app.command()

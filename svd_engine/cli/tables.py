@@ -65,8 +65,11 @@ def calibration(report: CalibrationReport) -> Group:
     return section("Calibration", table, note)
 
 
-def environment() -> Table:
-    """A table of versions, devices and backends, with the reason if one cannot run."""
+def environment(step: str | None = None) -> Table:
+    """A table of versions, devices and backends, with the reason if one cannot run.
+
+    step: how the decode steps of an engine run.
+    """
     table = grid("svd-engine", "")
     table.columns[1].justify, table.columns[1].overflow = "left", "fold"
     table.add_row("version", __version__)
@@ -85,4 +88,6 @@ def environment() -> Table:
         if name == "cpu" and reason is None:
             state += f" ({cpu.capability()})"
         table.add_row(f"backend {name}", state)
+    if step is not None:
+        table.add_row("decode step", step)
     return table

@@ -20,6 +20,7 @@ class KVCache:
 
     def __init__(self) -> None:
         self.allocations = 0
+        self.layout = object()  # another one whenever memory is laid out anew
         self._memory: dict[tuple[int, str], Tensor] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # views of the memory
         self._max_rows = self.slots = self._kv_length = 0
@@ -31,6 +32,7 @@ class KVCache:
         """Reserve `max_rows` rows of `slots` positions; drops what is stored."""
         self._max_rows, self.slots = max_rows, slots
         self._layers.clear()
+        self.layout = object()
 
     def place(self, positions: Tensor, kv_length: int, start: int | None) -> None:
         """Set the `positions` `[rows, q]` int64 of the next tokens, all below `kv_length`.
@@ -71,6 +73,10 @@ class KVCache:
         for pair in self._layers.values():
             for buffer in pair:
                 buffer[moved, :, :kv_length] = buffer[index[moved], :, :kv_length]
+
+    def stored(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, `[max_rows, kv_heads, slots, head_dim]`, contiguous."""
+        return self._layers[layer_idx]
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"a cache of keys and values has no {name}, which the model asks for")

@@ -1,7 +1,6 @@
 """Second trees of modules over a PEFT model's parameters; the PEFT model itself is not changed.
 
-Plain linear layers become those of `layers.linear`. On the CPU, norms and rotary embeddings that
-are recognised get native kernels (`layers.rms_norm`, `layers.rotary`).
+Plain linear layers become those of `layers.linear`, and attention is that of `layers.attention`.
 """
 
 import copy
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from svd_engine.model.adapter_layers import LoraParameter, for_second_half
-from svd_engine.model.layers import attention, linear, longrope, rms_norm, rotary
+from svd_engine.model.layers import attention, linear, longrope
 from svd_engine.model.peft_adapter import Adapter
 
 Replacements = Mapping[Any, nn.Module]  # by the module to be replaced
@@ -88,8 +87,6 @@ def clone_sharing_parameters(
         if native:
             if type(clone) is nn.Linear and not isinstance(above, LoraParameter):
                 clone.__class__ = linear.Linear
-            rms_norm.use_native_forward(clone)
-            rotary.use_native_forward(clone)
             longrope.choose_per_row(clone)
         clone._modules = {
             name: None if child is None else visit(child, module)

@@ -10,6 +10,7 @@ from torch import Tensor
 from svd_engine.model.module_tree import adapted_tree, base_tree, paired_tree
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.runner import ModelRunner
+from svd_engine.model.step import use_native_step
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,11 @@ class PairedRunner:
         return self.runner.model.device
 
     @property
+    def how(self) -> str:
+        """How decode steps run, and if module by module, why."""
+        return self.runner.how
+
+    @property
     def memory_key(self) -> Hashable:
         """A value that changes when tensors that outlive a request are allocated anew."""
         return self.runner.memory_key
@@ -72,8 +78,7 @@ class PairedRunner:
 
     def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         """Return logits of (adapted, base) after one more token per row `[B]`, `[B, V]` each."""
-        hidden = self.runner.extend(tokens.repeat(2)[:, None], kv_length)
-        return _halves(self.runner.logits(hidden[:, 0]))
+        return _halves(self.runner.step(tokens.repeat(2), kv_length))
 
     def reorder(self, index: Tensor) -> None:
         """Let row i of both models continue from former row index[i]; int64 `[R]`."""
@@ -105,6 +110,16 @@ class SequentialRunner:
         return self.runners[0].model.device
 
     @property
+    def how(self) -> str:
+        """How decode steps of each model run, in one line if they run alike."""
+        ways = [r.how for r in self.runners]
+        if len(set(ways)) == 1:
+            return ways[0]
+        return "; ".join(
+            f"{name}: {way}" for name, way in zip(("adapted", "base"), ways, strict=True)
+        )
+
+    @property
     def memory_key(self) -> Hashable:
         return tuple(r.memory_key for r in self.runners)
 
@@ -115,7 +130,7 @@ class SequentialRunner:
         return tuple(r.extend(tokens, kv_length) for r in self.runners)
 
     def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
-        return self.logits([h[:, 0] for h in self.extend(tokens[:, None], kv_length)])
+        return tuple(r.step(tokens, kv_length) for r in self.runners)
 
     def reorder(self, index: Tensor) -> None:
         for r in self.runners:
@@ -128,19 +143,25 @@ class SequentialRunner:
 ModelPair = PairedRunner | SequentialRunner
 
 
-def adapted_runner(adapter: Adapter) -> ModelRunner:
-    """Build the runner of the adapted model alone."""
-    return ModelRunner(
+def adapted_runner(adapter: Adapter, native: bool = True) -> ModelRunner:
+    """Build the runner of the adapted model alone; native: let it take native steps if it can."""
+    runner = ModelRunner(
         adapted_tree(adapter),
         virtual_tokens=adapter.virtual_tokens,
         prompt_embeddings=adapter.prompt_embeddings,
         prefix=adapter.prefix,
     )
+    if native:
+        use_native_step(runner, lambda: adapted_runner(adapter.short, native=False))
+    return runner
 
 
-def base_runner(adapter: Adapter) -> ModelRunner:
-    """Build the runner of the base model alone."""
-    return ModelRunner(base_tree(adapter))
+def base_runner(adapter: Adapter, native: bool = True) -> ModelRunner:
+    """Build the runner of the base model alone; native: let it take native steps if it can."""
+    runner = ModelRunner(base_tree(adapter))
+    if native:
+        use_native_step(runner, lambda: base_runner(adapter.short, native=False))
+    return runner
 
 
 def pair_models(adapter: Adapter, pairing: str = "auto") -> ModelPair:
@@ -149,7 +170,9 @@ def pair_models(adapter: Adapter, pairing: str = "auto") -> ModelPair:
         raise ValueError(f"pairing must be 'auto', 'paired' or 'sequential'; got {pairing!r}.")
     reason = adapter.reason_not_paired
     if reason is None and pairing != "sequential":
-        return PairedRunner(adapter)
+        pair = PairedRunner(adapter)
+        use_native_step(pair.runner, lambda: PairedRunner(adapter.short).runner)
+        return pair
     if pairing == "paired":
         raise ValueError(f"pairing='paired' is not possible: {reason}. pairing='auto' decodes it.")
     if pairing == "auto":

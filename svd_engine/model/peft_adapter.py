@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from svd_engine.model import adapter_layers, peft_methods
 from svd_engine.model.shared_state import UNDER, Modules, SharedState, is_put
+from svd_engine.model.shortened import shortened
 
 Prefix = list[tuple[Tensor, Tensor]]  # keys and values [kv_heads, P, head_dim] per layer
 
@@ -86,6 +87,13 @@ class Adapter:
         if self.reason_not_paired is None:
             return {x: adapter_layers.reduced(x, self.name) for x in self.layers}
         return adapter_layers.copies(self.layers, self.wrappers)
+
+    @functools.cached_property
+    def short(self) -> "Adapter":
+        """This adapter of a model of a few layers, to try runners on; it shares `copies`."""
+        short = replace(self, base_model=shortened(self.base_model))
+        short.__dict__["copies"] = self.copies
+        return short
 
     @classmethod
     def _from_modules(

@@ -4,10 +4,7 @@ Layers that differ in nothing but their weights are tried once, which takes a fr
 and leaves less rounding. Where a model does not run without the others, the whole is tried.
 """
 
-import copy
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +22,6 @@ from svd_engine.model.peft_adapter import Adapter
 
 LENGTHS = (7, 2)  # of the prompts, both beginnings of one text; a step follows
 TRIALS = 3  # of other texts: rounding may send a token to another expert
-SCALARS = (bool, int, float, str, type(None))
 
 
 @torch.inference_mode()
@@ -66,13 +62,12 @@ def check(pair: ModelPair, adapter: Adapter, model: nn.Module) -> None:
 def _short_trial(
     pair: ModelPair, adapter: Adapter, model: nn.Module
 ) -> tuple[ModelPair, Adapter, tuple[nn.Module, nn.Module]]:
-    short = shortened(adapter)
-    trial: ModelPair = (
-        PairedRunner(short)
-        if isinstance(pair, PairedRunner)
-        else SequentialRunner(adapted_runner(short), base_runner(short))
-    )
-    return trial, short, plain_trees(model, short, {adapter.base_model: short.base_model})
+    short = adapter.short
+    plain = plain_trees(model, short, {adapter.base_model: short.base_model})
+    if isinstance(pair, PairedRunner):
+        return PairedRunner(short), short, plain
+    runners = adapted_runner(short, native=False), base_runner(short, native=False)
+    return SequentialRunner(*runners), short, plain
 
 
 def _trial(
@@ -85,47 +80,6 @@ def _trial(
         if worst[0] <= allowed:
             break
     return worst
-
-
-def shortened(adapter: Adapter) -> Adapter:
-    """Leave out of the base model every layer but the first two and one of each further kind."""
-    lists = [x for x in adapter.base_model.get_decoder().children() if isinstance(x, nn.ModuleList)]
-    layers = max(lists, key=len)
-    kept, kinds = list(layers[:2]), {_kind(layer) for layer in layers[:2]}
-    for layer in layers[2:]:
-        if (kind := _kind(layer)) not in kinds:
-            kinds.add(kind)
-            kept.append(layer)
-    base: Any = _with(adapter.base_model, layers, nn.ModuleList(kept))
-    return replace(adapter, base_model=base)
-
-
-def _kind(layer: nn.Module) -> str:
-    """Describe all of a layer but its weights and its number."""
-    parts = []
-    for module in layer.modules():
-        values = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "layer_idx"}
-        weights = [(k, w.dtype, w.shape) for k, w in module.named_parameters(recurse=False)]
-        parts.append(f"{type(module)}{sorted(values.items())}{weights}{list(module._modules)}")
-    return "".join(parts)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a scalar, or a mapping to scalars such as the scales of a LoRA."""
-    values = value.values() if isinstance(value, dict) else (value,)
-    return all(isinstance(x, SCALARS) for x in values)
-
-
-def _with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Return `module` with `new` in the place of `old`: copies on the way, all else shared."""
-    if module is old:
-        return new
-    for name, child in module._modules.items():
-        if child is not None and (changed := _with(child, old, new)) is not child:
-            twin = copy.copy(module)
-            twin._modules = {**module._modules, name: changed}
-            return twin
-    return module
 
 
 def _errors(

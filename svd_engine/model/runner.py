@@ -13,6 +13,7 @@ from svd_engine.model.kv_cache import KVCache
 from svd_engine.model.layers.attention import causal_mask
 from svd_engine.model.layers.softcap import softcapped
 from svd_engine.model.peft_adapter import Prefix
+from svd_engine.model.step.cpu import MOST_TOKENS, CpuStep
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -36,6 +37,8 @@ class ModelRunner:
     virtual_tokens: int = 0  # P
     prompt_embeddings: Tensor | None = None  # of the virtual tokens, [P, H]
     prefix: Prefix | None = None  # or their keys and values
+    native: CpuStep | None = None  # runs a few new tokens in the place of the modules
+    how: str = "module by module"  # how steps run
     cache: KVCache = field(default_factory=KVCache)
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [rows]
     _position_buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -86,6 +89,8 @@ class ModelRunner:
         kv_length: upper bound on positions of the text. Passing it makes shapes static and avoids
         host reads, so that a CUDA graph can capture the pass.
         """
+        if self._runs_natively(tokens):
+            return self._native(tokens, with_logits=False)
         length, start = tokens.shape[1], None
         if kv_length is not None:
             kv_length += self.virtual_tokens
@@ -101,6 +106,24 @@ class ModelRunner:
         return hidden
 
     @torch.inference_mode()
+    def step(self, tokens: Tensor, kv_length: int | None = None) -> Tensor:
+        """Return logits `[rows, V]` after one more token per row, `[rows]`."""
+        if self._runs_natively(tokens):
+            return self._scaled(self._native(tokens[:, None], with_logits=True)[:, 0])
+        return self.logits(self.extend(tokens[:, None], kv_length)[:, 0])
+
+    def _runs_natively(self, tokens: Tensor) -> bool:
+        return self.native is not None and tokens.numel() <= MOST_TOKENS
+
+    def _native(self, tokens: Tensor, with_logits: bool) -> Tensor:
+        assert self.native is not None
+        embedded = self.model.get_input_embeddings()(tokens)
+        first_adapted_row = len(tokens) // 2 if self.paired else 0
+        out = self.native.run(embedded, self.positions, self.cache, first_adapted_row, with_logits)
+        self.positions += tokens.shape[1]
+        return out
+
+    @torch.inference_mode()
     def reorder(self, index: Tensor) -> None:
         """Let row i continue from former row index[i]; int64, at most `max_rows` of them."""
         self.cache.reorder(index, int(self.positions.max()))
@@ -109,7 +132,10 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's own head, with its softcap and scale: `[rows, H]` -> `[rows, V]`."""
-        x = self.model.get_output_embeddings()(hidden)
+        return self._scaled(self.model.get_output_embeddings()(hidden))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Apply the scale and softcap of the model's logits."""
         config = self.model.config
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)

@@ -16,7 +16,8 @@ from svd_engine.kernels.arguments import Draw, Mask, log_alpha
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
 OPERATORS = (
     "steer", "steering_vector", "sample", "sample_cut", "topk", "score", "project_strength",
-    "divergence", "linear", "rms_norm", "rotate", "attend", "capability",
+    "divergence", "linear", "rms_norm", "rotate", "attend", "decode",
+    "capability",
 )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def linear(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, offset: float, rounded_between: bool, out: Tensor
 ) -> None:
-    """Write `rms_norm.composed` to `out`; x is contiguous and of the weight's dtype."""
+    """Write x / rms * (weight + offset) to `out`; x is contiguous and of the weight's dtype."""
     _ops().rms_norm(x, weight, eps, offset, rounded_between, out)
 
 
@@ -168,3 +169,20 @@ def attend(
     scores: `[rows, 1, 1, slots]`.
     """
     _ops().attend(query, key, value, mask, scale, softcap or 0.0, out)
+
+
+def decode(
+    plan: Tensor,
+    caches: Tensor,
+    inputs: Tensor,
+    positions: Tensor,
+    first_adapted_row: int,
+    hidden: Tensor,
+    logits: Tensor | None,
+) -> None:
+    """Run new tokens through a decoder; write hidden states `[rows, q, H]` and logits if given.
+
+    plan, caches: int64, the words of csrc/cpu/decoder.h. inputs: embeddings `[rows, q, H]`;
+    positions: int64 `[rows]`, the cache slot of each row's first new token.
+    """
+    _ops().decode(plan, caches, inputs, positions, first_adapted_row, hidden, logits)

@@ -87,10 +87,13 @@ def test_generate_as_json_and_with_choices(run, tiny_folder):
     assert chat == run("generate", "w010 w005 w011", *options)[1]
 
 
-def test_version_help_and_environment(run):
+def test_version_help_and_environment(run, tiny_folder):
     assert run("--version")[:2] == (0, f"{__version__}\n")
     code, out, _ = run("--help")
     assert code == 0 and all(c in out for c in ("warm-start", "calibrate", "generate", "demo"))
+    pair = ["--base", tiny_folder / "base", "--adapter", tiny_folder / "adapter"]
+    code, out, _ = run("env", *pair, "--dtype", "float16")
+    assert code == 0 and "decode step" in out and "module by module, because the weights" in out
     code, out, _ = run("env")
     assert code == 0 and "backend cpu" in out and "backend triton" in out and "torch" in out
 

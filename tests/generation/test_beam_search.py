@@ -20,7 +20,7 @@ def model():
 
 
 @pytest.fixture
-def engine(model, words):
+def engine(model, words, executor):
     return SteeredEngine(model, words, SteeringConfig(0.0, alpha=0.0))
 
 

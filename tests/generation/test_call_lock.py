@@ -12,7 +12,7 @@ OPTIONS = dict(max_new_tokens=9, eos_token_id=[])
 
 
 @pytest.fixture
-def engine(words):
+def engine(words, executor):
     return SteeredEngine(tiny_peft(), words, SteeringConfig(-4.0))
 
 

@@ -24,7 +24,7 @@ def model():
 
 
 @pytest.fixture
-def engine(model, words):
+def engine(model, words, executor):
     return SteeredEngine(model, words, SteeringConfig(-4.0))
 
 

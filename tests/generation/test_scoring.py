@@ -30,6 +30,7 @@ def two_pass(model, prompt, completion):
     return float(reference.score(adapted, base, -3.0, target, penalty=0.0).sum())
 
 
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("form", ["paired", "sequential"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("slots", [8, 40, 2048])

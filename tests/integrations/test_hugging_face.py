@@ -118,6 +118,7 @@ class StopAfter(StoppingCriteria):
 # steered_generate
 
 
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_padded_batch_equals_the_engine_and_two_pass(method):
     model = tiny_peft("llama", METHODS[method])
@@ -384,6 +385,7 @@ def is_right_in_generate(model):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_processor_equals_two_pass(method):
     model = tiny_peft("llama", METHODS[method])
@@ -413,6 +415,7 @@ def test_the_processor_equals_the_engine_in_a_padded_batch(model, pads):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize(
     "mode",
     [dict(num_beams=2), dict(num_beams=3, num_return_sequences=3, renormalize_logits=True)],

@@ -93,6 +93,7 @@ class Found(NamedTuple):
     reason: str
     error: float = 0.0  # of logits, as a share of their spread
     wrong_tokens: int = 0
+    step: str = ""  # how decode steps run
 
 
 def config(architecture):
@@ -182,7 +183,8 @@ def found(architecture):
     )
     is_paired = isinstance(engine.pair, PairedRunner)
     reason = "" if is_paired else re.sub(r"[\w.]*\.", "", str(engine._adapter.reason_not_paired))
-    return Found(name, "paired" if is_paired else "two passes", reason, error, wrong)
+    outcome = "paired" if is_paired else "two passes"
+    return Found(name, outcome, reason, error, wrong, engine.step)
 
 
 def _reason(error):

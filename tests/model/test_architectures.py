@@ -2,6 +2,7 @@
 
 import pytest
 
+from svd_engine.ops import cpu
 from tests import limits
 from tests.model import architecture_cases as cases
 
@@ -31,4 +32,6 @@ def test_every_architecture_and_its_row_of_the_page():
     if not limits.is_documented_transformers():
         pytest.skip("docs/limits.md was made with another transformers")
     assert limits.table("architectures") == limits.architectures().splitlines()
+    if cpu.unavailable() is None:
+        assert limits.table("steps") == limits.steps().splitlines()
     assert len(found) > 100

@@ -14,6 +14,7 @@ from peft import (
 )
 
 from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.model import pair as pair_module
 from svd_engine.model.pair import pair_models
 from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import (
@@ -84,21 +85,27 @@ def last_logits(pair, prompts):
 
 @pytest.mark.parametrize("method", PAIRED | SEQUENTIAL)
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_every_method_on_every_architecture(architecture, method):
+def test_every_method_on_every_architecture(architecture, method, monkeypatch):
     model, base = adapted_model(architecture, method), tiny_base(architecture)
     pair = pair_models(Adapter.read(model), "paired" if method in PAIRED else "auto")
     # Plain float32 is itself up to 3e-5 from these.
     exact = [copy.deepcopy(whole).double() for whole in (model, base)]
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
-    together = last_logits(pair, prompts)
-    assert (together[0] - together[1]).abs().amax() > 0.1
-    for i, prompt in enumerate(prompts):
-        alone = last_logits(pair, [prompt])
-        for half, rows, whole in zip(alone, together, exact, strict=True):
-            torch.testing.assert_close(rows[i], half[0], atol=2e-5, rtol=1e-5)
-            truth = whole(torch.tensor([prompt])).logits[0, -2:].detach().float()
-            torch.testing.assert_close(half[0], truth, atol=2e-5, rtol=1e-5)
-
+    truths = [
+        [whole(torch.tensor([prompt])).logits[0, -2:].detach().float() for whole in exact]
+        for prompt in prompts
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(pair_module, "use_native_step", lambda *_: None)
+        walk = pair_models(Adapter.read(model))
+    for each in (pair, walk):  # `pair` takes native steps where it can
+        together = last_logits(each, prompts)
+        assert (together[0] - together[1]).abs().amax() > 0.1
+        for i, prompt in enumerate(prompts):
+            alone = last_logits(each, [prompt])
+            for half, rows, truth in zip(alone, together, truths[i], strict=True):
+                torch.testing.assert_close(rows[i], half[0], atol=2e-5, rtol=1e-5)
+                torch.testing.assert_close(half[0], truth, atol=2e-5, rtol=1e-5)
     engine = SteeredEngine(model, pairing="paired" if method in PAIRED else "auto")
     for strength in (-4.0, 3.0):
         engine.steering = SteeringConfig(strength)

@@ -67,8 +67,9 @@ def test_the_peft_model_is_left_as_it_was(config):
 
 
 @pytest.mark.parametrize("config", [None, IA3, LoraConfig(use_dora=True, **LORA)])
-def test_the_peft_model_is_walked_once(config, monkeypatch):
+def test_the_peft_model_is_walked_once_and_each_layer_looked_at_once(config, monkeypatch):
     model = tiny_peft("llama", config)
+    layers = list(model.get_base_model().model.layers)
     own, walked, named_modules = set(model.modules()), [], nn.Module.named_modules
 
     def counted(self, memo=None, *args, **kwargs):
@@ -80,7 +81,7 @@ def test_the_peft_model_is_walked_once(config, monkeypatch):
     engine = SteeredEngine(model, probe=False)
     for alone in ("adapted", "base"):
         engine.generate([5, 6], model=alone, max_new_tokens=2)
-    assert walked == [model]
+    assert walked == [model, *layers]
 
 
 @pytest.mark.parametrize("config", [None, IA3])

@@ -144,12 +144,12 @@ def test_every_kind_of_layer_is_tried():
     base = AutoModelForCausalLM.from_config(config)
     before = list(base.model.layers)
     model = random_adapter(base, ["q_proj"])
-    short = probe.shortened(Adapter.read(model)).base_model.model.layers
+    short = Adapter.read(model).short.base_model.model.layers
     assert list(short) == [before[0], before[1], before[6]]
     assert list(model.get_base_model().model.layers) == before
     base.model.layers[4].self_attn.scaling *= 2
     base.model.layers[5].self_attn.q_proj.scaling["default"] *= 2
-    short = probe.shortened(Adapter.read(model)).base_model.model.layers
+    short = Adapter.read(model).short.base_model.model.layers
     assert list(short) == [before[i] for i in (0, 1, 4, 5, 6)]
 
 
@@ -230,4 +230,4 @@ def test_of_layers_alike_it_runs_two(smollm2):
     """So that it costs a small part of loading the model."""
     adapter = Adapter.read(random_adapter(copy.deepcopy(smollm2[0]), "all-linear"))
     assert len(adapter.base_model.get_decoder().layers) == 30
-    assert len(probe.shortened(adapter).base_model.get_decoder().layers) == 2
+    assert len(adapter.short.base_model.get_decoder().layers) == 2

@@ -25,7 +25,7 @@ def steps(pair, tokens, **options):
 
 
 @pytest.fixture(params=FORMS, ids=" ".join)
-def pair(request):
+def pair(request, executor):
     method, form = request.param
     return pair_models(Adapter.read(tiny_peft("mistral", METHODS[method])), form)
 
@@ -62,6 +62,7 @@ def test_a_static_step_reads_no_tensor_on_the_host(pair, tokens, monkeypatch):
         assert r.positions.tolist() == (old + 1).tolist()
 
 
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("method, form", FORMS)
 def test_prompts_spread_over_copies_and_rows_drop_out(method, form, dtype, tokens):

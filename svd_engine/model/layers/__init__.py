@@ -1,4 +1,1 @@
-"""Layers of a decode step, each with a native kernel for few rows on the CPU.
-
-Linear, RMSNorm, rotary embedding and attention fall back to PyTorch for other inputs.
-"""
+"""Layers of the module tree. Linear layers and attention of few rows are native on the CPU."""

@@ -1,6 +1,9 @@
 """Attention for both halves of a pair, registered with transformers under the name `svd_engine`."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +19,34 @@ NAME = "svd_engine"
 WITHOUT_EFFECT = frozenset(
     {"dropout", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
 )
+
+
+class Call(NamedTuple):
+    """What a layer hands to attention besides values."""
+
+    query: Tensor
+    key: Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    window: int | None
+    softcap: float | None
+    is_plain: bool  # values as wide as keys, and no further argument
+
+
+_recording: ContextVar[list[Call] | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Yield a list to which every layer that calls attention adds its call."""
+    calls: list[Call] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
 
 
 def causal_mask(positions: Tensor, kv_length: int, dtype: torch.dtype) -> Tensor:
@@ -66,6 +97,10 @@ def attend(
         window = _hide(outside, query.dtype)
         mask = window if mask is None else mask + window
     scaling = dim**-0.5 if scaling is None else scaling
+    if (recording := _recording.get()) is not None:
+        is_plain = value.shape[3] == dim and s_aux is None
+        sizes = heads, key.shape[1], dim
+        recording.append(Call(query, key, *sizes, scaling, sliding_window, softcap, is_plain))
     if length == 1 and s_aux is None and _can_run_natively(query, key, value):
         out = query.new_empty(rows, 1, heads, value.shape[3])
         cpu.attend(query, key, value, mask, scaling, softcap, out)
