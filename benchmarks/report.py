@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> str | Non
             path = results / f"{origin}.json"
             if origin.startswith("quality_") and not path.exists():  # takes hours: may come later
                 figures = f"Not measured yet: {quality.command(origin)}."
+            elif origin == "cpu_step" and not path.exists():
+                figures = "Not measured yet: `make bench`."
             else:
                 figures = form(records.read(path))
             after[document] = put(after[document], document, name, figures)

@@ -16,8 +16,10 @@ SUITES = {
     "cpu_operators": "kernels/test_operators.py",
     "cpu_start": "engine/test_start.py",
     "cpu_engine": "engine/test_engine.py",
+    "cpu_step": "engine/test_step.py",
 }
-QUICK = "test_token or test_start or test_batch or host_overhead or 151936-1- or 151936-32-"
+QUICK = "test_token or test_step or test_start or test_batch or host_overhead or 151936-1- "
+QUICK += "or 151936-32-"
 STATISTICS = ("median", "min", "iqr", "rounds")
 
 
@@ -57,9 +59,15 @@ def trim(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="V = 151936, N = 1 and 32 only")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", choices=SUITES, help="one suite instead of all")
+    options = parser.parse_args()
+    quick, only = options.quick, options.only
     command = "python -m benchmarks.run --quick" if quick else "make bench"
+    if only:
+        command = f"python -m benchmarks.run --only {only}"
     for name, suite in SUITES.items():
+        if only not in (None, name):
+            continue
         path = RESULTS / f"{name}.json"
         shown = path.relative_to(ROOT)
         measured = measure(suite, QUICK if quick else "")

@@ -128,10 +128,86 @@ def start(result: dict[str, Any]) -> str:
     )
 
 
+MODELS = {
+    ("SmolLM2-135M", "float32"): "SmolLM2-135M, float32",
+    ("SmolLM2-135M", "bfloat16"): "SmolLM2-135M, bfloat16",
+    ("Qwen2.5-0.5B", "bfloat16"): "Qwen2.5-0.5B's sizes, bfloat16",
+}
+PARTS = ("linear", "attention", "rest")
+
+
+def steps_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the contenders of each model, by the model's words."""
+    cases = {(case["model"], case["dtype"]): case["contenders"] for case in result["cases"]}
+    return {words: cases[key] for key, words in MODELS.items() if key in cases}
+
+
+def beside(result: dict[str, Any]) -> str:
+    """Format the README's rows of `step`, ms per step: the limit and llama.cpp."""
+    measured = {
+        case["dtype"]: case["contenders"]
+        for case in result["cases"]
+        if case["model"] == "SmolLM2-135M"
+    }
+    wanted = {
+        "steered": "**a steered step**: base and adapted model in one batch",
+        "adapted": "not steered: the adapted model alone, same engine",
+        "llama.cpp": "not steered: llama.cpp, the same weights",
+        "read": "reading the weights once",
+    }
+    rows = [
+        [words, *(milliseconds(measured[dtype].get(name)) for dtype in DTYPES)]
+        for name, words in wanted.items()
+    ]
+    return (
+        f"{table(['ms per step', *DTYPES], rows)}\n\nSmolLM2-135M-Instruct with a LoRA on all "
+        f"linear layers, batch 1, a context of 128. {source(result)}."
+    )
+
+
+def milliseconds(contender: dict[str, Any] | None) -> str:
+    return "-" if contender is None else number(contender["median"] * 1e3)
+
+
+def steps(result: dict[str, Any]) -> str:
+    """Format milliseconds of a step and of its parts, and what it is held against."""
+    measured = steps_of(result)
+    names = list(dict.fromkeys(name for case in measured.values() for name in case))
+    rows = []
+    for name in names:
+        cells = []
+        for case in measured.values():
+            found = case.get(name)
+            cells.append(milliseconds(found))
+            if found and PARTS[0] in found:
+                cells[-1] += f" ({' + '.join(number(found[part] * 1e3) for part in PARTS)})"
+            cells.append("-" if found is None else f"{found['ratio']:.2f}")
+        rows.append([STEPS.get(name, name), *cells])
+    head = ["", *(cell for words in measured for cell in (f"{words}, ms", "ratio"))]
+    return (
+        "Milliseconds of a native step (linear layers + attention + the rest): medians of "
+        f"{next(iter(measured.values()))['steered']['rounds']} rounds in which the contenders take "
+        "turns; a ratio is the median of the time over the steered time of the same round. LoRA "
+        "(r = 8, all linear layers), batch 1 and a context of 128 where nothing else is said. "
+        f"{source(result, 'transformers', 'peft')}.\n\n{table(head, rows)}"
+    )
+
+
+STEPS = {
+    "read": "reading the weights once (`torch.sum`, in order)",
+    "steered": "**steered**",
+    "adapted": "the adapted model alone",
+    "8 new": "8 new tokens in one row",
+    "llama.cpp": "llama.cpp, un-steered",
+}
+
+
 # (document, figures, where they come from, their table)
 TABLES = (
     ("README.md", "summary", "cpu_engine", summary),
+    ("README.md", "step", "cpu_step", beside),
     ("docs/performance.md", "engine", "cpu_engine", engine),
+    ("docs/performance.md", "steps", "cpu_step", steps),
     ("docs/performance.md", "requests", "cpu_engine", requests),
     ("docs/performance.md", "start", "cpu_start", start),
 )

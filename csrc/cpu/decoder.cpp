@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <chrono>
 #include <initializer_list>
 #include <optional>
 
@@ -56,9 +57,15 @@ struct Step {
   int64_t adapted() const { return tokens() - first_adapted; }
 };
 
+enum Part { kLinear, kAttention, kRest, kParts };  // of a step's time
+
 class Worker {
  public:
-  Worker(const Step& step, Phase* phases, int64_t threads) : s(step), crew(phases, threads) {}
+  // seconds: [kParts], to which the time of each part is added, or null.
+  Worker(const Step& step, Phase* phases, int64_t threads, double* seconds)
+      : s(step), crew(phases, threads), seconds(seconds) {
+    if (seconds) last = Clock::now();
+  }
 
   void run() {
     const int64_t bytes = s.plan.hidden_size * s.size;
@@ -70,30 +77,51 @@ class Worker {
       norm(s.plan.norm, s.residual + token * bytes, s.hidden + token * bytes);
       if (s.logits) pack(token, s.hidden + token * bytes, s.plan.hidden_size);
     });
+    lap(kRest);
     if (s.logits) joined({&s.plan.head}, s.logits, s.plan.head.out);
+    lap(kLinear);
   }
 
  private:
+  typedef std::chrono::steady_clock Clock;
+
+  // Adds the time since the last call to a part.
+  void lap(Part part) {
+    if (!seconds) return;
+    const auto now = Clock::now();
+    seconds[part] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+
   void layer(const LayerPlan& l, const LayerCache& cache) {
     each_token([&](int64_t token) { pack_normal(l.attention_norm, token, l.query); });
+    lap(kRest);
     joined({&l.query, &l.key, &l.value});
+    lap(kLinear);
     attend(l, cache);
+    lap(kAttention);
     each_token([&](int64_t token) {
       pack(token, scaled(l.output, token, row(s.attended, token)), l.output.in);
     });
+    lap(kRest);
     joined({&l.output});
+    lap(kLinear);
     each_token([&](int64_t token) {
       add(l, l.attended_norm, token);
       pack_normal(l.feedforward_norm, token, l.gate);
     });
+    lap(kRest);
     joined({&l.gate, &l.up});
+    lap(kLinear);
     each_token([&](int64_t token) {
       char* gate = row(s.buffers[0], token);
       s.kernel.activate(s.dtype, l.gate.out, gate, Activation(l.activation),
                         row(s.buffers[1], token));
       pack(token, scaled(l.down, token, gate), l.down.in);
     });
+    lap(kRest);
     joined({&l.down});
+    lap(kLinear);
     each_token([&](int64_t token) { add(l, l.fed_norm, token); });
   }
 
@@ -255,6 +283,8 @@ class Worker {
 
   const Step& s;
   Crew crew;
+  double* const seconds;
+  Clock::time_point last;
 };
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -271,7 +301,7 @@ void each_linear(const DecoderPlan& plan, const F& f) {
 
 void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inputs,
             const Tensor positions, int64_t first_adapted, Tensor hidden,
-            const std::optional<Tensor> logits) {
+            const std::optional<Tensor> logits, const std::optional<Tensor> seconds) {
   thread_local Scratch scratch;
   const auto& plan = *static_cast<const DecoderPlan*>(plan_words.data_ptr());
   const Dtype dtype = dtype_of(inputs, "inputs");
@@ -283,6 +313,10 @@ void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inpu
   STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == inputs.size(0) &&
                       positions.is_contiguous(),
                   "positions must be [rows]");
+  STD_TORCH_CHECK(!seconds || (seconds->scalar_type() == ScalarType::Double &&
+                               seconds->is_contiguous() && seconds->numel() == kParts),
+                  "seconds must be ", int(kParts), " float64");
+  double* const clock = seconds ? static_cast<double*>(seconds->data_ptr()) : nullptr;
   const auto* caches = static_cast<const LayerCache*>(cache_words.data_ptr());
   const auto* first = static_cast<const int64_t*>(positions.data_ptr());
   for (int64_t row = 0; row < inputs.size(0); ++row)
@@ -331,15 +365,16 @@ void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inpu
   std::memset(room, 0, aligned(sizes[5]) * kJoined);  // the padding of `down_x`
   for (float*& down_x : s.down_x) down_x = reinterpret_cast<float*>(take(5));
   const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads, 1,
-                              [&](int64_t, int64_t) { Worker(s, phase, threads).run(); });
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    Worker(s, phase, threads, thread == 0 ? clock : nullptr).run();
+  });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(svd_engine_cpu, m) {
   m.def("decode(Tensor plan, Tensor caches, Tensor inputs, Tensor positions, int first_adapted, "
-        "Tensor(a!) hidden, Tensor(b!)? logits) -> ()");
+        "Tensor(a!) hidden, Tensor(b!)? logits, Tensor(c!)? seconds=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(svd_engine_cpu, CPU, m) { m.impl("decode", TORCH_BOX(&decode)); }

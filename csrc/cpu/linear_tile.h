@@ -7,14 +7,15 @@ namespace SVD_VARIANT {
 namespace {
 
 constexpr int kStreams = 4;  // rows of the weight that are read together
-// The most rows of x that one reading of the weights serves: their sums fill the registers.
-constexpr int kRows = kLanes == 16 ? 6 : 2;
 constexpr int kLine = 64;      // bytes of a weight row that are multiplied at once
 constexpr int kAhead = 1024;  // bytes by which a stream is prefetched
+constexpr int64_t kNear = 24 << 10;  // bytes of weights that further rows of x meet in the L1
 
 // How a line of a weight is multiplied: in parts of one vector, each by `kFactors` vectors of x.
+// One reading of the line serves at most kRows rows of x, whose sums fill the registers.
 struct Float32Line {
   typedef Vec Part;
+  static constexpr int kRows = kLanes == 16 ? 6 : 2;
   static constexpr int kSize = 4, kFactors = 1, kRowSize = 4;
   SVD_HD void factors(Part w, Vec (&factor)[1]) { factor[0] = w; }
   SVD_HD Vec add(Vec sum, Vec x, Vec w) { return sum + x * w; }
@@ -24,6 +25,7 @@ struct Float32Line {
 // shuffle; x is packed to match.
 struct BFloat16Line {
   typedef Bits Part;
+  static constexpr int kRows = kLanes == 16 ? 6 : 2;
   static constexpr int kSize = 2, kFactors = 2, kRowSize = 4;
   SVD_HD void factors(Part w, Vec (&factor)[2]) {
     factor[0] = (Vec)(w << 16);
@@ -35,6 +37,7 @@ struct BFloat16Line {
 #ifdef SVD_BFLOAT16_PAIRS
 struct BFloat16PairsLine {
   typedef Vec Part;
+  static constexpr int kRows = 6;
   static constexpr int kSize = 2, kFactors = 1, kRowSize = 2;
   SVD_HD void factors(Part w, Vec (&factor)[1]) { factor[0] = w; }
   SVD_HD Vec add(Vec sum, Vec x, Vec w) {
@@ -69,6 +72,17 @@ void pack(Dtype dtype, int64_t in, const char* x, Dtype weight, char* to) {
   }
 }
 
+// Keeps the compiler from reading `v` from memory again at each use.
+template <class V>
+SVD_HD V in_register(V v) {
+#if SVD_LANES == 16
+  __asm__("" : "+v"(v));
+#elif SVD_LANES == 8
+  __asm__("" : "+x"(v));
+#endif
+  return v;
+}
+
 // sum[i][o] += x[i] . line[o] for R rows of x, from which the lines are multiplied on.
 template <class W, int R>
 SVD_HD void add_line(Vec (&sum)[R][kStreams], const char* x, int64_t row_bytes,
@@ -85,7 +99,7 @@ SVD_HD void add_line(Vec (&sum)[R][kStreams], const char* x, int64_t row_bytes,
 #pragma GCC unroll 4
     for (int o = 0; o < kStreams; ++o) {
       Vec factor[W::kFactors];
-      W::factors(load<typename W::Part>(line[o] + part * sizeof(Vec)), factor);
+      W::factors(in_register(load<typename W::Part>(line[o] + part * sizeof(Vec))), factor);
 #pragma GCC unroll 2
       for (int f = 0; f < W::kFactors; ++f)
 #pragma GCC unroll 8
@@ -94,7 +108,7 @@ SVD_HD void add_line(Vec (&sum)[R][kStreams], const char* x, int64_t row_bytes,
   }
 }
 
-template <class W, int R>
+template <class W, int R, bool kPrefetches>
 SVD_HD void add_products(Vec (&sum)[R][kStreams], const Packed& x,
                          const char* const (&w)[kStreams], int64_t in) {
   constexpr int kStep = kLine / W::kSize;
@@ -103,7 +117,10 @@ SVD_HD void add_products(Vec (&sum)[R][kStreams], const Packed& x,
   for (; k + kStep <= in; k += kStep, at += kLine, row += kStep * W::kRowSize) {
     const char* line[kStreams];
 #pragma GCC unroll 4
-    for (int o = 0; o < kStreams; ++o) __builtin_prefetch((line[o] = w[o] + at) + kAhead);
+    for (int o = 0; o < kStreams; ++o) {
+      line[o] = w[o] + at;
+      if constexpr (kPrefetches) __builtin_prefetch(line[o] + kAhead);
+    }
     add_line<W>(sum, row, x.row_bytes, line);
   }
   if (k == in) return;
@@ -161,8 +178,8 @@ SVD_HD float value(const Bias& bias, int64_t output) {
   return v;
 }
 
-SVD_HD void add_bias(Four& result, const Bias& bias, const Streams& streams, int64_t i) {
-  if (!bias.data) return;
+__attribute__((noinline)) void add_bias(Four& result, const Bias& bias, const Streams& streams,
+                                        int64_t i) {
   for (int o = 0; o < kStreams; ++o)
     if (streams.has(o, i)) result[o] += value(bias, streams.output(o, i));
 }
@@ -173,7 +190,10 @@ SVD_HD void add_low_rank(Vec (&sum)[kStreams], const float* down_x,
   for (int64_t k = 0; k < rank; k += kLanes) {
     const Vec x = load<Vec>(down_x + k);
 #pragma GCC unroll 4
-    for (int o = 0; o < kStreams; ++o) sum[o] += x * get<E>(up[o], k, rank);
+    for (int o = 0; o < kStreams; ++o) {
+      __builtin_prefetch(up[o] + k * E::kSize + kAhead / 4);
+      sum[o] += x * get<E>(up[o], k, rank);
+    }
   }
 }
 
@@ -186,63 +206,67 @@ SVD_HD void rows_of(const Weight& weight, const Streams& streams, int64_t i,
   }
 }
 
-// Adds the low-rank term and the biases to the sums of rows [row, end), and writes the outputs.
-__attribute__((noinline)) void finish(Vec (*sum)[kStreams], const Product& p, int64_t row,
-                                      int64_t end, const Streams& streams, int64_t i) {
-  const char* up[kStreams];
-  if (end > p.first_adapted) rows_of(p.up, streams, i, up);
-  for (; row < end; ++row, ++sum) {
-    auto& one = reinterpret_cast<Vec(&)[kStreams]>(*sum);
-    const bool adapted = row >= p.first_adapted;
-    if (adapted) {
-      const float* down_x = p.down_x + (row - p.first_adapted) * p.down_x_stride;
-      if (p.up.dtype == Dtype::kFloat32)
-        add_low_rank<Float32>(one, down_x, up, p.up.in);
-      else
-        add_low_rank<BFloat16>(one, down_x, up, p.up.in);
-    }
-    Four result = sums_of(one);
-    add_bias(result, p.bias, streams, i);
-    if (adapted) add_bias(result, p.up_bias, streams, i);
-    char* to = p.out + row * p.out_row_bytes;
-    if (p.out_dtype == Dtype::kFloat32) {
-      for (int o = 0; o < kStreams; ++o)
-        if (streams.has(o, i)) std::memcpy(to + streams.output(o, i) * 4, &result[o], 4);
-      continue;
-    }
-    const FourBits bits = (FourBits)result, rounded = bits + 0x7FFF + (bits >> 16 & 1);
-    const FourBits half = (result == result ? rounded : FourBits{} + 0x7FC00000) >> 16;
+SVD_HD void write(const Product& p, int64_t row, Four result, const Streams& streams, int64_t i) {
+  char* to = p.out + row * p.out_row_bytes;
+  const bool whole = streams.has(kStreams - 1, i);
+  if (p.out_dtype == Dtype::kFloat32) {
+#pragma GCC unroll 4
     for (int o = 0; o < kStreams; ++o)
-      if (streams.has(o, i)) std::memcpy(to + streams.output(o, i) * 2, &half[o], 2);
+      if (whole || streams.has(o, i)) std::memcpy(to + streams.output(o, i) * 4, &result[o], 4);
+    return;
   }
+  const FourBits bits = (FourBits)result, rounded = bits + 0x7FFF + (bits >> 16 & 1);
+  const FourBits half = (result == result ? rounded : FourBits{} + 0x7FC00000) >> 16;
+#pragma GCC unroll 4
+  for (int o = 0; o < kStreams; ++o)
+    if (whole || streams.has(o, i)) std::memcpy(to + streams.output(o, i) * 2, &half[o], 2);
 }
 
-template <class W, int R>
+// Computes output i of each stream for R rows of x.
+template <class W, int R, bool kPrefetches>
 void tile(const Product& p, int64_t row, const Streams& streams, int64_t i) {
   const char* w[kStreams];
   rows_of(p.weight, streams, i, w);
   Vec sum[R][kStreams] = {};
-  add_products<W>(sum, p.x.from(row), w, p.weight.in);
-  Vec sums[R][kStreams];  // a copy in memory for `finish`, so that `sum` stays in registers
+  add_products<W, R, kPrefetches>(sum, p.x.from(row), w, p.weight.in);
+  const char* up[kStreams];
+  if (row + R > p.first_adapted) rows_of(p.up, streams, i, up);
 #pragma GCC unroll 8
-  for (int j = 0; j < R; ++j)
-#pragma GCC unroll 4
-    for (int o = 0; o < kStreams; ++o) sums[j][o] = sum[j][o];
-  finish(sums, p, row, row + R, streams, i);
+  for (int j = 0; j < R; ++j) {
+    const bool adapted = row + j >= p.first_adapted;
+    if (adapted) {
+      const float* down_x = p.down_x + (row + j - p.first_adapted) * p.down_x_stride;
+      if (p.up.dtype == Dtype::kFloat32)
+        add_low_rank<Float32>(sum[j], down_x, up, p.up.in);
+      else
+        add_low_rank<BFloat16>(sum[j], down_x, up, p.up.in);
+    }
+    Four result = sums_of(sum[j]);
+    if (p.bias.data) add_bias(result, p.bias, streams, i);
+    if (adapted && p.up_bias.data) add_bias(result, p.up_bias, streams, i);
+    write(p, row + j, result, streams, i);
+  }
 }
 
-template <class W, int R = kRows>
+template <class W, int R = W::kRows>
 SVD_HD void tile_of(int64_t rows, const Product& p, int64_t row, const Streams& streams,
                     int64_t i) {
   if constexpr (R > 1)
     if (rows < R) return tile_of<W, R - 1>(rows, p, row, streams, i);
-  tile<W, R>(p, row, streams, i);
+  if (row == 0)
+    tile<W, R, true>(p, row, streams, i);
+  else
+    tile<W, R, false>(p, row, streams, i);
 }
 
 template <class W>
 void outputs_of(const Product& p, const Streams& streams) {
-  for (int64_t i = 0; i < streams.length; ++i)
-    for (int64_t row = 0; row < p.rows; row += kRows) tile_of<W>(p.rows - row, p, row, streams, i);
+  const int64_t bytes = kStreams * p.weight.in * W::kSize;
+  const int64_t near = p.rows <= W::kRows || bytes >= kNear ? 1 : kNear / (bytes + 1);
+  for (int64_t begin = 0; begin < streams.length; begin += near)
+    for (int64_t row = 0; row < p.rows; row += W::kRows)
+      for (int64_t i = begin; i < begin + near && i < streams.length; ++i)
+        tile_of<W>(p.rows - row, p, row, streams, i);
 }
 
 void outputs(const Product& p, int64_t begin, int64_t end) {

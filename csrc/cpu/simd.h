@@ -85,6 +85,8 @@ SVD_HD Vec exp(Vec x) {
 SVD_HD Bits widen(Half h) {
 #if SVD_LANES == 16
   return (Bits)_mm512_cvtepu16_epi32((__m256i)h);  // GCC 12 splits the conversion in two
+#elif SVD_LANES == 8
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)h);
 #else
   return __builtin_convertvector(h, Bits);
 #endif

@@ -21,6 +21,8 @@ README = """# Title
 old
 <!-- /figures -->
 between
+<!-- figures:step -->
+<!-- /figures -->
 <!-- figures:gain -->
 <!-- /figures -->
 end
@@ -28,6 +30,8 @@ end
 PERFORMANCE = """<!-- figures:operators -->
 <!-- /figures -->
 <!-- figures:engine -->
+<!-- /figures -->
+<!-- figures:steps -->
 <!-- /figures -->
 <!-- figures:requests -->
 <!-- /figures -->
@@ -82,6 +86,27 @@ def start():
     }
 
 
+def steps():
+    parts = {"linear": 0.018, "attention": 0.001, "rest": 0.001}
+
+    def case(model, dtype, **more):
+        times = {"read": 0.019, "steered": 0.02, "batch 8": 0.03, "adapted": 0.0195} | more
+        contenders = {
+            name: {"median": time, "ratio": time / 0.02, "rounds": 7}
+            | (parts if name in ("steered", "batch 8", "adapted") else {})
+            for name, time in times.items()
+        }
+        return {"model": model, "dtype": dtype, "contenders": contenders}
+
+    return ABOUT | {
+        "cases": [
+            case("SmolLM2-135M", "float32", **{"llama.cpp": 0.021}),
+            case("SmolLM2-135M", "bfloat16"),
+            case("Qwen2.5-0.5B", "bfloat16"),
+        ]
+    }
+
+
 @pytest.fixture
 def root(tmp_path):
     results = tmp_path / "benchmarks" / "results"
@@ -89,6 +114,7 @@ def root(tmp_path):
     (results / "cpu_operators.json").write_text(records.to_json(operators()))
     (results / "cpu_engine.json").write_text(records.to_json(engine()))
     (results / "cpu_start.json").write_text(records.to_json(start()))
+    (results / "cpu_step.json").write_text(records.to_json(steps()))
     (tmp_path / "README.md").write_text(README)
     markers = []
     for document, name, origin, _ in report.TABLES:
@@ -125,6 +151,18 @@ def test_the_summary_is_rows_of_the_engine_table():
     assert f"| {engine_tables.SUMMARY['steered']} | 40.0 | 40.0 |" in lines
     assert f"| {engine_tables.SUMMARY['naive']} | 133 | 133 |" in lines
     assert set(engine_tables.SUMMARY) < set(engine_tables.CONTENDERS)
+
+
+def test_the_tables_of_a_step():
+    lines = engine_tables.beside(steps()).splitlines()
+    assert "| **a steered step**: base and adapted model in one batch | 20.0 | 20.0 |" in lines
+    assert "| not steered: llama.cpp, the same weights | 21.0 | - |" in lines
+    assert "| reading the weights once | 19.0 | 19.0 |" in lines
+    lines = engine_tables.steps(steps()).splitlines()
+    assert "medians of 7 rounds" in lines[0]
+    cells = "30.0 (18.0 + 1.00 + 1.00) | 1.50"
+    assert f"| batch 8 | {cells} | {cells} | {cells} |" in lines
+    assert "| llama.cpp, un-steered | 21.0 | 1.05 | - | - | - | - |" in lines
 
 
 def test_the_gain_says_what_is_published():
