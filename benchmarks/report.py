@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.engine import tables as engine
+from benchmarks.gpu import published as gpu
 from benchmarks.kernels import tables as kernels
 from benchmarks.quality import tables as quality
 from benchmarks.records import ROOT
@@ -22,7 +23,10 @@ TABLES: tuple[tuple[str, str, str, Form], ...] = (
     *kernels.TABLES,
     *engine.TABLES,
     *quality.TABLES,
+    *gpu.TABLES,
 )
+
+LATER = {"cpu_step": "`make bench`", "gpu": "`python -m benchmarks.gpu`"}  # figures of one machine
 
 
 def put(text: str, document: str, name: str, figures: str) -> str:
@@ -48,8 +52,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> str | Non
             path = results / f"{origin}.json"
             if origin.startswith("quality_") and not path.exists():  # takes hours: may come later
                 figures = f"Not measured yet: {quality.command(origin)}."
-            elif origin == "cpu_step" and not path.exists():
-                figures = "Not measured yet: `make bench`."
+            elif origin in LATER and not path.exists():
+                figures = f"Not measured yet: {LATER[origin]}."
             else:
                 figures = form(records.read(path))
             after[document] = put(after[document], document, name, figures)

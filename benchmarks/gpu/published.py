@@ -1,4 +1,4 @@
-"""The tables of the documents on a GPU: correctness, the operators, the engine."""
+"""The tables of the documents on a GPU: correctness and the operators."""
 
 from typing import Any
 
@@ -8,15 +8,6 @@ from benchmarks.tables import number, table
 OPERATORS = ("steer", "sample greedy", "score")
 ROWS = (1, 4, 32, 132, 1024)
 KINDS = {"peaked": "like a model's", "random": "random"}
-CONTENDERS = {
-    "steered": "**steered**, one paired batch",
-    "adapted": "the same engine, adapted model alone",
-    "steered, no graphs": "steered, without CUDA graphs",
-    "sequential": 'steered, two passes (`pairing="sequential"`)',
-    "generate, static": "Hugging Face `generate`, merged, static cache, compiled, un-steered",
-    "generate, merged": "Hugging Face `generate`, merged, un-steered",
-    "naive": "naive: PEFT on, PEFT off, eager steering",
-}
 
 
 def _result(result: dict[str, Any], section: str) -> dict[str, Any]:
@@ -30,8 +21,8 @@ def correctness(result: dict[str, Any]) -> str:
     for name in ("triton", "cuda"):
         part = _result(result, f"correctness_{name}")
         right = part["compared"] - len(part["failures"])
-        said.append(f"`{name}` is right in {right} of {part['compared']} comparisons with float64")
-    return "; ".join(said) + "."
+        said.append(f"`{name}` is right in {right} of {part['compared']}")
+    return f"Compared with float64, {' and '.join(said)}."
 
 
 def operators(result: dict[str, Any]) -> str:
@@ -47,6 +38,8 @@ def operators(result: dict[str, Any]) -> str:
         for name in OPERATORS:
             for backend in ("triton", "cuda"):
                 cells = [_point(at.get((kind, name, backend, n))) for n in ROWS]
+                if set(cells) == {"-"}:
+                    continue
                 rows.append([f"`{name.split()[0]}`, `{backend}`, {words}", *cells])
     for name in ("two softmaxes", "eager formula", "torch.compile, cancelled form"):
         rows.append([name, *(_point(at.get(("random", name, "torch", n))) for n in ROWS)])
@@ -59,20 +52,6 @@ def _point(case: dict[str, Any] | None) -> str:
     return f"{number(case['cold_us'])}, {tables.percent(case.get('of copy'))}"
 
 
-def engine(result: dict[str, Any]) -> str:
-    """Format milliseconds per token by model, batch and context."""
-    cases = [c for c in _result(result, "engine")["cases"] if "ms" in c]
-    shapes = list(dict.fromkeys((c["model"], c["batch"], c["context"]) for c in cases))
-    at = {(c["contender"], c["model"], c["batch"], c["context"]): c["ms"] for c in cases}
-    rows = []
-    for model, batch, context in shapes:
-        cells = (at.get((name, model, batch, context)) for name in CONTENDERS)
-        rows.append(
-            [f"{model}, {batch} x {context}", *("-" if x is None else number(x) for x in cells)]
-        )
-    return table(["model, batch x prompt", *CONTENDERS.values()], rows)
-
-
 def gpu(result: dict[str, Any]) -> str:
     """Format what the GPU run has shown."""
     copy = number(_result(result, "bandwidth").get("GB/s"))
@@ -82,8 +61,7 @@ def gpu(result: dict[str, Any]) -> str:
             f"Microseconds with a cold L2, and the share of copy bandwidth ({copy} GB/s), "
             "V = 151936, bfloat16:",
             operators(result),
-            "Milliseconds per token, bfloat16, LoRA (r = 8) on all linear layers:",
-            engine(result),
+            *([f"{note}."] if (note := _result(result, "operators").get("note")) else []),
         ]
     )
 

@@ -37,6 +37,8 @@ PERFORMANCE = """<!-- figures:operators -->
 <!-- /figures -->
 <!-- figures:start -->
 <!-- /figures -->
+<!-- figures:gpu -->
+<!-- /figures -->
 """
 
 
