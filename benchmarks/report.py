@@ -26,6 +26,8 @@ TABLES: tuple[tuple[str, str, str, Form], ...] = (
     *gpu.TABLES,
 )
 
+LATER = {"cpu_step": "`make bench`", "gpu": "`python -m benchmarks.gpu`"}  # figures of one machine
+
 
 def put(text: str, document: str, name: str, figures: str) -> str:
     """Replace the figures between the markers. Raises ValueError if there are none."""
@@ -52,8 +54,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> str | Non
                 figures = "Not measured yet: `python -m benchmarks.gpu`."
             elif origin.startswith("quality_") and not path.exists():  # takes hours: may come later
                 figures = f"Not measured yet: {quality.command(origin)}."
-            elif origin == "cpu_step" and not path.exists():
-                figures = "Not measured yet: `make bench`."
+            elif origin in LATER and not path.exists():
+                figures = f"Not measured yet: {LATER[origin]}."
             else:
                 figures = form(records.read(path))
             after[document] = put(after[document], document, name, figures)

@@ -151,8 +151,8 @@ BY_FILE = {
     "kernels/triton_measure.py": [
         ("tl.sum(tl.where(in_base, e, 0.0))", "tl.sum(e)", f"{TRITON}steer and stretches'"),
         (
-            "peak = tl.where(tl.abs(strength) < INF, peak, NAN)",
-            "peak = tl.where(tl.abs(strength) <= INF, peak, NAN)",
+            'peak = tl.where(tl.abs(strength) < INF, peak, float("nan"))',
+            'peak = tl.where(tl.abs(strength) <= INF, peak, float("nan"))',
             f"{TRITON}not_finite'",
         ),
     ],

@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int kJoined = 3;            // linear layers that read the same input
-constexpr int kPhasesPerLayer = 20;  // no fewer than run_layer passes
+constexpr int kPhasesPerLayer = 20;  // no fewer than `layer` passes
 constexpr int64_t kLeastBytes = 32 << 10;  // of weights that a thread takes at once
 
 template <class T = const char>

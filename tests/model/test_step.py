@@ -74,12 +74,12 @@ def test_these_run_natively(architecture, dtype):
 
 
 OTHERS = {
-    "ministral3": "positions do more",  # they scale queries, from 16,384 tokens on
-    "ernie4_5": "positions do more, or less, than turn the halves",  # neighbours turn
+    "ministral3": "positions are not a plain rotary",  # they scale queries, from 16,384 tokens on
+    "ernie4_5": "positions are not a plain rotary embedding of halves",  # neighbours turn
     "mixtral": "its feed-forward holds experts, gate",
     "arcee": "it has no gate_proj",
     "stablelm": "its norms are no RMSNorm",
-    "gpt2": "it has no layers and norm of these names",
+    "gpt2": "its decoder has no layers and norm",
 }
 
 

@@ -31,7 +31,7 @@ def read_plan(runner: "ModelRunner") -> Plan:
     model: Any = runner.model
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
-        raise NotDescribed("it has no layers and norm of these names")
+        raise NotDescribed("its decoder has no layers and norm")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise NotDescribed(f"{name or 'it'} has hooks or a forward of its own")

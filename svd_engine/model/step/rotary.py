@@ -55,7 +55,7 @@ def which(candidates: Sequence[Angles], query: Tensor, key: Tensor, far: int) ->
         cos, sin = (x.float() for x in compute(torch.tensor([0, far])))
         if all(_close(_turned(x[0].float(), cos, sin), x[1].float()) for x in (query, key)):
             return index
-    raise NotDescribed("its positions do more, or less, than turn the halves of queries and keys")
+    raise NotDescribed("its positions are not a plain rotary embedding of halves")
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
