@@ -3,12 +3,18 @@
 import io
 import os
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton, as peft does
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from tests import interpreter
+
+    interpreter.speed_up()
 
 from tests.tiny import VOCAB, tiny_base, tiny_peft
 
