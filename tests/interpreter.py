@@ -2,8 +2,8 @@
 
 It patches `triton.language` again at every call of a device function, which takes milliseconds, and
 reduces with a function of ours one element after the other. After `speed_up` it patches at a launch
-and for the first function of a module, and reduces a tile's pairs of neighbours at once, until one is
-left: so a sum also rounds more as on a device.
+and for the first function of a module, and reduces by pairs of neighbours until one element is
+left; a sum then rounds as in a device's tree.
 """
 
 from typing import Any
