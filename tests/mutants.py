@@ -97,8 +97,8 @@ BY_FILE = {
     ],
     "kernels/triton_sample.py": [
         (
-            "if tile_merit > best:  # strictly",
-            "if tile_merit >= best:  # strictly",
+            "first = comes_first(merit, token, other_merit, other_token)",
+            "first = merit > other_merit",
             f"{TRITON}greedy and ties'",
         ),
         (
@@ -119,40 +119,56 @@ BY_FILE = {
             f"{TRITON}cut and equals and 72'",
         ),
         (
-            "if (count < top_k) & (sum_exp < limit) & (under >= low):",
-            "if (count < top_k) & (under >= low):",
+            "if (counted < top_k) & (summed < limit) & (reached >= low):",
+            "if (counted < top_k) & (reached >= low):",
             f"{TRITON}cut and cuts and 0.6'",
         ),
     ],
     "kernels/triton_topk.py": [
         (
-            "after = (logits < last) | ((logits == last) & (token > last_token))",
-            "after = logits < last",
+            "after = active & comes_first(last, last_token, logits, token) & (logits > best)",
+            "after = active & (logits < last) & (logits > best)",
             f"{TRITON}topk and rounded'",
         ),
     ],
     "kernels/triton_score.py": [
         (
-            "tl.where(off_support > -INF, tl.exp(off_support - peak) * sum_exps, 0.0)",
-            "tl.where(off_support > -INF, 0.0, 0.0)",
+            "tl.where(rest_sum_exp > 0, penalised(rest_peak, steering), LOWEST)",
+            "tl.where(rest_sum_exp > 0, LOWEST, LOWEST)",
             f"{TRITON}score and pushed'",
         ),
         (
-            "spread += tl.sum(p * away * away) + step * step * sum_p * share",
-            "spread += tl.sum(p * away * away)",
+            "spread + other_spread + step * step * sum_p * share,",
+            "spread + other_spread,",
             f"{TRITON}project and certain'",
         ),
+    ],
+    "kernels/triton_support.py": [
         (
-            "sum_exps * ((peaks - peak) - (base_peaks - base_peak))",
-            "sum_exps * (peaks - peak)",
+            "moved = in_base * ((peaks - peak) - (base_peaks - base_peak))",
+            "moved = in_base * (peaks - peak)",
             f"{TRITON}divergence and shifted'",
+        ),
+        (
+            "slot = size + tl.cumsum(kept.to(tl.int32), 0) - 1",
+            "slot = size + tl.cumsum(kept.to(tl.int32), 0)",
+            f"{TRITON}64-support and float32'",
+        ),
+        (
+            "listed = kept & (slot < capacity)",
+            "listed = kept & (slot <= capacity)",
+            f"{TRITON}64-support and capacity'",
         ),
     ],
     "kernels/triton_measure.py": [
-        ("tl.sum(tl.where(in_base, e, 0.0))", "tl.sum(e)", f"{TRITON}steer and stretches'"),
         (
-            'peak = tl.where(tl.abs(strength) < INF, peak, float("nan"))',
-            'peak = tl.where(tl.abs(strength) <= INF, peak, float("nan"))',
+            '(e, tl.where(b > -INF, e, 0.0), tl.where(b < INF, e * d, float("nan"))), 0, add_3',
+            '(e, e, tl.where(b < INF, e * d, float("nan"))), 0, add_3',
+            f"{TRITON}steer and stretches'",
+        ),
+        (
+            "peak += strength - strength  # NaN if the strength is not finite",
+            "pass",
             f"{TRITON}not_finite'",
         ),
     ],
@@ -168,8 +184,8 @@ BY_FILE = {
     ],
     "kernels/launch.py": [
         (
+            "return rows * (STATISTICS.value * _tiles(vocab) + ROW.value)",
             "return rows * STATISTICS.value * _tiles(vocab)",
-            "return rows * STATISTICS.value * (_tiles(vocab) - 1)",
             f"{TRITON}greedy and stretches'",
         ),
     ],

@@ -448,7 +448,7 @@ def _layouts() -> Iterator[Recipe]:
     turned = lambda x: x.t().contiguous().t()  # noqa: E731
     yield from _each("transposed storage", lambda s: (turned(plain(s)[0]), plain(s)[1]))
     yield from _each("no rows", lambda s: tuple(x[:0] for x in plain(s)))
-    yield from _each("many rows", lambda s: s.logits(s.of(9600) // 32, s.of(1000)))
+    yield from _each("many rows", lambda s: s.logits(s.of(9600) // 32, s.of(1000)), alike=True)
     padded = lambda s: (lambda z, b: (torch.cat([z, z[:, :128] * NAN], 1)[:, :151936], b))(  # noqa: E731
         *logits(3, 151936, s.device, BF16)
     )

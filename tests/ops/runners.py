@@ -164,7 +164,7 @@ def _triton(tile: int) -> Runner:
         )  # fmt: skip
     return Runner(
         f"triton interpreted, tiles of {tile}", "triton", why_not, prepare, slack=INTERPRETER,
-        tile=tile, slow=True, largest=0, alike=1,
+        tile=tile, slow=True, largest=0, alike=1, others=3,
     )  # fmt: skip
 
 

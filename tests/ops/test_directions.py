@@ -12,7 +12,7 @@ from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from svd_engine import ops
 from svd_engine.kernels import reference
 
-from .cases import logits
+from .cases import TILE, logits
 from .runners import HERE
 
 INF = math.inf
@@ -27,7 +27,7 @@ STRENGTHS = [0.3, 1.0, 2.5]
 @pytest.fixture(params=RUNNERS)
 def on(request):
     """(adapted, base, backend); the target of a row is its number."""
-    z, b = logits(4, 600, request.param.device)
+    z, b = logits(4, 600 if request.param.tile == TILE else 150, request.param.device)
     with request.param.running():
         yield z, b, request.param.backend
 

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 KERNELS = [x for x in vars(launch) if x[0] != "_" and x.endswith(("_tiles", "_rows"))]
-NUMBERS = torch.zeros(40)
-TOKENS = torch.zeros(40, dtype=torch.int64)
+NUMBERS = torch.zeros(210)
+TOKENS = torch.zeros(210, dtype=torch.int64)
 
 
 @pytest.fixture
@@ -54,11 +54,13 @@ def rows(n, vocab, dtype, lead, pad):
 def every_request(vocab, dtypes):
     either = lambda n, values: (values[0].item(), values[:n])  # noqa: E731
     layouts = list(itertools.product((0, 1, 8), (0, 1, 8)))
-    for n, z_dtype, b_dtype in itertools.product((1, 2, 16, 33), dtypes, dtypes):
+    for n, z_dtype, b_dtype in itertools.product((1, 2, 16, 70), dtypes, dtypes):
         for (lead, pad), other in itertools.product(layouts, [(0, 0), (1, 3)]):
             z, b = rows(n, vocab, z_dtype, lead, pad), rows(n, vocab, b_dtype, *other)
             token, number = TOKENS[:n], NUMBERS[:n]
             launch.divergence(z, b, number)
+            listed = TOKENS, *[NUMBERS] * 6, TOKENS
+            launch.support(z, b, token, 0.1, "projected", 2, *listed)
             launch.steering_vector(z, b, "projected", rows(n, vocab, FLOAT, lead, pad))
             for alpha, mu, penalty in itertools.product(
                 (0.0, 0.1), either(n, NUMBERS), (-math.inf, -2.0, 0.0)
