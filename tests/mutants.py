@@ -121,7 +121,7 @@ BY_FILE = {
         (
             "if (counted < top_k) & (summed < limit) & (reached >= low):",
             "if (counted < top_k) & (reached >= low):",
-            f"{TRITON}cut and cuts and 0.6'",
+            f"{TRITON}cut and cuts and not equals'",
         ),
     ],
     "kernels/triton_topk.py": [
