@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import torch
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from svd_engine import loading, ops
 from svd_engine.calibration.calibrate import calibrate
@@ -13,7 +13,7 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
-from svd_engine.generation import logits_processors, scoring
+from svd_engine.generation import lazy_base, logits_processors, scoring
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
@@ -22,16 +22,8 @@ from svd_engine.generation.outputs import Completion, Event
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.model import cuda_graphs
-from svd_engine.model.pair import (
-    Decoder,
-    ModelPair,
-    SequentialRunner,
-    adapted_runner,
-    base_runner,
-    pair_models,
-)
-from svd_engine.model.peft_adapter import Adapter
-from svd_engine.model.probe import check as check_pair
+from svd_engine.model.models import Models
+from svd_engine.model.pair import Decoder, ModelPair
 from svd_engine.steering_config import SteeringConfig
 
 if TYPE_CHECKING:
@@ -46,6 +38,7 @@ class SteeredEngine:
 
     model: a PEFT causal language model with one active adapter; it is not changed. The engine
     shares its base weights and copies its adapter, and refuses to decode once either has changed.
+    Other pairs come from `from_checkpoints` and `from_model`.
     steering: None decodes the adapted model alone; it may be set anew between calls.
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
@@ -56,19 +49,19 @@ class SteeredEngine:
 
     def __init__(
         self,
-        model: "PeftModel",
+        model: "PeftModel | Models",
         tokenizer: PreTrainedTokenizerBase | None = None,
         steering: SteeringConfig | None = None,
         pairing: str = "auto",
         cuda_graphs: bool = True,
         probe: bool = True,
     ) -> None:
-        self._adapter = adapter = Adapter.read(model)
-        self.model, self.tokenizer = model, tokenizer
-        self.inputs = Inputs(adapter.base_model, tokenizer, adapter.virtual_tokens)
-        self._pair = pair_models(adapter, pairing)
+        self._models = models = model if isinstance(model, Models) else Models.of_peft(model)
+        self.model, self.tokenizer = models.model, tokenizer
+        self.inputs = Inputs(models.base_model, tokenizer, models.adapted.virtual_tokens)
+        self._pair = models.pair(pairing)
         if probe:
-            check_pair(self._pair, adapter, model)
+            models.probe(self._pair)
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
@@ -106,6 +99,61 @@ class SteeredEngine:
             steering = SteeringConfig.from_pretrained(adapter)
         return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
 
+    @classmethod
+    def from_checkpoints(
+        cls,
+        adapted: str | Path | PreTrainedModel,
+        base: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        steering: SteeringConfig | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        cuda_graphs: bool = True,
+        probe: bool = True,
+        trust_remote_code: bool = False,
+    ) -> "SteeredEngine":
+        """Pair two models over one vocabulary, such as a full fine-tune and what it began from.
+
+        adapted, base: models, or folders, Hub names or "smollm2", which are loaded. tokenizer: by
+        default the adapted checkpoint's. Steering comes from beside it, unless given. Each token
+        takes a pass of the adapted model, and one of the base where the choice depends on it.
+        Raises ValueError, for two vocabularies too.
+        """
+        how: dict[str, Any] = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        adapted_model, own = loading.loaded(adapted, **how)
+        base_model, other = loading.loaded(base, **how)
+        if own is not None and other is not None:
+            loading.check_one_vocabulary(own, other)
+        if steering is None and isinstance(adapted, str | Path) and loading.has_steering(adapted):
+            steering = SteeringConfig.from_pretrained(adapted)
+        models = Models.of_two(adapted_model, base_model)
+        return cls(models, tokenizer or own, steering, "auto", cuda_graphs, probe)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        steering: SteeringConfig | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        cuda_graphs: bool = True,
+        probe: bool = True,
+        trust_remote_code: bool = False,
+    ) -> "SteeredEngine":
+        """Steer one model by the difference between two prompts, which `generate` takes.
+
+        model: a model, or a folder, Hub name or "smollm2", which is loaded. Both prompts are read
+        as one batch, through each weight once. With `direction="difference"` and `alpha=0` in the
+        steering this is classifier-free guidance, of scale 1 - strength. Raises ValueError.
+        """
+        loaded, own = loading.loaded(
+            model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        return cls(Models.of_one(loaded), tokenizer or own, steering, "auto", cuda_graphs, probe)
+
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a SteeredEngine cannot be pickled or copied: in another process, make one there with "
@@ -129,8 +177,8 @@ class SteeredEngine:
 
     @property
     def pair(self) -> ModelPair:
-        """The adapted and the base model. Raise ValueError if the PEFT model has changed."""
-        self._adapter.state.check()
+        """The adapted and the base model. Raise ValueError if one has changed."""
+        self._models.check()
         return self._pair
 
     def generate(
@@ -143,6 +191,8 @@ class SteeredEngine:
         """Complete prompts or chats: one `Completion` per prompt and sequence, in order.
 
         prompts: text or token ids, one or a ragged batch; or messages=, a conversation or several.
+        contrast=: what the base reads in the place of the prompts, in the same form, one for all or
+        one per prompt; an engine of `from_model` needs it to steer.
         model="steered", "adapted" or "base": the last two decode that model only.
         steering=: instead of the engine's. generation_config=, and the fields of `SamplingParams`
         and do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p,
@@ -203,7 +253,9 @@ class SteeredEngine:
         many of its tokens fall outside.
         """
         passages = self.inputs.passages(prompt, continuations)
-        _, pair, steering = self._decoded(model)
+        name, pair, steering = self._decoded(model)
+        if name == "steered":
+            self._refuse_one("score")
         with self._lock.hold():
             return scoring.score(pair, passages, steering, penalty)
 
@@ -223,6 +275,7 @@ class SteeredEngine:
         interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """
+        self._refuse_one("calibrate")
         answers = Answers(example_files.encode(examples, self.tokenizer, self.inputs.vocab_size))
         places = [example_files.place(example, i) for i, example in enumerate(examples)]
         self.inputs.check_passages(answers.passages, [places[i] for i in answers.example_of()])
@@ -233,7 +286,7 @@ class SteeredEngine:
             force=force,
             data_sha256=example_files.fingerprint(examples),
             vocab_size=self.inputs.vocab_size,
-            base_model=str(self.model.get_base_model().name_or_path),
+            base_model=str(self._models.base_model.name_or_path),
             base_revision=getattr(self.model.config, "_commit_hash", None),
         )
         return report
@@ -253,11 +306,31 @@ class SteeredEngine:
                 raise ValueError("model='steered' needs engine.steering; set it or calibrate.")
             steering.check_vocabulary(self.inputs.vocab_size)
             return model, self.pair, steering
-        self._adapter.state.check()
+        self._models.check()
         if model not in self._single:
-            runner = adapted_runner if model == "adapted" else base_runner
-            self._single[model] = SequentialRunner(runner(self._adapter))
+            self._single[model] = self._models.single(model)
         return model, self._single[model], SteeringConfig(0.0, alpha=0.0)
+
+    def _refuse_one(self, call: str) -> None:
+        if self._models.is_one:
+            raise ValueError(
+                f"{call} needs two models, since its examples have one prompt each. Use "
+                "SteeredEngine(peft_model) or from_checkpoints."
+            )
+
+    def _contrast(
+        self, contrast: Any, are_messages: bool, count: int, model: str
+    ) -> list[list[int]] | None:
+        if contrast is not None:
+            if model != "steered":
+                raise ValueError(f"contrast is for steering; model={model!r} is decoded alone.")
+            return self.inputs.contrast(contrast, are_messages, count)
+        if model == "steered" and self._models.is_one:
+            raise ValueError(
+                "contrast is missing: one model is steered by a second prompt. Give contrast=, or "
+                "model='adapted' to decode un-steered."
+            )
+        return None
 
     def _decoder(self, pair: ModelPair) -> Decoder:
         if not self._cuda_graphs:
@@ -279,6 +352,7 @@ class SteeredEngine:
         /,
         *,
         messages: Any = None,
+        contrast: Any = None,
         model: str | None = None,
         steering: SteeringConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
@@ -288,14 +362,21 @@ class SteeredEngine:
         """Validate all arguments and build the request."""
         sampling = SamplingParams.from_arguments(**options)
         prompt_ids = self.inputs.prompts(prompts, messages)
-        sequences = self.inputs.sequences(prompt_ids, sampling, is_streamed=is_streamed)
         name, pair, steering = self._decoded(model, steering)
+        other_ids = self._contrast(contrast, messages is not None, len(prompt_ids), name)
+        sequences = self.inputs.sequences(
+            prompt_ids, sampling, is_streamed=is_streamed, contrast=other_ids
+        )
+        process_logits = logits_processors.build(sampling.repetition_penalty, logits_processor)
+        decoder = self._decoder(pair)
+        if name == "steered" and process_logits is None and not sampling.top_logprobs:
+            decoder = lazy_base.decoder(pair, decoder, steering.alpha, steering.penalty)
         return Request(
-            decoder=self._decoder(pair),
+            decoder=decoder,
             steering=steering,
             sampling=sampling,
             sequences=sequences,
-            process_logits=logits_processors.build(sampling.repetition_penalty, logits_processor),
+            process_logits=process_logits,
             model=name,
             batch_size=batch_size,
         )

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -91,6 +91,13 @@ def load_base(
     model.name_or_path = str(name)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def loaded(
+    model: str | Path | PreTrainedModel, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Return a model as it is, without a tokenizer; load anything else with `load_base`."""
+    return (model, None) if isinstance(model, PreTrainedModel) else load_base(model, **options)
 
 
 def _fast_dtype(device: str | torch.device) -> torch.dtype:
@@ -222,6 +229,13 @@ def _beside(folder: str | Path, name: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if found is None else Path(found)
+
+
+def check_one_vocabulary(adapted: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless both tokenizers give a token of the base the same id."""
+    reason = _misfit(adapted, base, len(base))
+    if reason is not None:
+        raise ValueError(f"adapted and base must have one vocabulary: of the adapted, {reason}.")
 
 
 def _misfit(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from svd_engine import SteeringConfig, loading
-from tests.tiny import tiny_peft
+from svd_engine import SteeredEngine, SteeringConfig, loading
+from tests.tiny import tiny_base, tiny_peft
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +26,15 @@ def test_operators():
     for snippet in snippets("docs/operators.md"):
         exec(snippet, names)
     assert names["nats"].shape == (64,)
+
+
+def test_the_engine_decodes(words, capsys):
+    engine = SteeredEngine(tiny_peft(), words, SteeringConfig(-2.0))
+    plain = dict(plain_model=tiny_base("llama"), tokenizer=words)
+    names = dict(engine=engine, prompts=["w005", "w017 w040"], **plain)
+    for snippet in snippets("docs/engine.md"):
+        exec(snippet, names)
+    assert len(names["best"]) == 4 and capsys.readouterr().out
 
 
 def test_the_three_loops_agree():

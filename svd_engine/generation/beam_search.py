@@ -88,16 +88,15 @@ def search(request: Request, sequences: list[Sequence]) -> None:
     """Search the prompts of the sequences in one batch, and finish the sequences."""
     sampling, decoder = request.sampling, request.decoder
     width, copies = sampling.num_beams, sampling.num_return_sequences
-    longest = max(sequence.max_new_tokens for sequence in sequences)
-    if longest == 0:
+    if max(sequence.max_new_tokens for sequence in sequences) == 0:
         return
     # As in transformers: enough candidates that num_beams continue, however many finish.
     count = max(2, 1 + len(sequences[0].eos_token_ids)) * width
-    prompts = [sequence.prompt_ids for sequence in sequences[::copies]]
-    logits = decoder.logits(decoder.prefill(prompts, longest, len(prompts) * width))
+    prompts = len(sequences) // copies
+    logits = decoder.logits(request.prefill(sequences, prompts * width))
     searches = [
         Search(sampling, sequences[i * copies : (i + 1) * copies], [Beam(0.0, i, [], [])])
-        for i in range(len(prompts))
+        for i in range(prompts)
     ]
     while True:
         unfinished = [s for s in searches if not s.is_finished]

@@ -76,11 +76,9 @@ class Batch:
 
     def _prefill(self) -> PerModel:
         copies = self._request.sampling.num_return_sequences
-        prompts = [sequence.prompt_ids for sequence in self.rows[::copies]]
-        longest = max(sequence.max_new_tokens for sequence in self.rows)
-        hidden = self._decoder.prefill(prompts, longest, len(self.rows))
+        hidden = self._request.prefill(self.rows, len(self.rows))
         if copies > 1:
-            index = torch.arange(len(prompts), device=self._decoder.device)
+            index = torch.arange(len(self.rows) // copies, device=self._decoder.device)
             index = index.repeat_interleave(copies)
             self._decoder.reorder(index)
             hidden = tuple(h[index] for h in hidden)

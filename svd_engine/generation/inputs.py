@@ -55,6 +55,20 @@ class Inputs:
             self._check_ids(f"prompts[{i}]", ids)
         return encoded
 
+    def contrast(self, contrast: Any, are_messages: bool, count: int) -> list[list[int]]:
+        """Token ids that the base reads in the place of each of `count` prompts.
+
+        One contrast is that of every prompt. are_messages: whether they are conversations.
+        """
+        with located("contrast"):
+            encoded = self.prompts(*((None, contrast) if are_messages else (contrast,)))
+        if len(encoded) not in (1, count):
+            raise ValueError(
+                f"contrast has {len(encoded)} prompts for {count} prompts; give one for all or one "
+                "per prompt."
+            )
+        return encoded if len(encoded) == count else encoded * count
+
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise ValueError(
@@ -90,10 +104,17 @@ class Inputs:
         return encoded
 
     def sequences(
-        self, prompts: list[list[int]], sampling: SamplingParams, *, is_streamed: bool
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        *,
+        is_streamed: bool,
+        contrast: list[list[int]] | None = None,
     ) -> list[sequence.Sequence]:
         """The sequences to decode: num_return_sequences per prompt, side by side."""
         limits = [self._max_new_tokens(i, ids, sampling) for i, ids in enumerate(prompts)]
+        for i, ids in enumerate(contrast or ()):
+            self.check_room(f"contrast[{i}]", len(ids), limits[i])
         seeds = sampling.seeds(len(prompts))
         if sampling.top_logprobs > self.vocab_size:
             raise ValueError(
@@ -110,6 +131,7 @@ class Inputs:
                 index=i * copies + copy,
                 prompt_ids=prompts[i],
                 max_new_tokens=limits[i],
+                contrast_ids=None if contrast is None else contrast[i],
                 seed=seeds[i] + copy,
                 eos_token_ids=eos_token_ids,
                 detokenizer=Detokenizer(self._decode, stop_strings[i], special[stop_strings[i]]),

@@ -1,7 +1,7 @@
 """Typed keyword arguments of `generate`, `stream` and `astream`."""
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from transformers import GenerationConfig, LogitsProcessor
 
@@ -35,6 +35,7 @@ class GenerateOptions(SamplingOptions, total=False):
     """All options of one call; docs/engine.md describes each."""
 
     messages: Sequence[Message] | Sequence[Sequence[Message]] | None
+    contrast: Any
     model: str | None
     steering: SteeringConfig | None
     logits_processor: Sequence[LogitsProcessor] | None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from svd_engine.generation.logits_processors import LogitsProcess
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
-from svd_engine.model.pair import Decoder
+from svd_engine.model.pair import Decoder, PerModel
 from svd_engine.steering_config import SteeringConfig
 
 
@@ -29,6 +29,17 @@ class Request:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
+
+    def prefill(self, sequences: list[Sequence], max_rows: int) -> PerModel:
+        """Hidden states at the end of each prompt of the sequences, whose copies share one."""
+        firsts = sequences[:: self.sampling.num_return_sequences]
+        contrast = [s.contrast_ids for s in firsts if s.contrast_ids is not None]
+        return self.decoder.prefill(
+            [s.prompt_ids for s in firsts],
+            max(sequence.max_new_tokens for sequence in sequences),
+            max_rows,
+            contrast or None,
+        )
 
     def groups(self) -> Iterator[list[Sequence]]:
         """Sequences to decode together, with prompts of similar lengths.

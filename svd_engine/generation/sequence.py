@@ -20,6 +20,7 @@ class Sequence:
     max_new_tokens: int
     seed: int = 0
     eos_token_ids: Set[int] = frozenset()
+    contrast_ids: list[int] | None = None  # what the base reads in the prompt's place
     detokenizer: Detokenizer | None = None  # None if its text is not needed
     is_text_incremental: bool = False  # decode text per token, instead of once at the end
     token_ids: list[int] = field(default_factory=list)

@@ -27,7 +27,13 @@ class Decoder(Protocol):
     def overlaps_host(self) -> bool:
         """Whether the device may run a step while the host reads tokens."""
 
-    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel: ...
+    def prefill(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        contrast: Prompts | None = None,
+    ) -> PerModel: ...
     def step(self, tokens: Tensor) -> PerModel: ...
     def reorder(self, index: Tensor) -> None: ...
     def logits(self, hidden: Sequence[Tensor]) -> PerModel: ...
@@ -66,13 +72,20 @@ class PairedRunner:
         """Whether a captured step of some rows serves any lengths and room in the cache."""
         return self.runner.lengths_on_device
 
-    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
+    def prefill(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        contrast: Prompts | None = None,
+    ) -> PerModel:
         """Return hidden states of (adapted, base) at each prompt's last token, `[B, H]` each.
 
         The KV cache gets slots for `max_new_tokens` more tokens per row and, for `reorder`, at
-        least `max_rows` rows.
+        least `max_rows` rows. contrast: what the base reads in the place of the prompts.
         """
-        return _halves(self.runner.prefill([*prompts, *prompts], max_new_tokens, 2 * max_rows))
+        rows = [*(prompts if contrast is None else contrast), *prompts]
+        return _halves(self.runner.prefill(rows, max_new_tokens, 2 * max_rows))
 
     def extend(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         """Return hidden states of (adapted, base) after more tokens `[B, q]`, `[B, q, H]` each.
@@ -132,8 +145,18 @@ class SequentialRunner:
     def lengths_on_device(self) -> bool:
         return all(r.lengths_on_device for r in self.runners)
 
-    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
-        return tuple(r.prefill(prompts, max_new_tokens, max_rows) for r in self.runners)
+    def prefill(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        contrast: Prompts | None = None,
+    ) -> PerModel:
+        read = [prompts] * len(self.runners)
+        if contrast is not None:
+            read[-1] = contrast
+        each = zip(self.runners, read, strict=True)
+        return tuple(r.prefill(rows, max_new_tokens, max_rows) for r, rows in each)
 
     def extend(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         return tuple(r.extend(tokens, kv_length) for r in self.runners)

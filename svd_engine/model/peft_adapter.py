@@ -27,7 +27,7 @@ class Adapter:
     """
 
     base_model: PreTrainedModel  # with PEFT's layers in it
-    name: str
+    name: str  # empty for a model without an adapter
     layers: tuple[BaseTunerLayer, ...]  # the adapted layers
     wrappers: tuple[AuxiliaryTrainingWrapper, ...]  # around modules that PEFT replaces as a whole
     reason_not_paired: str | None  # why the two models cannot share one batch; None if they can
@@ -77,6 +77,18 @@ class Adapter:
         active = sorted({name for layer in layers for name in layer.active_adapters})
         _check_one_active(active)
         return cls._from_modules(model, active[0], model.peft_config, modules)
+
+    @classmethod
+    def none(cls, model: PreTrainedModel) -> "Adapter":
+        """Read a model that has no adapter. Raise ValueError if it has layers of PEFT."""
+        modules = list(model.named_modules())
+        for name, module in modules:
+            if type(module).__module__.startswith("peft."):
+                raise ValueError(
+                    f"model must have no adapter; {name or 'it'} is a {type(module).__name__} of "
+                    "PEFT. Give a PeftModel to SteeredEngine, or merge the adapter."
+                )
+        return cls(model, "", (), (), None, SharedState(modules, "", (), None))
 
     @functools.cached_property
     def copies(self) -> dict[Any, nn.Module]:
