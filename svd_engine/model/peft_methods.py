@@ -1,4 +1,4 @@
-"""What PEFT can put on a model: what pairs, what takes two passes, and what is refused and why.
+"""What PEFT can put on a model: which methods are steered, and which are refused and why.
 
 Only what tests have compared to plain models is accepted; docs/limits.md lists it.
 """
@@ -7,13 +7,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-PROMPT_METHODS = "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
-PAIRED = "LORA", "IA3", *PROMPT_METHODS
-TWO_PASSES = (
+STEERED = (
     "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD",
-    "GLORA", "GRALORA", "HIRA", "HRA", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT",
-    "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
-    "UNILORA", "VBLORA", "VERA", "WAVEFT",
+    "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
+    "OSF", "P_TUNING", "PEANUT", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA", "RANDLORA",
+    "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA",
+    "WAVEFT",
 )  # fmt: skip
 REFUSED = {
     "ADAPTION_PROMPT": "puts modules into the attention from which the base cannot be taken",
@@ -46,7 +45,7 @@ def check(configs: Mapping[str, Any]) -> None:
         method = config.peft_type.value
         if reason := REFUSED.get(method):
             raise ValueError(f"adapter {name!r} uses {method}, which {reason}: {_NOT_STEERED}")
-        if method not in PAIRED + TWO_PASSES:
+        if method not in STEERED:
             raise ValueError(f"adapter {name!r} uses {method}, which is not known: {_NOT_STEERED}")
         _check_base_is_kept(name, config)
         for option, reason in (OPTIONS | _unknown_variants(config)).items():
