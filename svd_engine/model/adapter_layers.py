@@ -23,6 +23,11 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
+    @property
+    def weight(self) -> Any:
+        """The base layer's, of which some models ask for the dtype."""
+        return self.base_layer.weight
+
     def first_adapted_row(self, x: Tensor) -> int:
         return x.shape[0] // 2 if self.paired else 0
 
@@ -91,6 +96,10 @@ class Halves(nn.Module):
     def __init__(self, base: nn.Module, adapted: nn.Module) -> None:
         super().__init__()
         self.base, self.adapted = base, adapted
+
+    @property
+    def weight(self) -> Any:
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Any:
         base, adapted = (module(y) for module, y in zip(self.children(), x.chunk(2), strict=True))

@@ -5,6 +5,7 @@ for each kind of quantised base. What is constant at inference is computed once:
 the matrices of VeRA.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -79,11 +80,10 @@ def _lora(layer: Any, adapter: str) -> AdaptedLayer | None:
 
 def _dora_scale(layer: Any, adapter: str, down: Tensor, up: Tensor) -> Tensor:
     """Return the trained magnitude of each output over its norm."""
-    dora, weight = (
-        layer.lora_magnitude_vector[adapter],
-        dequantize_module_weight(layer.get_base_layer()),
-    )
-    norm = dora.get_weight_norm(weight.to(down.dtype), up @ down, layer.scaling[adapter])
+    dora, base = layer.lora_magnitude_vector[adapter], copy.copy(layer.get_base_layer())
+    base._parameters = dict(base._parameters)  # PEFT puts a weight anew that it dequantises
+    weight = dequantize_module_weight(base).to(down.dtype)
+    norm = dora.get_weight_norm(weight, up @ down, layer.scaling[adapter])
     return (dora.weight / norm).flatten().contiguous()
 
 
