@@ -1,6 +1,7 @@
 """What can be paired, what cannot and why; the PEFT model stays as it was found."""
 
 import copy
+import importlib
 import logging
 
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.model.adapter_layers import Halves
 from svd_engine.model.module_tree import paired_tree
 from svd_engine.model.pair import pair_models
 from svd_engine.model.peft_adapter import Adapter
@@ -134,6 +136,31 @@ def test_many_methods_pair_and_steer_as_plain_peft_does(method):
         for prompt, got in zip(PROMPTS, engine.generate(PROMPTS, max_new_tokens=6), strict=True):
             truth = teacher_forced_two_pass(model, prompt, got.token_ids, -2.0)
             assert_same_tokens(got.token_ids, truth, tie=1e-3)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["awq.AwqLoraLinear", "gptq.GPTQLoraLinear", "aqlm.AqlmLoraLinear"]
+)
+def test_peft_has_a_class_for_each_kind_of_quantised_layer(kind, use_dora):
+    """They compute what the one for plain layers does; here over plain layers."""
+    module, name = kind.split(".")
+    cls = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name)
+    config = LoraConfig(use_dora=use_dora, target_modules=["q_proj", "down_proj"], **LORA)
+    model = tiny_peft("llama", config)
+    want = model(PROMPT).logits
+    for layer in model.get_base_model().model.layers:
+        for parent, last in ((layer.self_attn, "q_proj"), (layer.mlp, "down_proj")):
+            old = getattr(parent, last)
+            new = cls(old.base_layer, "default", config=config, r=4, lora_alpha=8)
+            new.lora_A, new.lora_B = old.lora_A, old.lora_B
+            new.scaling, new.lora_magnitude_vector = old.scaling, old.lora_magnitude_vector
+            setattr(parent, last, new)
+    pair = pair_models(Adapter.read(model.eval()), "paired")
+    assert not any(isinstance(x, Halves) for x in pair.runner.model.modules())
+    adapted, base = pair.logits(pair.prefill(PROMPT.tolist()))
+    torch.testing.assert_close(adapted, want[:, -1], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(base, tiny_base("llama")(PROMPT).logits[:, -1], atol=1e-4, rtol=1e-5)
 
 
 def test_a_magnitude_of_zero_leaves_the_bias():
