@@ -138,15 +138,14 @@ def test_many_methods_pair_and_steer_as_plain_peft_does(method):
             assert_same_tokens(got.token_ids, truth, tie=1e-3)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(
     "kind", ["awq.AwqLoraLinear", "gptq.GPTQLoraLinear", "aqlm.AqlmLoraLinear"]
 )
-def test_peft_has_a_class_for_each_kind_of_quantised_layer(kind, use_dora):
+def test_peft_has_a_class_for_each_kind_of_quantised_layer(kind):
     """They compute what the one for plain layers does; here over plain layers."""
     module, name = kind.split(".")
     cls = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name)
-    config = LoraConfig(use_dora=use_dora, target_modules=["q_proj", "down_proj"], **LORA)
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], **LORA)
     model = tiny_peft("llama", config)
     want = model(PROMPT).logits
     for layer in model.get_base_model().model.layers:
@@ -154,7 +153,7 @@ def test_peft_has_a_class_for_each_kind_of_quantised_layer(kind, use_dora):
             old = getattr(parent, last)
             new = cls(old.base_layer, "default", config=config, r=4, lora_alpha=8)
             new.lora_A, new.lora_B = old.lora_A, old.lora_B
-            new.scaling, new.lora_magnitude_vector = old.scaling, old.lora_magnitude_vector
+            new.scaling = old.scaling
             setattr(parent, last, new)
     pair = pair_models(Adapter.read(model.eval()), "paired")
     assert not any(isinstance(x, Halves) for x in pair.runner.model.modules())
