@@ -170,7 +170,7 @@ def _prompt(model: PeftModel) -> dict[str, Any]:
     """Return the fields of an adapter that only the prompt methods have."""
     config, prompt = model.active_peft_config, model.get_prompt(batch_size=1)
     fields: dict[str, Any] = {"virtual_tokens": config.num_virtual_tokens}
-    if config.peft_type.value != "PREFIX_TUNING":
+    if config.peft_type.value not in ("CARTRIDGE", "PREFIX_TUNING"):
         return fields | {"prompt_embeddings": prompt[0]}
     cache: Cache = prompt  # type: ignore[assignment]
     return fields | {"prefix": [(layer.keys[0], layer.values[0]) for layer in cache.layers]}  # type: ignore

@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 STEERED = (
-    "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD",
-    "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
-    "OSF", "P_TUNING", "PEANUT", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA", "RANDLORA",
-    "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA",
-    "WAVEFT",
+    "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA",
+    "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
+    "LORA", "MISS", "OFT", "OSF", "PEANUT", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA",
+    "P_TUNING", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
+    "UNILORA", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
 REFUSED = {
     "ADAPTION_PROMPT": "puts modules into the attention from which the base cannot be taken",
-    "CARTRIDGE": "trains keys and values that PEFT puts into the cache itself",
-    "CPT": "computes its virtual tokens from labelled tokens",
     "LILY": "routes by the mean over all tokens that are read at once",
     "MULTITASK_PROMPT_TUNING": "computes its virtual tokens from the task of each row",
     "POLY": "mixes its matrices by the task of each row",
