@@ -354,9 +354,22 @@ BY_FILE = {
     "svd_engine/model/adapter_layers.py": [
         ("return x.shape[0] // 2 if self.paired else 0", "return 0", f"{GENERATE} ragged"),
         (
-            "scaled = (up.weight.detach() * scale).contiguous()",
-            "scaled = up.weight.detach().contiguous()",
-            f"{GENERATE} ragged",
+            "return Halves(base, adapted)",
+            "return adapted",
+            "tests/model/test_peft_adapter.py -k many_methods",
+        ),
+    ],
+    "svd_engine/model/adapter_terms.py": [
+        ("_copy(up * scale), up_bias)", "_copy(up), up_bias)", f"{GENERATE} ragged"),
+        (
+            "return (dora.weight / norm)",
+            "return dora.weight",
+            "tests/model/test_peft_adapter.py -k many_methods",
+        ),
+        (
+            "        if not norm.all():",
+            "        if False:",
+            "tests/model/test_peft_adapter.py -k magnitude",
         ),
     ],
     "svd_engine/model/kv_cache.py": [

@@ -17,6 +17,7 @@ from peft.tuners.lora import config as lora
 
 from svd_engine import loading
 from svd_engine.model import peft_methods
+from svd_engine.model.adapter_layers import Halves
 from svd_engine.model.pair import PairedRunner, pair_models
 from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import PROMPTS, tiny_base
@@ -216,8 +217,12 @@ def found(index):
         model.save_pretrained(f"{name}/adapter")
         with clustering():
             loaded = loading.load_adapter(tiny_base("llama"), f"{name}/adapter")
-        outcome = _compare(Adapter.read(loaded), loaded, model)
-        return Found(label(case), outcome, re.sub(r"\S+\.(\w+)", r"\1", reason))
+        adapter = Adapter.read(loaded)
+        pair = pair_models(adapter)
+        _compare(pair, adapter, loaded, model)
+        if not isinstance(pair, PairedRunner):
+            return Found(label(case), "two passes", re.sub(r"\S+\.(\w+)", r"\1", reason))
+        return Found(label(case), "paired", _own_layers(pair))
 
 
 def _altered(case):
@@ -228,9 +233,16 @@ def _altered(case):
     return config
 
 
-def _compare(adapter, loaded, model):
+def _own_layers(pair):
+    """Which layers are read once for each half."""
+    named = pair.runner.model.named_modules()
+    names = {name.rpartition(".")[2]: None for name, x in named if isinstance(x, Halves)}
+    return f"each half has its own {', '.join(names)}" if names else ""
+
+
+def _compare(pair, adapter, loaded, model):
     """Compare both models with plain ones, several ragged prompts at once, a prefill and a step."""
-    pair, base = pair_models(adapter), tiny_base("llama")
+    base = tiny_base("llama")
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
     first = pair.logits(pair.prefill([prompt[:-1] for prompt in prompts], max_new_tokens=1))
     second = pair.step(torch.tensor([prompt[-1] for prompt in prompts]))
@@ -245,7 +257,6 @@ def _compare(adapter, loaded, model):
     assert apart > 0.1
     loaded(torch.tensor(prompts[:1]))
     adapter.state.check()  # a pass of PEFT's own changes nothing
-    return "paired" if isinstance(pair, PairedRunner) else "two passes"
 
 
 def _reason(error):

@@ -5,7 +5,14 @@ import re
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
 from transformers import LogitsProcessorList
 
 from svd_engine import SteeredEngine, SteeringConfig, SteeringLogitsProcessor, steered_generate
@@ -27,6 +34,11 @@ CONFIGS = {
     ),
     "prompt": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "prefix": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "cartridge": CartridgeConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "cpt": CPTConfig(
+        cpt_token_ids=[5, 6, 7, 8], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 2, 3, 4],
+        task_type="CAUSAL_LM",
+    ),
 }  # fmt: skip
 CALLS = {
     "generate": lambda engine: engine.generate(PROMPT, max_new_tokens=2),
@@ -127,12 +139,12 @@ def test_a_change_is_an_error_that_names_it(what, tmp_path):
             call(engine)
 
 
-@pytest.mark.parametrize("config", ["prompt", "prefix"])
+@pytest.mark.parametrize("config", ["prompt", "prefix", "cartridge", "cpt"])
 def test_a_change_of_virtual_tokens_is_an_error(config):
     model = tiny_peft("llama", CONFIGS[config])
     engine = SteeredEngine(model)
     write(own_weights(model)[0])
-    with pytest.raises(ValueError, match=r"prompt_encoder.default.embedding.weight has changed"):
+    with pytest.raises(ValueError, match=r"prompt_encoder.default.*embedding.* has changed"):
         engine.generate(PROMPT, max_new_tokens=2)
 
 
