@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from svd_engine import loading, ops
+from svd_engine import hub, loading, ops
 from svd_engine.calibration.calibrate import calibrate
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
@@ -79,8 +79,8 @@ class SteeredEngine:
     @classmethod
     def from_pretrained(
         cls,
-        base: str | Path,
-        adapter: str | Path,
+        base: str | Path | None = None,
+        adapter: str | Path | None = None,
         *,
         steering: SteeringConfig | None = None,
         dtype: str | torch.dtype = "auto",
@@ -92,18 +92,24 @@ class SteeredEngine:
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
-        base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
-        model alone until `steering` is set. A tokenizer or chat template beside the adapter is used
-        where its vocabulary fits the base; the log says so. trust_remote_code: run Python code that
-        comes with the base.
+        `from_pretrained(adapter)`, or `(base, adapter)` for another base than the adapter names.
+        Each is a folder or a Hub name, a base also "smollm2". Without steering the engine decodes
+        the adapted model alone until `steering` is set. A tokenizer or chat template beside the
+        adapter is used where its vocabulary fits the base; the log says so. trust_remote_code: run
+        Python code that comes with the base. Raises ValueError.
         """
+        given = [name for name in (base, adapter) if name is not None]
+        if not given:
+            raise ValueError("give the folder or the Hub name of an adapter.")
+        folder = hub.adapter_folder(given[-1])
+        base = loading.base_of(folder, given[0] if len(given) > 1 else None)
+        if steering is None and loading.has_steering(folder):
+            steering = SteeringConfig.from_pretrained(folder)
         model, tokenizer = loading.load_base(
             base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-        peft_model = loading.load_adapter(model, adapter)
-        tokenizer = loading.adapter_tokenizer(adapter, model, tokenizer)
-        if steering is None and loading.has_steering(adapter):
-            steering = SteeringConfig.from_pretrained(adapter)
+        peft_model = loading.load_adapter(model, folder)
+        tokenizer = loading.adapter_tokenizer(folder, model, tokenizer)
         return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
 
     def __reduce__(self) -> NoReturn:

@@ -12,7 +12,7 @@ from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
 def calibrate(
     adapter: Annotated[Path, typer.Argument(help="Folder of the PEFT adapter.")],
     data: Annotated[Path, typer.Argument(help="JSON lines: prompt, completion, rejected.")],
-    base: Base = "smollm2",
+    base: Base = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +66,10 @@ def calibrate(
     if not allow_overlap:
         contamination.check(adapter, contamination.prompts(examples), against=("training",))
     model, tokenizer = loading.load_base(
-        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        loading.base_of(adapter, base),
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
     peft_model = loading.load_adapter(model, adapter)
     engine = SteeredEngine(peft_model, loading.adapter_tokenizer(adapter, model, tokenizer))

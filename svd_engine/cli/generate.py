@@ -23,7 +23,7 @@ def generate(
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file of prompts, one per line.")] = None,
     adapter: Adapter = ...,  # type: ignore[assignment]
-    base: Base = "smollm2",
+    base: Base = None,
     compare: Annotated[bool, typer.Option(help="Show base, adapted and steered.")] = False,
     chat: Annotated[bool, typer.Option(help="Apply the chat template to each prompt.")] = False,
     max_new_tokens: int = 128,

@@ -53,7 +53,7 @@ def env(
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT adapter: also print how its decode steps run.")
     ] = None,
-    base: Base = "smollm2",
+    base: Base = None,
     dtype: DType = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
