@@ -1,5 +1,7 @@
 """Steered generation: arguments in, completions, events, scores and a strength out."""
 
+import math
+import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
@@ -13,7 +15,7 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
-from svd_engine.generation import logits_processors, scoring
+from svd_engine.generation import constrained, logits_processors, scoring
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
@@ -296,12 +298,17 @@ class SteeredEngine:
         prompt_ids = self.inputs.prompts(prompts, messages)
         sequences = self.inputs.sequences(prompt_ids, sampling, is_streamed=is_streamed)
         name, pair, steering = self._decoded(model, steering)
+        deadline = (
+            math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
+        )
         return Request(
             decoder=self._decoder(pair),
             steering=steering,
             sampling=sampling,
             sequences=sequences,
-            process_logits=logits_processors.build(sampling.repetition_penalty, logits_processor),
+            process_logits=logits_processors.build(logits_processor, sampling.repetition_penalty),
+            constrain=constrained.build(sampling, sequences),
+            deadline=deadline,
             model=name,
             batch_size=batch_size,
         )

@@ -12,6 +12,7 @@ from rich.rule import Rule
 
 from svd_engine.cli import terminal
 from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.settings import parse
 
 if TYPE_CHECKING:
     from svd_engine import SteeredEngine, SteeringConfig
@@ -44,6 +45,15 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; repeatable.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other option of SteeredEngine.generate, as JSON: no_repeat_ngram_size=3, "
+            "min_new_tokens=20, max_time=60; repeatable.",
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Decode one batch and write JSON lines.")
@@ -53,7 +63,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts, steered, streamed to the terminal or as JSON lines."""
-    texts = _prompts(prompts, file)
+    texts, more = _prompts(prompts, file), parse(settings or ())
     from svd_engine.engine import SteeredEngine
 
     engine = SteeredEngine.from_pretrained(
@@ -65,7 +75,7 @@ def generate(
         min_p=min_p, num_beams=beams, length_penalty=length_penalty,
         repetition_penalty=repetition_penalty, num_return_sequences=n,
         stop_strings=[_newlines(text) for text in stop or ()],
-    )  # fmt: skip
+    ) | more  # fmt: skip
     chats = [[{"role": "user", "content": text}] for text in texts]
     names = ("base", "adapted", "steered") if compare else ("steered",)
     if as_json:

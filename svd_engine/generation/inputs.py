@@ -100,6 +100,9 @@ class Inputs:
                 f"top_logprobs must be at most the vocabulary's {self.vocab_size}; "
                 f"got {sampling.top_logprobs}."
             )
+        for name, ids in sampling.named_ids():
+            if ids:
+                self._check_ids(name, ids)
         eos_token_ids = self._eos_token_ids(sampling.eos_token_id)
         stop_strings = self._stop_strings(sampling.stop_strings, len(prompts))
         special = {stops: special_in(stops, self.tokenizer) for stops in set(stop_strings)}
@@ -125,6 +128,11 @@ class Inputs:
             raise ValueError(
                 f"prompts[{i}] has {len(prompt_ids)} tokens; max_length = {sampling.max_length} "
                 "leaves no room for new ones."
+            )
+        if sampling.min_new_tokens > limit:
+            raise ValueError(
+                f"min_new_tokens = {sampling.min_new_tokens} must be at most the new tokens that "
+                f"prompts[{i}] may get, {limit}; raise max_new_tokens."
             )
         self.check_room(f"prompts[{i}]", len(prompt_ids), limit)
         return limit

@@ -13,7 +13,7 @@ class Completion:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # under the distribution decoded
-    finish_reason: str = "length"  # or "stop"
+    finish_reason: str = "length"  # or "stop", or "time" after max_time
     stop_reason: int | str | None = None  # the id, kept in token_ids, or the string that ended it
     text: str = ""  # without special tokens, up to a stop string; empty without a tokenizer
     score: float | None = None  # of beam search: sum of logprobs / length ** length_penalty
