@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -15,12 +15,12 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
-from svd_engine.generation import constrained, logits_processors, scoring
+from svd_engine.generation import constrained, logits_processors, passages, scoring
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
 from svd_engine.generation.options import GenerateOptions, SamplingOptions
-from svd_engine.generation.outputs import Completion, Event
+from svd_engine.generation.outputs import Completion, Event, Score
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.model import cuda_graphs
@@ -39,7 +39,7 @@ from svd_engine.steering_config import SteeringConfig
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["Completion", "Event", "SteeredEngine"]
+__all__ = ["Completion", "Event", "Score", "SteeredEngine"]
 MODELS = ("steered", "adapted", "base")
 
 
@@ -197,23 +197,41 @@ class SteeredEngine:
                     decoder.prefill([[0]] * rows, 1)
                     decoder.step(torch.zeros(rows, dtype=torch.int64, device=decoder.device))
 
+    @overload
+    def score(
+        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
+        penalty: float = 0.0, model: str | None = None, details: Literal[False] = False,
+    ) -> list[float]: ...  # fmt: skip
+    @overload
+    def score(
+        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
+        penalty: float = 0.0, model: str | None = None, details: Literal[True],
+    ) -> list[Score]: ...  # fmt: skip
     def score(
         self,
-        prompt: Prompt,
-        continuations: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        continuations: Prompt | Sequence[Prompt] | None = None,
         *,
+        messages: Any = None,
         penalty: float = 0.0,
         model: str | None = None,
-    ) -> list[float]:
-        """log P of each continuation of the prompt, in nats, under the distribution decoded.
+        details: bool = False,
+    ) -> list[float] | list[Score]:
+        """log P of continuations, in nats, under the distribution decoded.
 
-        penalty 0 leaves tokens off the support as they are, so that an answer is not ranked by how
-        many of its tokens fall outside.
+        prompts: one, with one continuation or several; or a list, with one continuation for each.
+        messages=: a conversation or several, in their place. Without continuations, the prompts
+        themselves are scored after their first token. penalty 0 leaves tokens off the support as
+        they are, so that an answer is not ranked by how many of its tokens fall outside. details:
+        return `Score`s: token ids, their log-probabilities, and whether greedy decoding would
+        write them. Raises ValueError before any work.
         """
-        passages = self.inputs.passages(prompt, continuations)
+        found = passages.collect(self.inputs, prompts, continuations, messages)
         _, pair, steering = self._decoded(model)
         with self._lock.hold():
-            return scoring.score(pair, passages, steering, penalty)
+            if details:
+                return scoring.detailed(pair, found, steering, penalty)
+            return scoring.score(pair, found, steering, penalty)
 
     def calibrate(
         self,

@@ -1,4 +1,4 @@
-"""Completion and Event: the results of a request, whole and per token."""
+"""Results: Completion and Event of a request, whole and per token; Score of a given text."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,6 +25,19 @@ class Completion:
     @property
     def completion_tokens(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass
+class Score:
+    """How likely a continuation is under the distribution decoded."""
+
+    token_ids: list[int]
+    logprobs: list[float] = field(default_factory=list)  # of each token, in nats
+    is_greedy: bool = True  # whether greedy decoding would write each of its tokens
+
+    @property
+    def logprob(self) -> float:
+        return sum(self.logprobs)
 
 
 class Event(NamedTuple):
