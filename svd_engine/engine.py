@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
@@ -15,7 +16,9 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
+from svd_engine.data.tokenization import as_list
 from svd_engine.generation import constrained, logits_processors, passages, scoring
+from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
@@ -27,6 +30,7 @@ from svd_engine.model import cuda_graphs
 from svd_engine.model.pair import (
     Decoder,
     ModelPair,
+    PairedRunner,
     SequentialRunner,
     adapted_runner,
     base_runner,
@@ -65,7 +69,10 @@ class SteeredEngine:
         cuda_graphs: bool = True,
         probe: bool = True,
     ) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            raise ValueError(f"tokenizer must be one of transformers; got {tokenizer!r}.")
         self._adapter = adapter = Adapter.read(model)
+        self._adapter_name = adapter.name
         self.model, self.tokenizer = model, tokenizer
         self.inputs = Inputs(adapter.base_model, tokenizer, adapter.virtual_tokens)
         self._pair = pair_models(adapter, pairing)
@@ -112,7 +119,20 @@ class SteeredEngine:
         )
         peft_model = loading.load_adapter(model, folder)
         tokenizer = loading.adapter_tokenizer(folder, model, tokenizer)
-        return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
+        engine = cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
+        engine._adapter_name = str(given[-1])
+        return engine
+
+    def __repr__(self) -> str:
+        config: Any = self.model.peft_config[self._adapter.name]
+        pairing = "paired" if isinstance(self._pair, PairedRunner) else "sequential"
+        by = self.steering
+        steering = None if by is None else f"(strength={by.strength}, alpha={by.alpha})"
+        return (
+            f"SteeredEngine(base={str(self.model.get_base_model().name_or_path)!r}, "
+            f"adapter={self._adapter_name!r}, method={config.peft_type.value!r}, "
+            f"pairing={pairing!r}, step={self.step!r}, steering={steering})"
+        )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -127,7 +147,7 @@ class SteeredEngine:
     @steering.setter
     def steering(self, value: SteeringConfig | None) -> None:
         if value is not None:
-            value.check_vocabulary(self.inputs.vocab_size)
+            self._check_steering(value)
         self._steering = value
 
     @property
@@ -187,6 +207,10 @@ class SteeredEngine:
         batch_sizes: rows of the requests to come; max_length: their tokens, prompt and completion.
         """
         _, pair, _ = self._decoded(None)
+        batch_sizes = [
+            count("batch_sizes", rows, 1) for rows in as_list(batch_sizes, "batch_sizes")
+        ]
+        count("max_length", max_length, 1)
         with self._lock.hold():
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
@@ -228,6 +252,7 @@ class SteeredEngine:
         """
         found = passages.collect(self.inputs, prompts, continuations, messages)
         _, pair, steering = self._decoded(model)
+        replace(steering, penalty=penalty)  # checks it
         with self._lock.hold():
             if details:
                 return scoring.detailed(pair, found, steering, penalty)
@@ -270,20 +295,29 @@ class SteeredEngine:
         """Return which model is decoded, its runners and its steering (0 for a single model)."""
         if steering is not None and model not in (None, "steered"):
             raise ValueError(f"model={model!r} is decoded un-steered; leave out steering.")
-        steering = steering or self.steering
-        model = model or ("adapted" if steering is None else "steered")
-        if model not in MODELS:
+        steering = self.steering if steering is None else steering
+        if model is None:
+            model = "adapted" if steering is None else "steered"
+        if not isinstance(model, str) or model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}.")
         if model == "steered":
             if steering is None:
                 raise ValueError("model='steered' needs engine.steering; set it or calibrate.")
-            steering.check_vocabulary(self.inputs.vocab_size)
+            self._check_steering(steering)
             return model, self.pair, steering
         self._adapter.state.check()
         if model not in self._single:
             runner = adapted_runner if model == "adapted" else base_runner
             self._single[model] = SequentialRunner(runner(self._adapter))
         return model, self._single[model], SteeringConfig(0.0, alpha=0.0)
+
+    def _check_steering(self, steering: object) -> None:
+        if not isinstance(steering, SteeringConfig):
+            raise ValueError(
+                f"steering must be a SteeringConfig; got {steering!r}. For a strength alone: "
+                "SteeringConfig(strength=-4.0)."
+            )
+        steering.check_vocabulary(self.inputs.vocab_size)
 
     def _decoder(self, pair: ModelPair) -> Decoder:
         if not self._cuda_graphs:

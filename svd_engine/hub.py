@@ -14,6 +14,12 @@ OF_ADAPTERS = [
 ]  # fmt: skip
 
 
+def check_name(what: str, name: object) -> None:
+    """Raise ValueError unless the name is text or a path."""
+    if not isinstance(name, str | Path):
+        raise ValueError(f"{what} must be the name of a folder or on the Hub; got {name!r}.")
+
+
 def is_path(name: str | Path) -> bool:
     """Whether the name can only be meant as a path: it is here, or it is no name on the Hub."""
     path = Path(name)
@@ -26,6 +32,7 @@ def is_path(name: str | Path) -> bool:
 
 def adapter_folder(name: str | Path) -> Path:
     """Return the folder of an adapter; one on the Hub is fetched. Raises ValueError."""
+    check_name("adapter", name)
     path = Path(name)
     if path.is_file():
         raise ValueError(f"adapter {str(name)!r} is a file; give the folder of an adapter.")

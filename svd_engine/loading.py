@@ -61,6 +61,7 @@ def load_base(
     """
     _check_dtype(dtype)
     _check_device(device)
+    check_base(name)
     arguments: dict = {"dtype": dtype}
     folder, tokenizer_arguments = str(name), {}
     if str(name) == SMOLLM2:
@@ -77,7 +78,6 @@ def load_base(
             "quantization_config": GgufConfig(dequantize=True),
             **tokenizer_arguments,
         }
-    check_base(name)
     _check_files(Path(folder))
     away = None if Path(folder).is_dir() else hub.why_unreachable(folder)
     both: dict = {"trust_remote_code": trust_remote_code, "local_files_only": away is not None}
@@ -95,6 +95,7 @@ def load_base(
 
 def check_base(name: str | Path) -> None:
     """Raise ValueError for a base that is a file, or is meant as a folder and does not exist."""
+    hub.check_name("base", name)
     if Path(name).is_file():
         raise ValueError(f"base {str(name)!r} is a file; give the folder of a checkpoint.")
     if hub.is_path(name) and not Path(name).is_dir():
@@ -110,7 +111,9 @@ def base_of(adapter: str | Path, base: str | Path | None = None) -> str:
     named = _named(folder / "adapter_config.json", "base_model_name_or_path")
     if named is None and has_steering(folder):
         named = _named(folder / steering_config.FILE_NAME, "base_model")
-    if base is None:
+    if base is not None:
+        hub.check_name("base", base)
+    else:
         if named is None:
             raise ValueError(
                 f"adapter {str(adapter)!r} does not name its base; give base (--base)."
@@ -153,7 +156,7 @@ def _check_device(device: str | torch.device) -> None:
     """Raise ValueError unless tensors can be made on the device."""
     try:
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"device {str(device)!r} is not available: {_first_line(error)} "
             "Give cpu, or see svd-engine env."

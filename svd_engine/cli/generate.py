@@ -86,7 +86,7 @@ def generate(
                 **options,
             )  # fmt: skip
             for i, completion in enumerate(completions):
-                line = dict(prompt=texts[i // n], model=model, **asdict(completion))
+                line = dict(prompt=texts[i // n], model=model) | asdict(completion)
                 terminal.write(json.dumps(line) + "\n")
         return
     write = _write if beams > 1 or n > 1 else _stream

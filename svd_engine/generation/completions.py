@@ -24,7 +24,7 @@ def complete(request: Request, progress: bool) -> list[Completion]:
             if sequence.is_finished:
                 sequence.seconds = seconds
                 bar.update()
-    return [sequence.completion() for sequence in sequences]
+    return [sequence.completion(request.model) for sequence in sequences]
 
 
 def events(request: Request) -> Generator[Event, None, None]:

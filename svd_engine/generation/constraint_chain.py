@@ -56,13 +56,13 @@ def processors(sampling: SamplingParams, sequence: Sequence, like: Tensor) -> Lo
             ForcedEOSTokenLogitsProcessor(longest, ids("forced_eos_token_id", forced), device)
         )
     if sampling.suppress_tokens is not None:
-        chain.append(SuppressTokensLogitsProcessor(sampling.suppress_tokens, device))
+        gone = ids("suppress_tokens", sampling.suppress_tokens)
+        chain.append(SuppressTokensLogitsProcessor(gone, device))
     if sampling.begin_suppress_tokens is not None:
+        gone = ids("begin_suppress_tokens", sampling.begin_suppress_tokens)
         is_forced = len(prompt) == 1 and sampling.forced_bos_token_id is not None
         begin = len(prompt) + is_forced
-        chain.append(
-            SuppressTokensAtBeginLogitsProcessor(sampling.begin_suppress_tokens, begin, device)
-        )
+        chain.append(SuppressTokensAtBeginLogitsProcessor(gone, begin, device))
     return chain
 
 

@@ -18,6 +18,7 @@ class Completion:
     text: str = ""  # without special tokens, up to a stop string; empty without a tokenizer
     score: float | None = None  # of beam search: sum of logprobs / length ** length_penalty
     top_logprobs: list[TopLogprobs] = field(default_factory=list)  # per token, if requested
+    model: str = "steered"  # or "adapted" or "base": the model decoded
     prompt_tokens: int = 0
     seconds_to_first_token: float = field(default=0.0, compare=False)  # both since the call
     seconds: float = field(default=0.0, compare=False)

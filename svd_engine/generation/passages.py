@@ -40,6 +40,9 @@ def collect(
         )
         return _of_prompt(inputs, given, answers)
     given = as_list(given, name)
+    continuations = (
+        continuations if is_one(continuations) else as_list(continuations, "the answers")
+    )
     if is_one(continuations) or len(continuations) != len(given):
         raise ValueError(
             f"give one continuation for each of the {len(given)} {name}; got {continuations!r}."
@@ -53,13 +56,12 @@ def collect(
 
 def is_one(value: Any) -> bool:
     """Whether the value is one text or one list of token ids."""
-    return isinstance(value, str) or (
-        hasattr(value, "__len__") and len(value) > 0 and _begins(value)
-    )
-
-
-def _begins(value: Any) -> bool:
-    return not isinstance(value, dict) and is_id(value[0])
+    if isinstance(value, str):
+        return True
+    try:
+        return is_id(value[0])
+    except (TypeError, LookupError):
+        return False
 
 
 def _of_prompt(inputs: Inputs, prompt: Any, answers: Sequence[Text]) -> list[Passage]:

@@ -92,8 +92,9 @@ class Sequence:
         if self.detokenizer is not None and not self.is_text_incremental:
             self.text, _ = self.detokenizer.decode_to_stop(self.token_ids)
 
-    def completion(self) -> Completion:
+    def completion(self, model: str = "steered") -> Completion:
         return Completion(
+            model=model,
             token_ids=self.token_ids,
             logprobs=self.logprobs,
             finish_reason=self.finish_reason or "length",
