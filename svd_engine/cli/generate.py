@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.rule import Rule
 
-from svd_engine.cli import terminal
+from svd_engine.cli import batch, terminal
 from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
 from svd_engine.cli.settings import parse
 
@@ -23,6 +23,14 @@ def generate(
         list[str] | None, typer.Argument(help="Prompts; standard input if there are none.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file of prompts, one per line.")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option("--input", help="JSON lines: prompt or messages, and options of their own."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where --input is answered; the same command goes on where it ended."),
+    ] = None,
     adapter: Adapter = ...,  # type: ignore[assignment]
     base: Base = None,
     compare: Annotated[bool, typer.Option(help="Show base, adapted and steered.")] = False,
@@ -63,7 +71,15 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts, steered, streamed to the terminal or as JSON lines."""
-    texts, more = _prompts(prompts, file), parse(settings or ())
+    more = parse(settings or ())
+    if (requests is None) != (output is None):
+        raise ValueError("--input and --output belong together; give both.")
+    if requests is not None and (prompts or file or compare or chat or as_json):
+        raise ValueError(
+            "--input takes requests alone: no prompts, --file, --compare, --chat, --json."
+        )
+    lines = [] if requests is None else batch.read(requests)
+    texts = _prompts(prompts, file) if requests is None else []
     from svd_engine.engine import SteeredEngine
 
     engine = SteeredEngine.from_pretrained(
@@ -76,13 +92,16 @@ def generate(
         repetition_penalty=repetition_penalty, num_return_sequences=n,
         stop_strings=[_newlines(text) for text in stop or ()],
     ) | more  # fmt: skip
+    if output is not None:
+        batch.run(engine, lines, output, dict(options, seed=seed))
+        return
     chats = [[{"role": "user", "content": text}] for text in texts]
     names = ("base", "adapted", "steered") if compare else ("steered",)
     if as_json:
-        batch: dict[str, Any] = {"messages": chats} if chat else {"prompts": texts}
+        all_of_them: dict[str, Any] = {"messages": chats} if chat else {"prompts": texts}
         for model in names:
             completions = engine.generate(
-                **batch, model=model, seed=[seed] * len(texts), progress=sys.stderr.isatty(),
+                **all_of_them, model=model, seed=[seed] * len(texts), progress=sys.stderr.isatty(),
                 **options,
             )  # fmt: skip
             for i, completion in enumerate(completions):

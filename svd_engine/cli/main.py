@@ -107,6 +107,9 @@ def main() -> None:
     What the user can fix, a ValueError or an OSError, prints one line and exits with 2.
     """
     verbose = "--verbose" in sys.argv
+    if verbose:  # it may stand anywhere
+        rest = [argument for argument in sys.argv[1:] if argument != "--verbose"]
+        sys.argv = [sys.argv[0], "--verbose", *rest]
     sys.stdout = sys.stdout or open(os.devnull, "w")  # Python has none if it is closed
     try:
         try:
@@ -120,7 +123,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            terminal.errors.print("stopped; nothing half-written", style="dim")
+            terminal.errors.print("\nstopped; nothing half-written", style="dim")
         raise
 
 
