@@ -56,7 +56,7 @@ def calibrate(
 
     The report goes beside it: calibration.json, and calibration.png if matplotlib is installed.
     """
-    from svd_engine import calibration, loading
+    from svd_engine import calibration, hub, loading
     from svd_engine.cli import tables
     from svd_engine.data import contamination
     from svd_engine.data import examples as example_files
@@ -65,6 +65,10 @@ def calibrate(
     examples = example_files.read(data)
     if not allow_overlap:
         contamination.check(adapter, contamination.prompts(examples), against=("training",))
+    if hub.adapter_folder(adapter) != adapter:
+        raise ValueError(
+            f"adapter {adapter} is on the Hub; download it: the strength is put beside."
+        )
     model, tokenizer = loading.load_base(
         loading.base_of(adapter, base),
         dtype=dtype,

@@ -85,7 +85,7 @@ def generate(
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    engine.steering = _steering(engine.steering, strength, alpha)
+    engine.steering = steering_of(engine.steering, strength, alpha)
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, num_beams=beams, length_penalty=length_penalty,
@@ -145,9 +145,10 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
-def _steering(
+def steering_of(
     config: "SteeringConfig | None", strength: float | None, alpha: float | None
 ) -> "SteeringConfig":
+    """The calibrated steering, but for what options replace; ValueError without a strength."""
     from svd_engine.steering_config import SteeringConfig
 
     if config is None and strength is None:

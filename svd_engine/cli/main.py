@@ -11,6 +11,7 @@ import typer
 from svd_engine import __version__
 from svd_engine.cli import terminal
 from svd_engine.cli.calibrate import calibrate
+from svd_engine.cli.chat import chat
 from svd_engine.cli.evaluate import app as evaluate
 from svd_engine.cli.generate import generate
 from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("warm-start")(warm_start)
 app.command("calibrate")(calibrate)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.add_typer(evaluate, name="evaluate")
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
