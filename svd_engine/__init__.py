@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svd_engine.engine import Completion as Completion
     from svd_engine.engine import Event as Event
+    from svd_engine.engine import Score as Score
     from svd_engine.engine import SteeredEngine as SteeredEngine
     from svd_engine.integrations.hugging_face import (
         SteeringLogitsProcessor as SteeringLogitsProcessor,
@@ -21,6 +22,7 @@ __version__ = "0.2.0"
 _EXPORTS = {
     "Completion": "svd_engine.engine",
     "Event": "svd_engine.engine",
+    "Score": "svd_engine.engine",
     "SteeredEngine": "svd_engine.engine",
     "SteeringConfig": "svd_engine.steering_config",
     "SteeringLogitsProcessor": "svd_engine.integrations.hugging_face",

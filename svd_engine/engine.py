@@ -1,35 +1,46 @@
 """Steered generation: arguments in, completions, events, scores and a strength out."""
 
+import math
+import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from svd_engine import loading, ops
+from svd_engine import hub, loading, ops
 from svd_engine.calibration.calibrate import calibrate
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
-from svd_engine.generation import lazy_base, logits_processors, scoring
+from svd_engine.data.tokenization import as_list
+from svd_engine.generation import (
+    constrained,
+    lazy_base,
+    logits_processors,
+    passages,
+    scoring,
+)
+from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
 from svd_engine.generation.options import GenerateOptions, SamplingOptions
-from svd_engine.generation.outputs import Completion, Event
+from svd_engine.generation.outputs import Completion, Event, Score
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.model import cuda_graphs
 from svd_engine.model.models import Models
-from svd_engine.model.pair import Decoder, ModelPair
+from svd_engine.model.pair import Decoder, ModelPair, PairedRunner
 from svd_engine.steering_config import SteeringConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["Completion", "Event", "SteeredEngine"]
+__all__ = ["Completion", "Event", "Score", "SteeredEngine"]
 MODELS = ("steered", "adapted", "base")
 
 
@@ -56,7 +67,10 @@ class SteeredEngine:
         cuda_graphs: bool = True,
         probe: bool = True,
     ) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            raise ValueError(f"tokenizer must be one of transformers; got {tokenizer!r}.")
         self._models = models = model if isinstance(model, Models) else Models.of_peft(model)
+        self._adapter_name = models.adapted.name
         self.model, self.tokenizer = models.model, tokenizer
         self.inputs = Inputs(models.base_model, tokenizer, models.adapted.virtual_tokens)
         self._pair = models.pair(pairing)
@@ -72,8 +86,8 @@ class SteeredEngine:
     @classmethod
     def from_pretrained(
         cls,
-        base: str | Path,
-        adapter: str | Path,
+        base: str | Path | None = None,
+        adapter: str | Path | None = None,
         *,
         steering: SteeringConfig | None = None,
         dtype: str | torch.dtype = "auto",
@@ -85,19 +99,36 @@ class SteeredEngine:
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
-        base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
-        model alone until `steering` is set. A tokenizer or chat template beside the adapter is used
-        where its vocabulary fits the base; the log says so. trust_remote_code: run Python code that
-        comes with the base.
+        `from_pretrained(adapter)`, or `(base, adapter)` for another base than the adapter names.
+        Each is a folder or a Hub name, a base also "smollm2". Without steering the engine decodes
+        the adapted model alone until `steering` is set. A tokenizer or chat template beside the
+        adapter is used where its vocabulary fits the base; the log says so. trust_remote_code: run
+        Python code that comes with the base. Raises ValueError.
         """
+        given = [name for name in (base, adapter) if name is not None]
+        if not given:
+            raise ValueError("give the folder or the Hub name of an adapter.")
+        folder = hub.adapter_folder(given[-1])
+        base = loading.base_of(folder, given[0] if len(given) > 1 else None)
+        if steering is None and loading.has_steering(folder):
+            steering = SteeringConfig.from_pretrained(folder)
         model, tokenizer = loading.load_base(
             base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-        peft_model = loading.load_adapter(model, adapter)
-        tokenizer = loading.adapter_tokenizer(adapter, model, tokenizer)
-        if steering is None and loading.has_steering(adapter):
-            steering = SteeringConfig.from_pretrained(adapter)
-        return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
+        peft_model = loading.load_adapter(model, folder)
+        tokenizer = loading.adapter_tokenizer(folder, model, tokenizer)
+        engine = cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
+        engine._adapter_name = str(given[-1])
+        return engine
+
+    def __repr__(self) -> str:
+        pairing = "paired" if isinstance(self._pair, PairedRunner) else "sequential"
+        by = self.steering
+        steering = None if by is None else f"(strength={by.strength}, alpha={by.alpha})"
+        return (
+            f"SteeredEngine({self._models.describe(self._adapter_name)}, pairing={pairing!r}, "
+            f"step={self.step!r}, steering={steering})"
+        )
 
     @classmethod
     def from_checkpoints(
@@ -167,7 +198,7 @@ class SteeredEngine:
     @steering.setter
     def steering(self, value: SteeringConfig | None) -> None:
         if value is not None:
-            value.check_vocabulary(self.inputs.vocab_size)
+            self._check_steering(value)
         self._steering = value
 
     @property
@@ -229,6 +260,10 @@ class SteeredEngine:
         batch_sizes: rows of the requests to come; max_length: their tokens, prompt and completion.
         """
         _, pair, _ = self._decoded(None)
+        batch_sizes = [
+            count("batch_sizes", rows, 1) for rows in as_list(batch_sizes, "batch_sizes")
+        ]
+        count("max_length", max_length, 1)
         with self._lock.hold():
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
@@ -239,25 +274,44 @@ class SteeredEngine:
                     decoder.prefill([[0]] * rows, 1)
                     decoder.step(torch.zeros(rows, dtype=torch.int64, device=decoder.device))
 
+    @overload
+    def score(
+        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
+        penalty: float = 0.0, model: str | None = None, details: Literal[False] = False,
+    ) -> list[float]: ...  # fmt: skip
+    @overload
+    def score(
+        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
+        penalty: float = 0.0, model: str | None = None, details: Literal[True],
+    ) -> list[Score]: ...  # fmt: skip
     def score(
         self,
-        prompt: Prompt,
-        continuations: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        continuations: Prompt | Sequence[Prompt] | None = None,
         *,
+        messages: Any = None,
         penalty: float = 0.0,
         model: str | None = None,
-    ) -> list[float]:
-        """log P of each continuation of the prompt, in nats, under the distribution decoded.
+        details: bool = False,
+    ) -> list[float] | list[Score]:
+        """log P of continuations, in nats, under the distribution decoded.
 
-        penalty 0 leaves tokens off the support as they are, so that an answer is not ranked by how
-        many of its tokens fall outside.
+        prompts: one, with one continuation or several; or a list, with one continuation for each.
+        messages=: a conversation or several, in their place. Without continuations, the prompts
+        themselves are scored after their first token. penalty 0 leaves tokens off the support as
+        they are, so that an answer is not ranked by how many of its tokens fall outside. details:
+        return `Score`s: token ids, their log-probabilities, and whether greedy decoding would
+        write them. Raises ValueError before any work.
         """
-        passages = self.inputs.passages(prompt, continuations)
+        found = passages.collect(self.inputs, prompts, continuations, messages)
         name, pair, steering = self._decoded(model)
         if name == "steered":
             self._refuse_one("score")
+        replace(steering, penalty=penalty)  # checks it
         with self._lock.hold():
-            return scoring.score(pair, passages, steering, penalty)
+            if details:
+                return scoring.detailed(pair, found, steering, penalty)
+            return scoring.score(pair, found, steering, penalty)
 
     def calibrate(
         self,
@@ -297,14 +351,15 @@ class SteeredEngine:
         """Return which model is decoded, its runners and its steering (0 for a single model)."""
         if steering is not None and model not in (None, "steered"):
             raise ValueError(f"model={model!r} is decoded un-steered; leave out steering.")
-        steering = steering or self.steering
-        model = model or ("adapted" if steering is None else "steered")
-        if model not in MODELS:
+        steering = self.steering if steering is None else steering
+        if model is None:
+            model = "adapted" if steering is None else "steered"
+        if not isinstance(model, str) or model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}.")
         if model == "steered":
             if steering is None:
                 raise ValueError("model='steered' needs engine.steering; set it or calibrate.")
-            steering.check_vocabulary(self.inputs.vocab_size)
+            self._check_steering(steering)
             return model, self.pair, steering
         self._models.check()
         if model not in self._single:
@@ -331,6 +386,14 @@ class SteeredEngine:
                 "model='adapted' to decode un-steered."
             )
         return None
+
+    def _check_steering(self, steering: object) -> None:
+        if not isinstance(steering, SteeringConfig):
+            raise ValueError(
+                f"steering must be a SteeringConfig; got {steering!r}. For a strength alone: "
+                "SteeringConfig(strength=-4.0)."
+            )
+        steering.check_vocabulary(self.inputs.vocab_size)
 
     def _decoder(self, pair: ModelPair) -> Decoder:
         if not self._cuda_graphs:
@@ -367,16 +430,23 @@ class SteeredEngine:
         sequences = self.inputs.sequences(
             prompt_ids, sampling, is_streamed=is_streamed, contrast=other_ids
         )
-        process_logits = logits_processors.build(sampling.repetition_penalty, logits_processor)
+        process_logits = logits_processors.build(logits_processor, sampling.repetition_penalty)
+        constrain = constrained.build(sampling, sequences)
         decoder = self._decoder(pair)
-        if name == "steered" and process_logits is None and not sampling.top_logprobs:
+        takes_tokens_only = process_logits is None and constrain is None
+        if name == "steered" and takes_tokens_only and not sampling.top_logprobs:
             decoder = lazy_base.decoder(pair, decoder, steering.alpha, steering.penalty)
+        deadline = (
+            math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
+        )
         return Request(
             decoder=decoder,
             steering=steering,
             sampling=sampling,
             sequences=sequences,
             process_logits=process_logits,
+            constrain=constrain,
+            deadline=deadline,
             model=name,
             batch_size=batch_size,
         )

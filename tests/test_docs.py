@@ -59,7 +59,7 @@ def test_the_readme_runs_after_the_demo(tiny_folder, tmp_path, monkeypatch, caps
     demo = tmp_path / "runs" / "demo"
     shutil.copytree(tiny_folder / "base", tmp_path / "smollm2")
     shutil.copytree(tiny_folder / "adapter", demo / "adapter")
-    SteeringConfig(-1.0).save_pretrained(demo / "adapter")
+    SteeringConfig(-1.0, base_model="smollm2").save_pretrained(demo / "adapter")
     examples = [
         dict(prompt=f"w{i:03} w017", completion="w033 w005", rejected=["w101", "w200 w004"])
         for i in range(5, 11)

@@ -12,7 +12,7 @@ from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
 def calibrate(
     adapter: Annotated[Path, typer.Argument(help="Folder of the PEFT adapter.")],
     data: Annotated[Path, typer.Argument(help="JSON lines: prompt, completion, rejected.")],
-    base: Base = "smollm2",
+    base: Base = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +56,7 @@ def calibrate(
 
     The report goes beside it: calibration.json, and calibration.png if matplotlib is installed.
     """
-    from svd_engine import calibration, loading
+    from svd_engine import calibration, hub, loading
     from svd_engine.cli import tables
     from svd_engine.data import contamination
     from svd_engine.data import examples as example_files
@@ -65,8 +65,15 @@ def calibrate(
     examples = example_files.read(data)
     if not allow_overlap:
         contamination.check(adapter, contamination.prompts(examples), against=("training",))
+    if hub.adapter_folder(adapter) != adapter:
+        raise ValueError(
+            f"adapter {adapter} is on the Hub; download it: the strength is put beside."
+        )
     model, tokenizer = loading.load_base(
-        base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        loading.base_of(adapter, base),
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
     peft_model = loading.load_adapter(model, adapter)
     engine = SteeredEngine(peft_model, loading.adapter_tokenizer(adapter, model, tokenizer))

@@ -42,7 +42,7 @@ OPEN = "truthfulqa-open.jsonl"
 
 @app.command("truthfulqa")
 def truthfulqa_choice(
-    adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = "smollm2",
+    adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = None,
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "auto",
@@ -73,7 +73,7 @@ def truthfulqa_choice(
 
 @app.command("truthfulqa-open")
 def truthfulqa_open(
-    adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = "smollm2",
+    adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = None,
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     max_new_tokens: MaxNewTokens = 50, output: Output = RUNS, overwrite: Overwrite = False,
     allow_overlap: AllowOverlap = False, strength: Strength = None, batch_size: BatchSize = 16,
@@ -127,7 +127,7 @@ def judge(
 def commonsense(
     adapter: Adapter, data: Problems, task: Task,
     by: By = "likelihood",
-    base: Base = "smollm2", limit: Limit = None, max_new_tokens: MaxNewTokens = 32,
+    base: Base = None, limit: Limit = None, max_new_tokens: MaxNewTokens = 32,
     output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "float32",
     device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
@@ -198,7 +198,7 @@ def _overlap(adapter: Path, items: list, allowed: bool) -> dict[str, int]:
 
 
 def _engine(
-    base: str,
+    base: str | None,
     adapter: Path,
     dtype: str,
     device: str,

@@ -11,6 +11,7 @@ import typer
 from svd_engine import __version__
 from svd_engine.cli import terminal
 from svd_engine.cli.calibrate import calibrate
+from svd_engine.cli.chat import chat
 from svd_engine.cli.evaluate import app as evaluate
 from svd_engine.cli.generate import generate
 from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("warm-start")(warm_start)
 app.command("calibrate")(calibrate)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.add_typer(evaluate, name="evaluate")
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
@@ -53,7 +55,7 @@ def env(
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT adapter: also print how its decode steps run.")
     ] = None,
-    base: Base = "smollm2",
+    base: Base = None,
     dtype: DType = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -107,6 +109,9 @@ def main() -> None:
     What the user can fix, a ValueError or an OSError, prints one line and exits with 2.
     """
     verbose = "--verbose" in sys.argv
+    if verbose:  # it may stand anywhere
+        rest = [argument for argument in sys.argv[1:] if argument != "--verbose"]
+        sys.argv = [sys.argv[0], "--verbose", *rest]
     sys.stdout = sys.stdout or open(os.devnull, "w")  # Python has none if it is closed
     try:
         try:
@@ -120,7 +125,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            terminal.errors.print("stopped; nothing half-written", style="dim")
+            terminal.errors.print("\nstopped; nothing half-written", style="dim")
         raise
 
 

@@ -13,6 +13,7 @@ from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.journal import Journal
 from svd_engine.generation import scoring
 from svd_engine.generation.distribution import steered, unsteered
+from svd_engine.generation.passages import collect
 
 
 class Item(Protocol):
@@ -45,7 +46,7 @@ def by_likelihood(
     for item in items:
         with located(item.where):
             prompt = template.format(question=item.question)
-            passages.append(engine.inputs.passages(prompt, item.answers))
+            passages.append(collect(engine.inputs, prompt, item.answers))
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         found = _scores(engine, [passage for i in numbers for passage in passages[i]])

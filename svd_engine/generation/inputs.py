@@ -11,7 +11,6 @@ from svd_engine.data.checks import check_messages
 from svd_engine.data.tokenization import (
     Text,
     as_list,
-    encode_answers,
     encode_chat,
     encode_prompt,
     is_chat,
@@ -80,7 +79,7 @@ class Inputs:
         if isinstance(prompts, str):
             prompts = [prompts]
         prompts = as_list(prompts, "prompts")
-        if len(prompts) > 0 and _is_id(prompts[0]):
+        if len(prompts) > 0 and is_id(prompts[0]):
             prompts = [prompts]
         encoded = []
         for i, prompt in enumerate(prompts):
@@ -121,6 +120,9 @@ class Inputs:
                 f"top_logprobs must be at most the vocabulary's {self.vocab_size}; "
                 f"got {sampling.top_logprobs}."
             )
+        for name, ids in sampling.named_ids():
+            if ids:
+                self._check_ids(name, ids)
         eos_token_ids = self._eos_token_ids(sampling.eos_token_id)
         stop_strings = self._stop_strings(sampling.stop_strings, len(prompts))
         special = {stops: special_in(stops, self.tokenizer) for stops in set(stop_strings)}
@@ -148,6 +150,11 @@ class Inputs:
                 f"prompts[{i}] has {len(prompt_ids)} tokens; max_length = {sampling.max_length} "
                 "leaves no room for new ones."
             )
+        if sampling.min_new_tokens > limit:
+            raise ValueError(
+                f"min_new_tokens = {sampling.min_new_tokens} must be at most the new tokens that "
+                f"prompts[{i}] may get, {limit}; raise max_new_tokens."
+            )
         self.check_room(f"prompts[{i}]", len(prompt_ids), limit)
         return limit
 
@@ -170,16 +177,6 @@ class Inputs:
             start = virtual + length
             longrope.check_constant(name, self.model.config, start, start + completion + new)
 
-    def passages(self, prompt: Prompt, answers: Sequence[Prompt]) -> list[Passage]:
-        """A prompt with each of its answers; every one begins where the prompt ends."""
-        answers = as_list(answers, "the answers")
-        with located("prompt or answers"):
-            start, encoded = encode_answers(prompt, answers, self.tokenizer)
-        passages = [Passage(start, ids) for ids in encoded]
-        names = [f"the answer {a!r}" if isinstance(a, str) else "an answer" for a in answers]
-        self.check_passages(passages, names)
-        return passages
-
     def check_passages(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
         """Raise ValueError for a passage without tokens, or with one too many for the model."""
         for name, (prompt, completion) in zip(names, passages, strict=True):
@@ -200,7 +197,7 @@ class Inputs:
             eos_token_id = self.tokenizer.eos_token_id
         if eos_token_id is None:
             return frozenset()
-        ids: Any = [eos_token_id] if _is_id(eos_token_id) else eos_token_id
+        ids: Any = [eos_token_id] if is_id(eos_token_id) else eos_token_id
         with located("eos_token_id"):
             return frozenset(token_ids(ids))
 
@@ -235,5 +232,6 @@ class Inputs:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """Whether the value is one token id."""
     return isinstance(value, Integral) or getattr(value, "ndim", None) == 0

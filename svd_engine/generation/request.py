@@ -1,8 +1,12 @@
 """A validated call of `generate` or `stream`."""
 
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from svd_engine.generation.arguments import count
+from svd_engine.generation.constrained import Constrain
 from svd_engine.generation.logits_processors import LogitsProcess
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
@@ -15,7 +19,7 @@ class Request:
     """A validated call: its sequences, and how all of them are decoded.
 
     sequences: num_return_sequences per prompt, side by side. model: "steered", or the name of the
-    one model decoded.
+    one model decoded. deadline: on the clock of time.perf_counter.
     """
 
     decoder: Decoder
@@ -23,12 +27,18 @@ class Request:
     sampling: SamplingParams
     sequences: list[Sequence]
     process_logits: LogitsProcess | None = None
+    constrain: Constrain | None = None
+    deadline: float = math.inf
     model: str = "steered"
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
+        count("batch_size", self.batch_size, 1)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time of the request is over."""
+        return self.deadline < time.perf_counter()
 
     def prefill(self, sequences: list[Sequence], max_rows: int) -> PerModel:
         """Hidden states at the end of each prompt of the sequences, whose copies share one."""

@@ -62,6 +62,16 @@ class Models:
     def base_model(self) -> PreTrainedModel:
         return self.base.base_model
 
+    def describe(self, adapter: str) -> str:
+        """Say what is paired, for a `repr`; adapter: its folder or name."""
+        base = str(self.base_model.name_or_path)
+        if self.is_one:
+            return f"model={base!r}"
+        if self.base is not self.adapted:
+            return f"adapted={str(self.model.name_or_path)!r}, base={base!r}"
+        method = self.model.peft_config[self.adapted.name].peft_type.value
+        return f"base={base!r}, adapter={adapter!r}, method={method!r}"
+
     def check(self) -> None:
         """Raise ValueError if a model has changed since it was read."""
         self.adapted.state.check()

@@ -78,6 +78,19 @@ def test_generate_as_json_and_with_choices(run, tiny_folder):
     assert code == 0 and len(out.splitlines()) == 2
     check_error(run("generate", "w005", *options, "--beams", 2, "-n", 3), "at most num_beams = 2")
 
+    gone = ["--set", f"suppress_tokens={lines[2]['token_ids'][:1]}", "--set", "min_new_tokens=6"]
+    code, out, _ = run("generate", prompts[1], *options, *gone, "--json")
+    got = json.loads(out)["token_ids"]
+    assert code == 0 and lines[2]["token_ids"][0] not in got and len(got) == 6
+    for setting, message in {
+        "max_tokens=3": "'max_tokens' is max_new_tokens here",
+        "colour=3": "there is no option 'colour'",
+        "seed=3": "there is no option 'seed'",
+        "min_length": "--set takes NAME=VALUE",
+        "min_length=short": "min_length must be an integer",
+    }.items():
+        check_error(run("generate", "w005", *options, "--set", setting), message)
+
     template = tiny_folder / "base" / "chat_template.jinja"
     template.write_text("{% for m in messages %}w010 {{ m.content }} {% endfor %}w011")
     try:
