@@ -367,6 +367,11 @@ BY_FILE = {
             "tests/model/test_peft_adapter.py -k many_methods",
         ),
         (
+            "return plain if type(plain) is type(base) and error < MERGED else None",
+            "return base",
+            "tests/model/test_peft_adapter.py -k many_methods",
+        ),
+        (
             "        if not norm.all():",
             "        if False:",
             "tests/model/test_peft_adapter.py -k magnitude",

@@ -28,8 +28,8 @@ TINY = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
 )  # fmt: skip
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LAYERS = dict(target_modules=LINEAR, task_type="CAUSAL_LM")
-LORA = dict(r=8, **LAYERS)
+LAYERS: dict[str, Any] = dict(target_modules=LINEAR, task_type="CAUSAL_LM")
+LORA: dict[str, Any] = dict(r=8, **LAYERS)
 METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "LoRA": lambda: peft.LoraConfig(**LORA),
     "DoRA": lambda: peft.LoraConfig(use_dora=True, **LORA),

@@ -10,13 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from svd_engine.model.adapter_layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
+from svd_engine.model.layers.linear import PLAIN
 
 Matrices = tuple[Tensor, Tensor]  # A [r, in], and B [out, r] with its scale
+MERGED = 1e-5  # of the norm of outputs: rounding in a sum of weights
 Reader = Callable[[Any, str], AdaptedLayer | Matrices | None]
 # Variants that compute what LoRA computes, once they are trained.
 LIKE_LORA = {
@@ -42,6 +46,44 @@ def reduced(layer: BaseTunerLayer, adapter: str) -> nn.Module | None:
         down, up = map(_copy, found)
         return AdaptedLinear(base, (down, up, None))
     return found
+
+
+@torch.no_grad()
+def merged(put: Any, adapter: str) -> nn.Module | None:
+    """Build a plain layer with the weights of an adapted one; None where that is not exact.
+
+    PEFT's own form of many methods makes its matrix anew in each pass. In float32 the sum of the
+    two loses nothing that counts.
+    """
+    if not isinstance(put, BaseTunerLayer) or isinstance(put, TrainableTokensLayer):
+        return None
+    base = put.get_base_layer()
+    weight: Any = getattr(base, "weight", None)
+    if (
+        type(base) not in (nn.Linear, Conv1D)
+        or type(weight) not in PLAIN
+        or weight.dtype != torch.float32
+    ):
+        return None
+    own = copy.copy(base)
+    own._parameters = {k: x if x is None else _parameter(x) for k, x in base._parameters.items()}
+    layer: Any = copy.deepcopy(put, {id(base): own})
+    layer.eval()
+    generator = torch.Generator().manual_seed(0)
+    inputs = weight.shape[0 if type(base) is Conv1D else 1]
+    x = torch.randn(2, inputs, generator=generator).to(weight)
+    want = layer(x)
+    try:
+        layer.merge(adapter_names=[adapter])
+    except (AttributeError, NotImplementedError, ValueError):
+        return None
+    plain = layer.get_base_layer()
+    error = (plain(x) - want).norm() / want.norm()
+    return plain if type(plain) is type(base) and error < MERGED else None
+
+
+def _parameter(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x.detach().clone(), requires_grad=False)
 
 
 def reader(put: Any) -> Reader | None:

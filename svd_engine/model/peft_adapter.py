@@ -96,11 +96,14 @@ class Adapter:
     def copies(self) -> dict[Any, nn.Module]:
         """What computes in the place of each module of PEFT's, for all rows; made once.
 
-        A layer is reduced to its arithmetic where it is known, else copied as it is, over the
-        modules of the base model.
+        A layer is reduced to its arithmetic where it is known, else merged where that is exact,
+        else copied as it is, over the modules of the base model.
         """
-        reduced = {x: adapter_terms.reduced(x, self.name) for x in self.layers}
-        known = {x: module for x, module in reduced.items() if module is not None}
+        known = {}
+        for layer in self.layers:
+            made = adapter_terms.reduced(layer, self.name) or adapter_terms.merged(layer, self.name)
+            if made is not None:
+                known[layer] = made
         others: list[Any] = [x for x in (*self.layers, *self.wrappers) if x not in known]
         shared = {id(module): module for module in self.originals.values()}
         return known | dict(zip(others, copy.deepcopy(others, shared), strict=True))

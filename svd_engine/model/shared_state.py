@@ -105,11 +105,12 @@ class SharedState:
     def identity(self) -> tuple[Any, ...]:
         """A value that differs where runners of this state and of another would differ.
 
-        Base weights that are written to in place are no difference: runners share them.
+        Base weights count, although runners share them: DoRA's norm and merged layers hold them.
         """
         ids = [*self._modules, *map(id, self._base.values), *map(id, self._own.values)]
         addresses = self._base.addresses + self._own.addresses
-        return self._adapter, ids, addresses, self._own.versions, self._scales
+        versions = self._base.versions + self._own.versions
+        return self._adapter, ids, addresses, versions, self._scales
 
     def check(self) -> None:
         """Raise ValueError if anything has changed."""

@@ -9,6 +9,7 @@ from peft import (
     CartridgeConfig,
     CPTConfig,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -24,6 +25,7 @@ CONFIGS = {
     "lora": None,
     "lora on the embedding": LoraConfig(**LORA | dict(target_modules=["embed_tokens", "lm_head"])),
     "dora": LoraConfig(use_dora=True, **LORA),
+    "loha": LoHaConfig(**LORA),
     "saved modules": LoraConfig(modules_to_save=["lm_head"], trainable_token_indices=[5], **LORA),
     "a parameter": LoraConfig(
         target_modules=[], target_parameters=["v_proj.weight"], r=4, task_type="CAUSAL_LM"
@@ -200,7 +202,9 @@ def test_an_adapter_that_was_merged_for_a_while():
     assert engine.generate(PROMPT, max_new_tokens=4)[0].token_ids == before
 
 
-@pytest.mark.parametrize("config", ["lora", "dora", "saved modules", "a parameter", "prefix"])
+@pytest.mark.parametrize(
+    "config", ["lora", "dora", "loha", "saved modules", "a parameter", "prefix"]
+)
 def test_generate_follows_a_change(config):
     model = tiny_peft("llama", CONFIGS[config])
     steered = dict(custom_generate=steered_generate, steering=SteeringConfig(-2.0))
@@ -220,6 +224,9 @@ def test_generate_follows_a_change(config):
         weight.data.mul_(1.5)
     check()
     replace(model.get_base_model().model.norm.weight)
+    check()
+    for layer in model.get_base_model().model.layers:
+        write(layer.mlp.down_proj.weight)
     check()
     model.get_base_model().model.norm.weight = torch.nn.Parameter(torch.full((32,), 0.7))
     check()
