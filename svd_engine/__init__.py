@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         SteeringLogitsProcessor as SteeringLogitsProcessor,
     )
     from svd_engine.integrations.hugging_face import steered_generate as steered_generate
+    from svd_engine.steering_config import Steering as Steering
     from svd_engine.steering_config import SteeringConfig as SteeringConfig
 
 __version__ = "0.2.0"
@@ -22,6 +23,7 @@ _EXPORTS = {
     "Completion": "svd_engine.engine",
     "Event": "svd_engine.engine",
     "SteeredEngine": "svd_engine.engine",
+    "Steering": "svd_engine.steering_config",
     "SteeringConfig": "svd_engine.steering_config",
     "SteeringLogitsProcessor": "svd_engine.integrations.hugging_face",
     "steered_generate": "svd_engine.integrations.hugging_face",

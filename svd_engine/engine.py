@@ -1,6 +1,7 @@
 """Steered generation: arguments in, completions, events, scores and a strength out."""
 
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
@@ -32,7 +33,7 @@ from svd_engine.model.pair import (
 )
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.probe import check as check_pair
-from svd_engine.steering_config import SteeringConfig
+from svd_engine.steering_config import Steering, SteeringConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,7 +47,8 @@ class SteeredEngine:
 
     model: a PEFT causal language model with one active adapter; it is not changed. The engine
     shares its base weights and copies its adapter, and refuses to decode once either has changed.
-    steering: None decodes the adapted model alone; it may be set anew between calls.
+    steering: a strength for both uses, or a `Steering` with one for generation and one for ranking;
+    None decodes the adapted model alone. It may be set anew between calls.
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
     cuda_graphs: on a GPU, replay decode steps from CUDA graphs.
@@ -58,7 +60,7 @@ class SteeredEngine:
         self,
         model: "PeftModel",
         tokenizer: PreTrainedTokenizerBase | None = None,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         pairing: str = "auto",
         cuda_graphs: bool = True,
         probe: bool = True,
@@ -73,7 +75,7 @@ class SteeredEngine:
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
         self._lock = CallLock()
-        self._steering: SteeringConfig | None = None
+        self._steering = Steering()
         self.steering = steering
 
     @classmethod
@@ -82,7 +84,7 @@ class SteeredEngine:
         base: str | Path,
         adapter: str | Path,
         *,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
         pairing: str = "auto",
@@ -103,7 +105,7 @@ class SteeredEngine:
         peft_model = loading.load_adapter(model, adapter)
         tokenizer = loading.adapter_tokenizer(adapter, model, tokenizer)
         if steering is None and loading.has_steering(adapter):
-            steering = SteeringConfig.from_pretrained(adapter)
+            steering = Steering.from_pretrained(adapter)
         return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
 
     def __reduce__(self) -> NoReturn:
@@ -113,14 +115,15 @@ class SteeredEngine:
         )
 
     @property
-    def steering(self) -> SteeringConfig | None:
+    def steering(self) -> Steering:
+        """The steering of each use: `generate` and `stream` take one, `score` the other."""
         return self._steering
 
     @steering.setter
-    def steering(self, value: SteeringConfig | None) -> None:
-        if value is not None:
-            value.check_vocabulary(self.inputs.vocab_size)
-        self._steering = value
+    def steering(self, value: Steering | SteeringConfig | None) -> None:
+        steering = Steering.of(value)
+        steering.check_vocabulary(self.inputs.vocab_size)
+        self._steering = steering
 
     @property
     def step(self) -> str:
@@ -178,7 +181,7 @@ class SteeredEngine:
 
         batch_sizes: rows of the requests to come; max_length: their tokens, prompt and completion.
         """
-        _, pair, _ = self._decoded(None)
+        _, pair, _ = self._decoded("generation", None)
         with self._lock.hold():
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
@@ -197,13 +200,13 @@ class SteeredEngine:
         penalty: float = 0.0,
         model: str | None = None,
     ) -> list[float]:
-        """log P of each continuation of the prompt, in nats, under the distribution decoded.
+        """log P of each continuation of the prompt, in nats, with the strength for ranking.
 
         penalty 0 leaves tokens off the support as they are, so that an answer is not ranked by how
         many of its tokens fall outside.
         """
         passages = self.inputs.passages(prompt, continuations)
-        _, pair, steering = self._decoded(model)
+        _, pair, steering = self._decoded("ranking", model)
         with self._lock.hold():
             return scoring.score(pair, passages, steering, penalty)
 
@@ -215,10 +218,10 @@ class SteeredEngine:
         progress: bool = False,
         **options: Unpack[CalibrationKeywords],
     ) -> CalibrationReport:
-        """Fit the strength to examples and steer with it.
+        """Fit the strength of one use to examples and steer with it; the other use's stays.
 
         examples: mappings with `prompt` and `completion`, and `rejected` to fit right against wrong
-        answers, each text or token ids. options: objective, estimator, hessian, alpha (one or
+        answers, each text or token ids. options: use, objective, estimator, hessian, alpha (one or
         several), length_normalised, direction, folds and seed; see `CalibrationOptions`. If the
         interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
@@ -229,30 +232,34 @@ class SteeredEngine:
         checked = CalibrationOptions.checked(answers, **options)
         with self._lock.hold():
             report = calibrate(self.pair, answers, checked, progress)
-        self.steering = report.to_steering_config(
+        config = report.to_steering_config(
             force=force,
             data_sha256=example_files.fingerprint(examples),
             vocab_size=self.inputs.vocab_size,
             base_model=str(self.model.get_base_model().name_or_path),
             base_revision=getattr(self.model.config, "_commit_hash", None),
         )
+        self.steering = replace(self.steering, **{report.use: config})
         return report
 
     def _decoded(
-        self, model: str | None, steering: SteeringConfig | None = None
+        self, use: str, model: str | None, steering: Steering | SteeringConfig | None = None
     ) -> tuple[str, ModelPair, SteeringConfig]:
         """Return which model is decoded, its runners and its steering (0 for a single model)."""
         if steering is not None and model not in (None, "steered"):
             raise ValueError(f"model={model!r} is decoded un-steered; leave out steering.")
-        steering = steering or self.steering
-        model = model or ("adapted" if steering is None else "steered")
+        uses = (self.steering if steering is None else Steering.of(steering)).uses()
+        model = model or ("steered" if use in uses else "adapted")
         if model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}.")
         if model == "steered":
-            if steering is None:
-                raise ValueError("model='steered' needs engine.steering; set it or calibrate.")
-            steering.check_vocabulary(self.inputs.vocab_size)
-            return model, self.pair, steering
+            if use not in uses:
+                raise ValueError(
+                    f"model='steered' needs engine.steering with a strength for {use}; set it or "
+                    "calibrate."
+                )
+            uses[use].check_vocabulary(self.inputs.vocab_size)
+            return model, self.pair, uses[use]
         self._adapter.state.check()
         if model not in self._single:
             runner = adapted_runner if model == "adapted" else base_runner
@@ -280,7 +287,7 @@ class SteeredEngine:
         *,
         messages: Any = None,
         model: str | None = None,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         batch_size: int = 32,
         **options: Unpack[SamplingOptions],
@@ -289,10 +296,10 @@ class SteeredEngine:
         sampling = SamplingParams.from_arguments(**options)
         prompt_ids = self.inputs.prompts(prompts, messages)
         sequences = self.inputs.sequences(prompt_ids, sampling, is_streamed=is_streamed)
-        name, pair, steering = self._decoded(model, steering)
+        name, pair, config = self._decoded("generation", model, steering)
         return Request(
             decoder=self._decoder(pair),
-            steering=steering,
+            steering=config,
             sampling=sampling,
             sequences=sequences,
             process_logits=logits_processors.build(sampling.repetition_penalty, logits_processor),

@@ -51,6 +51,7 @@ def fit(answers: Answers, stats: SupportStats, options: CalibrationOptions) -> C
     gain = bootstrap.of_ratio(gains, gain_weights, options.seed)
     tokens = answers.tokens().sum()
     return CalibrationReport(
+        use=options.use,
         objective=options.objective,
         length_normalised=options.length_normalised,
         direction=options.direction,

@@ -7,6 +7,7 @@ from typing import TypedDict, Unpack
 from svd_engine.calibration.estimators import ESTIMATORS, HESSIANS
 from svd_engine.calibration.objectives import OBJECTIVES, Answers
 from svd_engine.ops import checks
+from svd_engine.steering_config import USES
 
 
 class _Kept(TypedDict, total=False):
@@ -23,6 +24,7 @@ class _Kept(TypedDict, total=False):
 class CalibrationKeywords(_Kept, total=False):
     """The options as a caller gives them; `CalibrationOptions` has their meaning and defaults."""
 
+    use: str | None
     objective: str | None
     alpha: float | Sequence[float]
 
@@ -31,7 +33,8 @@ class CalibrationKeywords(_Kept, total=False):
 class CalibrationOptions:
     """What to minimise, how to estimate the strength, and how to hold examples out.
 
-    objective: "preference", "ranking" or "nll". estimator: "exact", the optimum of the objective,
+    use: "generation" or "ranking", which the strength is for. objective: "preference", "ranking",
+    for ranking only, or "nll". estimator: "exact", the optimum of the objective,
     or "mean", "median", "trimmed" or "ratio" of the right answers' tokens (44)-(46) with the
     denominator `hessian`: "gauss-newton" (20) or "newton" (19). direction: "projected"
     (10), or "difference", the gradient (7) minus its mean. folds: of the cross-validation over
@@ -46,30 +49,42 @@ class CalibrationOptions:
     direction: str = "projected"
     folds: int = 5
     seed: int = 0
+    use: str = "generation"
 
     @classmethod
     def checked(
         cls,
         answers: Answers,
+        use: str | None = None,
         objective: str | None = None,
         alpha: float | Sequence[float] = 0.1,
         **kept: Unpack[_Kept],
     ) -> "CalibrationOptions":
         """Check the options against the answers to calibrate on. Raises ValueError.
 
-        objective: None is preference if any example has rejected answers, otherwise nll.
+        use: None is generation, or ranking if that is the objective. objective: None is ranking
+        for ranking; for generation preference if any example has rejected answers, otherwise nll.
         """
+        if use is None:
+            use = "ranking" if objective == "ranking" else "generation"
         if objective is None:
             objective = "preference" if any(answers.wrong) else "nll"
+            objective = "ranking" if use == "ranking" else objective
         alphas = tuple(float(a) for a in ([alpha] if isinstance(alpha, int | float) else alpha))
-        options = cls(objective, alphas=alphas, **kept)
+        options = cls(objective, alphas=alphas, use=use, **kept)
         for name, value, known in (
+            ("use", use, USES),
             ("objective", objective, OBJECTIVES),
             ("estimator", options.estimator, ESTIMATORS),
             ("hessian", options.hessian, HESSIANS),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+        if (use, objective) == ("generation", "ranking"):
+            raise ValueError(
+                "objective='ranking' orders answers and is no measure of texts; give "
+                "use='ranking', or another objective."
+            )
         checks.check_direction(options.direction)
         if not alphas or not max(alphas) <= 1:
             raise ValueError(f"alpha must lie in (0, 1], one number or several; got {alpha}.")

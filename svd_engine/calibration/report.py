@@ -8,18 +8,18 @@ from typing import Any
 
 from svd_engine import __version__, steering_config
 from svd_engine.data import contamination
-from svd_engine.steering_config import SteeringConfig
+from svd_engine.steering_config import Steering, SteeringConfig
 from svd_engine.utils import plots
 from svd_engine.utils.files import write_together
 
-REPORT_FILE = "calibration.json"
-PLOT_FILE = "calibration.png"
+FILES = {"generation": "calibration", "ranking": "calibration-ranking"}  # .json and .png
 
 
 @dataclass
 class CalibrationReport:
     """The strength and what it is worth. Losses are means, in nats, on held-out examples."""
 
+    use: str  # "generation" or "ranking"
     objective: str
     length_normalised: bool
     direction: str
@@ -80,36 +80,48 @@ class CalibrationReport:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write calibration.json into a folder, and calibration.png if matplotlib is installed."""
-        write_together(self.files(Path(folder)))
-        return Path(folder) / REPORT_FILE
+        """Write the report into a folder, with a plot if there is matplotlib; return its path."""
+        contents = self.files(Path(folder))
+        write_together(contents)
+        return next(iter(contents))
 
     def files(self, folder: Path) -> dict[Path, bytes]:
-        """The contents of calibration.json and, if matplotlib is installed, calibration.png."""
-        contents = {folder / REPORT_FILE: (json.dumps(asdict(self), indent=2) + "\n").encode()}
+        """The contents of calibration.json, or calibration-ranking.json, and of the plot."""
+        report, plotted = (folder / f"{FILES[self.use]}.{kind}" for kind in ("json", "png"))
+        contents = {report: (json.dumps(asdict(self), indent=2) + "\n").encode()}
         plot = plots.calibration(
             self.curve, self.optimum, self.interval, self.estimates, f"{self.loss_name} (nats)"
         )
-        return contents | ({} if plot is None else {folder / PLOT_FILE: plot})
+        return contents | ({} if plot is None else {plotted: plot})
 
 
 def save(
     adapter: str | Path,
     report: CalibrationReport,
-    steering: SteeringConfig,
+    steering: Steering,
     examples: Sequence[Mapping[str, Any]],
 ) -> Path:
     """Write a calibration into the adapter's folder; return the path of steering_config.json.
 
-    Beside it go the report and the hashes of the examples' prompts, so that `svd-engine evaluate`
-    can refuse questions that the strength was fitted on. Nothing changes if one cannot be written.
+    Of `steering` it takes the strength for the report's use; what the file holds for the other use
+    stays, unless that is of another vocabulary. Beside it go the report and the hashes of the
+    examples' prompts, so that `svd-engine evaluate` can refuse questions that the strength was
+    fitted on. Nothing changes if one cannot be written. Raises ValueError.
     """
     folder = Path(adapter)
     path = folder / steering_config.FILE_NAME
-    seen = contamination.with_kind(folder, "calibration", contamination.prompts(examples))
+    found = Steering.from_pretrained(folder).uses() if path.is_file() else {}
+    made = steering.uses()[report.use]
+    kept = {use: config for use, config in found.items() if config.fits(made.vocab_size)}
+    seen = contamination.with_kind(
+        folder, contamination.CALIBRATION[report.use], contamination.prompts(examples)
+    )
     write_together(
         report.files(folder)
-        | {folder / contamination.FILE_NAME: seen.encode(), path: steering.to_json().encode()}
+        | {
+            folder / contamination.FILE_NAME: seen.encode(),
+            path: Steering(**kept | {report.use: made}).to_json().encode(),
+        }
     )
     return path
 

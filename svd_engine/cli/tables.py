@@ -31,6 +31,7 @@ def section(title: str, table: Table, note: str = "") -> Group:
 def calibration(report: CalibrationReport) -> Group:
     """A table of the report of one calibration."""
     table = grid(f"objective: {report.objective}, alpha {report.alpha:g}", "")
+    table.add_row("for", report.use)
     if report.direction != "projected":
         table.add_row("direction", report.direction)
     low, high = report.interval

@@ -36,7 +36,7 @@ def test_the_whole_path(run, tmp_path, tiny_folder):
     code, out, _ = run(*calibrate, "--allow-overlap", "--direction", "difference")
     assert code == 0 and "difference" in out
     kept = json.loads((tmp_path / "adapter" / "steering_config.json").read_text())
-    assert kept["direction"] == "difference"
+    assert kept["generation"]["direction"] == "difference"
     names = {p.name for p in (tmp_path / "adapter").iterdir()}
     written = {"steering_config.json", "calibration.json", "seen_prompts.json"}
     assert written | {"adapter_config.json"} <= names
