@@ -27,15 +27,19 @@ class CalibrationReport:
     hessian: str
     alpha: float
     alpha_losses: list[tuple[float, float]]  # (alpha, held-out loss) of every candidate
+    measure: str  # the objective whose loss the figures below are of; not always the one fitted
+    candidates: list[dict[str, Any]]  # every candidate with its held-out gain
     strength: float
     interval: tuple[float, float]  # 95 % bootstrap
     optimum: float  # the exact optimum of the objective
     likelihood_strength: float  # the exact optimum of the right answers' likelihood
     estimates: dict[str, float]  # of (44)-(46), by estimator and Hessian
-    loss_before: float  # of the objective at strength 0
+    loss_base: float  # of the base
+    loss_before: float  # at strength 0
     loss_after: float
     gain_interval: tuple[float, float]  # of loss_before - loss_after
-    nll_before: float  # per token of the right answers
+    nll_base: float  # per token of the right answers
+    nll_before: float
     nll_after: float
     support_share: float  # share of the right answers' tokens that lie in the support
     single_share: float  # share of positions whose support is one token
@@ -43,13 +47,15 @@ class CalibrationReport:
     tokens: int
     at_bracket: bool  # the strength is at the end of the search range
     verdict: str
+    failures: list[str]  # the conditions of "use it" that fail
+    warnings: list[str]
     worthwhile: bool
     curve: list[tuple[float, float]]  # (strength, loss on all examples)
 
     @property
     def loss_name(self) -> str:
-        """The name of the loss in tables and plots."""
-        return "NLL per token" if self.objective == "nll" else f"{self.objective} loss"
+        """The name of the loss that the figures are of."""
+        return _loss_name(self.measure)
 
     def to_steering_config(
         self,
@@ -89,9 +95,8 @@ class CalibrationReport:
         """The contents of calibration.json, or calibration-ranking.json, and of the plot."""
         report, plotted = (folder / f"{FILES[self.use]}.{kind}" for kind in ("json", "png"))
         contents = {report: (json.dumps(asdict(self), indent=2) + "\n").encode()}
-        plot = plots.calibration(
-            self.curve, self.optimum, self.interval, self.estimates, f"{self.loss_name} (nats)"
-        )
+        label = f"{_loss_name(self.objective)} (nats)"
+        plot = plots.calibration(self.curve, self.optimum, self.interval, self.estimates, label)
         return contents | ({} if plot is None else {plotted: plot})
 
 
@@ -126,10 +131,5 @@ def save(
     return path
 
 
-def verdict(gain: tuple[float, float]) -> str:
-    """Say in words what the interval of the held-out gain means."""
-    if gain[0] > 0:
-        return "use it: held-out examples gain, and the interval of the gain is above 0"
-    if gain[1] < 0:
-        return "do not use it: held-out examples lose"
-    return "indifferent: the interval of the held-out gain contains 0; leave steering off"
+def _loss_name(objective: str) -> str:
+    return "NLL per token" if objective == "nll" else f"{objective} loss"

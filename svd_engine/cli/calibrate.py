@@ -34,8 +34,8 @@ def calibrate(
     alpha: Annotated[
         list[float] | None,
         typer.Option(
-            help="Confidence a token needs to be steered, 0.1 by default; repeat it to let "
-            "cross-validation choose."
+            help="Confidence a token needs to be steered, by default 0.1, or one of 0.01, 0.1 and "
+            "0.3 with --direction auto; repeat it to let cross-validation choose."
         ),
     ] = None,
     length_normalised: Annotated[
@@ -43,7 +43,10 @@ def calibrate(
     ] = False,
     direction: Annotated[
         str,
-        typer.Option(help="projected, the paper's, or difference, the contrast of both models."),
+        typer.Option(
+            help="projected, the paper's; difference, the contrast of both models; or auto: "
+            "cross-validation chooses direction, alpha and, unless given, the objective."
+        ),
     ] = "projected",
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
     seed: int = 0,
@@ -81,7 +84,7 @@ def calibrate(
     engine = SteeredEngine(peft_model, loading.adapter_tokenizer(adapter, model, tokenizer))
     report = engine.calibrate(
         examples, use=use, objective=objective, estimator=estimator, hessian=hessian,
-        alpha=alpha or 0.1, length_normalised=length_normalised, direction=direction,
+        alpha=alpha, length_normalised=length_normalised, direction=direction,
         folds=folds, seed=seed, force=force, progress=True,
     )  # fmt: skip
     path = calibration.save(adapter, report, engine.steering, examples)

@@ -52,18 +52,38 @@ def calibration(report: CalibrationReport) -> Group:
         f"{report.loss_name}, held out", f"{report.loss_before:.4f} -> {report.loss_after:.4f}"
     )
     table.add_row("  gain", f"{gain:+.4f}  [{gain_low:+.4f}, {gain_high:+.4f}]")
-    if len(report.alpha_losses) > 1:
-        for alpha, loss in report.alpha_losses:
-            table.add_row(f"  alpha {alpha:g}", f"{loss:.4f}")
-    if report.objective != "nll":
+    table.add_row("  of the base", f"{report.loss_base:.4f}")
+    if report.measure != "nll":
         table.add_row(
             "NLL per token, held out", f"{report.nll_before:.4f} -> {report.nll_after:.4f}"
         )
+        table.add_row("  of the base", f"{report.nll_base:.4f}")
     table.add_row("answer tokens inside the support", f"{report.support_share:.1%}")
     table.add_row("supports of one token", f"{report.single_share:.1%}")
     table.add_row("examples, tokens", f"{report.examples}, {report.tokens}")
-    note = f"Verdict: {report.verdict}. Brackets hold 95 % bootstrap intervals."
-    return section("Calibration", table, note)
+    warned = "".join(f"Warning: {warning}.\n" for warning in report.warnings)
+    note = f"{warned}Verdict: {report.verdict}. Brackets hold 95 % bootstrap intervals."
+    shown = [section("Calibration", table, note)]
+    if len(report.candidates) > 1:
+        shown.insert(0, _candidates(report))
+    return Group(*shown)
+
+
+def _candidates(report: CalibrationReport) -> Group:
+    """What cross-validation chose from: the gain of every candidate on held-out examples."""
+    table = grid("objective", "direction", "alpha", "gain", "NLL per token")
+    for each in report.candidates:
+        name = each["objective"] + (" a token" if each["length_normalised"] else "")
+        is_chosen = (name, each["direction"], each["alpha"]) == (
+            report.objective + (" a token" if report.length_normalised else ""),
+            report.direction, report.alpha,
+        )  # fmt: skip
+        table.add_row(
+            name, each["direction"], f"{each['alpha']:g}", f"{each['gain']:+.4f}",
+            f"{each['nll_change']:+.4f}", style="bold" if is_chosen else None,
+        )  # fmt: skip
+    note = f"Change on held-out examples; the gain is that of the {report.loss_name}."
+    return section("Candidates", table, note)
 
 
 def environment(step: str | None = None) -> Table:

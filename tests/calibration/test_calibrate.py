@@ -290,8 +290,8 @@ def of_tokens(right):
     return encode([dict(prompt=[3], completion=[int(t)]) for t in right], None)
 
 
-def calibrated(pair, right, **options):
-    answers = Answers(of_tokens(right))
+def calibrated(pair, right=(), examples=None, **options):
+    answers = Answers(encode(examples, None) if examples else of_tokens(right))
     return calibrate(pair, answers, CalibrationOptions.checked(answers, **options))
 
 
