@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from svd_engine import loading, ops
+from svd_engine.calibration import text_check
 from svd_engine.calibration.calibrate import calibrate
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
@@ -223,7 +224,8 @@ class SteeredEngine:
         examples: mappings with `prompt` and `completion`, and `rejected` to fit right against wrong
         answers, each text or token ids. options: use, objective, estimator, hessian, alpha (one or
         several), length_normalised, direction, folds and seed; see `CalibrationOptions`. If the
-        interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
+        verdict is not "use it", the strength is set to 0, unless forced. For generation the report
+        holds a few greedy texts at the strength.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """
         answers = Answers(example_files.encode(examples, self.tokenizer, self.inputs.vocab_size))
@@ -240,6 +242,13 @@ class SteeredEngine:
             base_revision=getattr(self.model.config, "_commit_hash", None),
         )
         self.steering = replace(self.steering, **{report.use: config})
+        if report.use == "generation" and report.strength:
+            tried = SteeringConfig(report.strength, report.alpha, direction=report.direction)
+            prompts = [answers.passages[right[0]].prompt for right in answers.right]
+            roomy = [ids for ids in prompts if self.inputs.has_room(len(ids), text_check.TOKENS)]
+            if roomy:
+                first = roomy[: text_check.PROMPTS]
+                report.texts = text_check.check(self.generate, first, tried)
         return report
 
     def _decoded(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svd_engine import __version__, steering_config
+from svd_engine.calibration.text_check import TextCheck
 from svd_engine.data import contamination
 from svd_engine.steering_config import Steering, SteeringConfig
 from svd_engine.utils import plots
@@ -51,6 +52,7 @@ class CalibrationReport:
     warnings: list[str]
     worthwhile: bool
     curve: list[tuple[float, float]]  # (strength, loss on all examples)
+    texts: TextCheck | None = None  # at the strength; for generation
 
     @property
     def loss_name(self) -> str:

@@ -12,6 +12,7 @@ from rich.text import Text
 from svd_engine import __version__, loading, ops
 from svd_engine.calibration.estimators import BRACKET, FROM_TOKENS, HESSIANS
 from svd_engine.calibration.report import CalibrationReport
+from svd_engine.calibration.text_check import TextCheck
 from svd_engine.ops import cpu
 
 
@@ -66,6 +67,8 @@ def calibration(report: CalibrationReport) -> Group:
     shown = [section("Calibration", table, note)]
     if len(report.candidates) > 1:
         shown.insert(0, _candidates(report))
+    if report.texts is not None:
+        shown.insert(-1, _texts(report.texts, report.strength))
     return Group(*shown)
 
 
@@ -84,6 +87,18 @@ def _candidates(report: CalibrationReport) -> Group:
         )  # fmt: skip
     note = f"Change on held-out examples; the gain is that of the {report.loss_name}."
     return section("Candidates", table, note)
+
+
+def _texts(check: TextCheck, strength: float) -> Group:
+    """Greedy answers to a few prompts of the examples, model by model."""
+    table = grid("model", "greedy answer")
+    table.columns[1].justify, table.columns[1].overflow = "left", "fold"
+    for answers in check.answers:
+        for model, text in answers.items():
+            table.add_row(model, Text(text), end_section=model == "steered")
+    distinct = ", ".join(f"{m} {one:.2f} and {two:.2f}" for m, (one, two) in check.distinct.items())
+    note = f"Steering changes {check.changed:.0%} of the tokens. Distinct-1 and -2: {distinct}."
+    return section(f"Texts at strength {strength:+.2f}", table, note)
 
 
 def environment(step: str | None = None) -> Table:

@@ -148,6 +148,14 @@ class Inputs:
             start = virtual + length
             longrope.check_constant(name, self.model.config, start, start + completion + new)
 
+    def has_room(self, length: int, new: int) -> bool:
+        """Whether a prompt and this many new tokens fit the model's context."""
+        try:
+            self.check_room("", length, new)
+        except ValueError:
+            return False
+        return True
+
     def passages(self, prompt: Prompt, answers: Sequence[Prompt]) -> list[Passage]:
         """A prompt with each of its answers; every one begins where the prompt ends."""
         answers = as_list(answers, "the answers")
