@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         SteeringLogitsProcessor as SteeringLogitsProcessor,
     )
     from svd_engine.integrations.hugging_face import steered_generate as steered_generate
+    from svd_engine.steering_config import Steering as Steering
     from svd_engine.steering_config import SteeringConfig as SteeringConfig
 
 __version__ = "0.2.0"
@@ -24,6 +25,7 @@ _EXPORTS = {
     "Event": "svd_engine.engine",
     "Score": "svd_engine.engine",
     "SteeredEngine": "svd_engine.engine",
+    "Steering": "svd_engine.steering_config",
     "SteeringConfig": "svd_engine.steering_config",
     "SteeringLogitsProcessor": "svd_engine.integrations.hugging_face",
     "steered_generate": "svd_engine.integrations.hugging_face",

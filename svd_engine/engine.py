@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from svd_engine import hub, loading, ops
+from svd_engine.calibration import text_check
 from svd_engine.calibration.calibrate import calibrate
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
@@ -35,7 +36,7 @@ from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.model import cuda_graphs
 from svd_engine.model.models import Models
 from svd_engine.model.pair import Decoder, ModelPair, PairedRunner
-from svd_engine.steering_config import SteeringConfig
+from svd_engine.steering_config import Steering, SteeringConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +51,8 @@ class SteeredEngine:
     model: a PEFT causal language model with one active adapter; it is not changed. The engine
     shares its base weights and copies its adapter, and refuses to decode once either has changed.
     Other pairs come from `from_checkpoints` and `from_model`.
-    steering: None decodes the adapted model alone; it may be set anew between calls.
+    steering: a strength for both uses, or a `Steering` with one for generation and one for ranking;
+    None decodes the adapted model alone. It may be set anew between calls.
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
     cuda_graphs: on a GPU, replay decode steps from CUDA graphs.
@@ -62,7 +64,7 @@ class SteeredEngine:
         self,
         model: "PeftModel | Models",
         tokenizer: PreTrainedTokenizerBase | None = None,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         pairing: str = "auto",
         cuda_graphs: bool = True,
         probe: bool = True,
@@ -80,7 +82,7 @@ class SteeredEngine:
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
         self._lock = CallLock()
-        self._steering: SteeringConfig | None = None
+        self._steering = Steering()
         self.steering = steering
 
     @classmethod
@@ -89,7 +91,7 @@ class SteeredEngine:
         base: str | Path | None = None,
         adapter: str | Path | None = None,
         *,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
         pairing: str = "auto",
@@ -111,7 +113,7 @@ class SteeredEngine:
         folder = hub.adapter_folder(given[-1])
         base = loading.base_of(folder, given[0] if len(given) > 1 else None)
         if steering is None and loading.has_steering(folder):
-            steering = SteeringConfig.from_pretrained(folder)
+            steering = Steering.from_pretrained(folder)
         model, tokenizer = loading.load_base(
             base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -123,11 +125,9 @@ class SteeredEngine:
 
     def __repr__(self) -> str:
         pairing = "paired" if isinstance(self._pair, PairedRunner) else "sequential"
-        by = self.steering
-        steering = None if by is None else f"(strength={by.strength}, alpha={by.alpha})"
         return (
             f"SteeredEngine({self._models.describe(self._adapter_name)}, pairing={pairing!r}, "
-            f"step={self.step!r}, steering={steering})"
+            f"step={self.step!r}, steering={self.steering.describe()})"
         )
 
     @classmethod
@@ -137,7 +137,7 @@ class SteeredEngine:
         base: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
         cuda_graphs: bool = True,
@@ -157,7 +157,7 @@ class SteeredEngine:
         if own is not None and other is not None:
             loading.check_one_vocabulary(own, other)
         if steering is None and isinstance(adapted, str | Path) and loading.has_steering(adapted):
-            steering = SteeringConfig.from_pretrained(adapted)
+            steering = Steering.from_pretrained(adapted)
         models = Models.of_two(adapted_model, base_model)
         return cls(models, tokenizer or own, steering, "auto", cuda_graphs, probe)
 
@@ -167,7 +167,7 @@ class SteeredEngine:
         model: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
         cuda_graphs: bool = True,
@@ -192,14 +192,15 @@ class SteeredEngine:
         )
 
     @property
-    def steering(self) -> SteeringConfig | None:
+    def steering(self) -> Steering:
+        """The steering of each use: `generate` and `stream` take one, `score` the other."""
         return self._steering
 
     @steering.setter
-    def steering(self, value: SteeringConfig | None) -> None:
-        if value is not None:
-            self._check_steering(value)
-        self._steering = value
+    def steering(self, value: Steering | SteeringConfig | None) -> None:
+        steering = Steering.of(value)
+        steering.check_vocabulary(self.inputs.vocab_size)
+        self._steering = steering
 
     @property
     def step(self) -> str:
@@ -259,7 +260,7 @@ class SteeredEngine:
 
         batch_sizes: rows of the requests to come; max_length: their tokens, prompt and completion.
         """
-        _, pair, _ = self._decoded(None)
+        _, pair, _ = self._decoded("generation", None)
         batch_sizes = [
             count("batch_sizes", rows, 1) for rows in as_list(batch_sizes, "batch_sizes")
         ]
@@ -294,7 +295,7 @@ class SteeredEngine:
         model: str | None = None,
         details: bool = False,
     ) -> list[float] | list[Score]:
-        """log P of continuations, in nats, under the distribution decoded.
+        """log P of continuations, in nats, with the strength for ranking.
 
         prompts: one, with one continuation or several; or a list, with one continuation for each.
         messages=: a conversation or several, in their place. Without continuations, the prompts
@@ -304,7 +305,7 @@ class SteeredEngine:
         write them. Raises ValueError before any work.
         """
         found = passages.collect(self.inputs, prompts, continuations, messages)
-        name, pair, steering = self._decoded(model)
+        name, pair, steering = self._decoded("ranking", model)
         if name == "steered":
             self._refuse_one("score")
         replace(steering, penalty=penalty)  # checks it
@@ -321,12 +322,13 @@ class SteeredEngine:
         progress: bool = False,
         **options: Unpack[CalibrationKeywords],
     ) -> CalibrationReport:
-        """Fit the strength to examples and steer with it.
+        """Fit the strength of one use to examples and steer with it; the other use's stays.
 
         examples: mappings with `prompt` and `completion`, and `rejected` to fit right against wrong
-        answers, each text or token ids. options: objective, estimator, hessian, alpha (one or
+        answers, each text or token ids. options: use, objective, estimator, hessian, alpha (one or
         several), length_normalised, direction, folds and seed; see `CalibrationOptions`. If the
-        interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
+        verdict is not "use it", the strength is set to 0, unless forced. For generation the report
+        holds a few greedy texts at the strength.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """
         self._refuse_one("calibrate")
@@ -336,31 +338,41 @@ class SteeredEngine:
         checked = CalibrationOptions.checked(answers, **options)
         with self._lock.hold():
             report = calibrate(self.pair, answers, checked, progress)
-        self.steering = report.to_steering_config(
+        config = report.to_steering_config(
             force=force,
             data_sha256=example_files.fingerprint(examples),
             vocab_size=self.inputs.vocab_size,
             base_model=str(self._models.base_model.name_or_path),
             base_revision=getattr(self.model.config, "_commit_hash", None),
         )
+        self.steering = replace(self.steering, **{report.use: config})
+        if report.use == "generation" and report.strength:
+            tried = SteeringConfig(report.strength, report.alpha, direction=report.direction)
+            prompts = [answers.passages[right[0]].prompt for right in answers.right]
+            roomy = [ids for ids in prompts if self.inputs.has_room(len(ids), text_check.TOKENS)]
+            if roomy:
+                first = roomy[: text_check.PROMPTS]
+                report.texts = text_check.check(self.generate, first, tried)
         return report
 
     def _decoded(
-        self, model: str | None, steering: SteeringConfig | None = None
+        self, use: str, model: str | None, steering: Steering | SteeringConfig | None = None
     ) -> tuple[str, ModelPair, SteeringConfig]:
         """Return which model is decoded, its runners and its steering (0 for a single model)."""
         if steering is not None and model not in (None, "steered"):
             raise ValueError(f"model={model!r} is decoded un-steered; leave out steering.")
-        steering = self.steering if steering is None else steering
-        if model is None:
-            model = "adapted" if steering is None else "steered"
+        uses = (self.steering if steering is None else Steering.of(steering)).uses()
+        model = model or ("steered" if use in uses else "adapted")
         if not isinstance(model, str) or model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}.")
         if model == "steered":
-            if steering is None:
-                raise ValueError("model='steered' needs engine.steering; set it or calibrate.")
-            self._check_steering(steering)
-            return model, self.pair, steering
+            if use not in uses:
+                raise ValueError(
+                    f"model='steered' needs engine.steering with a strength for {use}; set it or "
+                    "calibrate."
+                )
+            uses[use].check_vocabulary(self.inputs.vocab_size)
+            return model, self.pair, uses[use]
         self._models.check()
         if model not in self._single:
             self._single[model] = self._models.single(model)
@@ -387,14 +399,6 @@ class SteeredEngine:
             )
         return None
 
-    def _check_steering(self, steering: object) -> None:
-        if not isinstance(steering, SteeringConfig):
-            raise ValueError(
-                f"steering must be a SteeringConfig; got {steering!r}. For a strength alone: "
-                "SteeringConfig(strength=-4.0)."
-            )
-        steering.check_vocabulary(self.inputs.vocab_size)
-
     def _decoder(self, pair: ModelPair) -> Decoder:
         if not self._cuda_graphs:
             return pair
@@ -417,7 +421,7 @@ class SteeredEngine:
         messages: Any = None,
         contrast: Any = None,
         model: str | None = None,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         batch_size: int = 32,
         **options: Unpack[SamplingOptions],
@@ -425,7 +429,7 @@ class SteeredEngine:
         """Validate all arguments and build the request."""
         sampling = SamplingParams.from_arguments(**options)
         prompt_ids = self.inputs.prompts(prompts, messages)
-        name, pair, steering = self._decoded(model, steering)
+        name, pair, config = self._decoded("generation", model, steering)
         other_ids = self._contrast(contrast, messages is not None, len(prompt_ids), name)
         sequences = self.inputs.sequences(
             prompt_ids, sampling, is_streamed=is_streamed, contrast=other_ids
@@ -435,13 +439,13 @@ class SteeredEngine:
         decoder = self._decoder(pair)
         takes_tokens_only = process_logits is None and constrain is None
         if name == "steered" and takes_tokens_only and not sampling.top_logprobs:
-            decoder = lazy_base.decoder(pair, decoder, steering.alpha, steering.penalty)
+            decoder = lazy_base.decoder(pair, decoder, config.alpha, config.penalty)
         deadline = (
             math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
         )
         return Request(
             decoder=decoder,
-            steering=steering,
+            steering=config,
             sampling=sampling,
             sequences=sequences,
             process_logits=process_logits,

@@ -400,13 +400,13 @@ BY_FILE = {
     ],
     "svd_engine/calibration/calibrate.py": [
         (
-            "strength = fitted.estimate(inside)",
-            "strength = fitted.estimate(inside | outside)",
+            "strength = chosen.estimate(inside)",
+            "strength = chosen.estimate(inside | outside)",
             f"{CALIBRATE} held_out",
         ),
         (
-            "fitted = best_fit(fits, fold, inside)",
-            "fitted = best_fit(fits, fold, inside | outside)",
+            "chosen = best_fit(fitted, fold, inside)",
+            "chosen = best_fit(fitted, fold, inside | outside)",
             f"{CALIBRATE} held_out",
         ),
         (
@@ -417,8 +417,8 @@ BY_FILE = {
     ],
     "svd_engine/calibration/cross_validation.py": [
         (
-            "sum(f.loss_of_fit(among & ~part, part)",
-            "sum(f.loss_of_fit(among, part)",
+            "self.nearest(among & ~part if",
+            "self.nearest(among if",
             f"{CALIBRATE} held_out",
         ),
     ],

@@ -70,7 +70,7 @@ def test_the_readme_runs_after_the_demo(tiny_folder, tmp_path, monkeypatch, caps
     names = {}
     exec(snippets("README.md")[0], names)
     assert names["report"].examples == len(examples)
-    assert names["engine"].steering == SteeringConfig(strength=-4.0, alpha=0.1)
+    assert names["engine"].steering.ranking == SteeringConfig(strength=-4.0, alpha=0.1)
     assert names["completion"].text in capsys.readouterr().out
 
 

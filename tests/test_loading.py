@@ -161,7 +161,7 @@ def test_the_base_is_the_one_that_the_adapter_names(folder, caplog, run):
     for calls in ("its steering file", "its configuration, which wins"):
         engine = SteeredEngine.from_pretrained(folder / "adapter")
         assert engine.generate([[5, 17]], model="adapted", max_new_tokens=4) == truth, calls
-        assert engine.steering.strength == -1.0
+        assert engine.steering.generation.strength == -1.0
         name_base(folder, folder / "base")
         name_base(folder, "elsewhere/other", **steering)
     assert SteeredEngine.from_pretrained(adapter=str(folder / "adapter")).steering is not None
@@ -219,7 +219,7 @@ def test_hub_names_without_the_hub(folder, monkeypatch):
         shutil.copytree(folder / name, kept / "snapshots" / ("a" * 40))
     engine = SteeredEngine.from_pretrained("owner/adapter")
     assert engine.generate([[5, 7]], model="adapted", max_new_tokens=4) == [truth]
-    assert engine.steering.strength == -3.0
+    assert engine.steering.generation.strength == -3.0
     with pytest.raises(ValueError, match=r"adapter 'owner/no' does not exist: .* the Hub does not"):
         SteeredEngine.from_pretrained("owner/no")
     for base in ("owner/no", "no"):

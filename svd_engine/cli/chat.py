@@ -40,7 +40,7 @@ def chat(
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    engine.steering = steering_of(engine.steering, strength, alpha)
+    engine.steering = steering_of(engine.steering.generation, strength, alpha)
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more
     messages = [] if system is None else [{"role": "system", "content": system}]
     for question in _questions():

@@ -57,9 +57,9 @@ def truthfulqa_choice(
     template = truthfulqa.template(prompt)
     questions = _test(data, hub, split_seed, limit)
     seen = _overlap(adapter, questions, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "ranking")
     wanted = settings.collect(
-        engine, questions, task="truthfulqa", prompt=prompt, split_seed=split_seed,
+        engine, "ranking", questions, task="truthfulqa", prompt=prompt, split_seed=split_seed,
         batch_size=batch_size, overlap=seen,
     )  # fmt: skip
     journal = Journal(output / "truthfulqa.jsonl", wanted, overwrite)
@@ -87,10 +87,10 @@ def truthfulqa_open(
     template, judged = truthfulqa.template(prompt), Judge.from_environment() is not None
     questions = _test(data, hub, split_seed, limit)
     seen = _overlap(adapter, questions, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "generation")
     wanted = settings.collect(
-        engine, questions, task="truthfulqa-open", prompt=prompt, split_seed=split_seed,
-        batch_size=batch_size, max_new_tokens=max_new_tokens, overlap=seen,
+        engine, "generation", questions, task="truthfulqa-open", prompt=prompt,
+        split_seed=split_seed, batch_size=batch_size, max_new_tokens=max_new_tokens, overlap=seen,
     )  # fmt: skip
     journal = Journal(output / OPEN, wanted, overwrite)
     run.by_generation(
@@ -146,11 +146,12 @@ def commonsense(
         raise ValueError(f"--by must be likelihood or generation; got {by!r}.")
     problems = _first(tasks.read(tasks.find(data, task, "test")), limit)
     seen = _overlap(adapter, problems, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
+    use = "ranking" if by == "likelihood" else "generation"
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, use)
     name = f"{task}-{by}"
     more = {"max_new_tokens": max_new_tokens} if by == "generation" else {}
     wanted = settings.collect(
-        engine, problems, task=name, batch_size=batch_size, overlap=seen, **more
+        engine, use, problems, task=name, batch_size=batch_size, overlap=seen, **more
     )
     journal = Journal(output / f"{name}.jsonl", wanted, overwrite)
     columns: tuple[str, ...] = tasks.METRICS
@@ -204,6 +205,7 @@ def _engine(
     device: str,
     strength: float | None,
     trust_remote_code: bool,
+    use: str,
 ) -> "SteeredEngine":
     from dataclasses import replace
 
@@ -213,9 +215,13 @@ def _engine(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     if strength is not None:
-        engine.steering = replace(engine.steering or SteeringConfig(0.0), strength=strength)
-    if engine.steering is None:
-        say("No steering_config.json and no --strength: base and adapted only.")
+        config = engine.steering.uses().get(use, SteeringConfig(0.0))
+        engine.steering = replace(config, strength=strength)
+    if use not in engine.steering.uses():
+        say(
+            f"No strength for {use}: base and adapted only. Give --strength, or calibrate with "
+            f"--use {use}."
+        )
     return engine
 
 

@@ -85,7 +85,7 @@ def generate(
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    engine.steering = steering_of(engine.steering, strength, alpha)
+    engine.steering = steering_of(engine.steering.generation, strength, alpha)
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, num_beams=beams, length_penalty=length_penalty,
@@ -153,7 +153,8 @@ def steering_of(
 
     if config is None and strength is None:
         raise ValueError(
-            "the adapter has no steering_config.json; run svd-engine calibrate or give --strength."
+            "the adapter has no steering_config.json with a strength for generation; run "
+            "svd-engine calibrate or give --strength."
         )
     config = config or SteeringConfig(0.0)
     if strength is not None:

@@ -177,6 +177,14 @@ class Inputs:
             start = virtual + length
             longrope.check_constant(name, self.model.config, start, start + completion + new)
 
+    def has_room(self, length: int, new: int) -> bool:
+        """Whether a prompt and this many new tokens fit the model's context."""
+        try:
+            self.check_room("", length, new)
+        except ValueError:
+            return False
+        return True
+
     def check_passages(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
         """Raise ValueError for a passage without tokens, or with one too many for the model."""
         for name, (prompt, completion) in zip(names, passages, strict=True):

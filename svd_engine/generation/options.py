@@ -7,7 +7,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from svd_engine.generation.constraints import AllowedTokens
 from svd_engine.generation.inputs import Message
-from svd_engine.steering_config import SteeringConfig
+from svd_engine.steering_config import Steering, SteeringConfig
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -55,6 +55,6 @@ class GenerateOptions(SamplingOptions, total=False):
     messages: Sequence[Message] | Sequence[Sequence[Message]] | None
     contrast: Any
     model: str | None
-    steering: SteeringConfig | None
+    steering: Steering | SteeringConfig | None
     logits_processor: Sequence[LogitsProcessor] | None
     batch_size: int

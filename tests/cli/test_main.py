@@ -34,9 +34,13 @@ def test_the_whole_path(run, tmp_path, tiny_folder):
     code, out, _ = run(*calibrate, "--allow-overlap", "--alpha", "0.1", "--alpha", "0.5")
     assert code == 0 and "Verdict: " in out and "preference loss, held out" in out
     code, out, _ = run(*calibrate, "--allow-overlap", "--direction", "difference")
-    assert code == 0 and "difference" in out
+    assert code == 0 and "difference" in out and "Distinct-1 and -2" in out
     kept = json.loads((tmp_path / "adapter" / "steering_config.json").read_text())
-    assert kept["direction"] == "difference"
+    assert kept["generation"]["direction"] == "difference"
+    code, out, _ = run(*calibrate, "--allow-overlap", "--use", "ranking", "--direction", "auto")
+    assert code == 0 and "Candidates" in out and "ranking a token" in out and "Texts" not in out
+    both = json.loads((tmp_path / "adapter" / "steering_config.json").read_text())
+    assert both["generation"] == kept["generation"] and "strength" in both["ranking"]
     names = {p.name for p in (tmp_path / "adapter").iterdir()}
     written = {"steering_config.json", "calibration.json", "seen_prompts.json"}
     assert written | {"adapter_config.json"} <= names
