@@ -20,7 +20,6 @@ from svd_engine.data import examples as example_files
 from svd_engine.data.tokenization import as_list
 from svd_engine.generation import (
     constrained,
-    lazy_base,
     logits_processors,
     passages,
     scoring,
@@ -148,8 +147,7 @@ class SteeredEngine:
 
         adapted, base: models, or folders, Hub names or "smollm2", which are loaded. tokenizer: by
         default the adapted checkpoint's. Steering comes from beside it, unless given. Each token
-        takes a pass of the adapted model, and one of the base where the choice depends on it.
-        Raises ValueError, for two vocabularies too.
+        takes a pass of each model. Raises ValueError, for two vocabularies too.
         """
         how: dict[str, Any] = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         adapted_model, own = loading.loaded(adapted, **how)
@@ -434,22 +432,16 @@ class SteeredEngine:
         sequences = self.inputs.sequences(
             prompt_ids, sampling, is_streamed=is_streamed, contrast=other_ids
         )
-        process_logits = logits_processors.build(logits_processor, sampling.repetition_penalty)
-        constrain = constrained.build(sampling, sequences)
-        decoder = self._decoder(pair)
-        takes_tokens_only = process_logits is None and constrain is None
-        if name == "steered" and takes_tokens_only and not sampling.top_logprobs:
-            decoder = lazy_base.decoder(pair, decoder, config.alpha, config.penalty)
         deadline = (
             math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
         )
         return Request(
-            decoder=decoder,
+            decoder=self._decoder(pair),
             steering=config,
             sampling=sampling,
             sequences=sequences,
-            process_logits=process_logits,
-            constrain=constrain,
+            process_logits=logits_processors.build(logits_processor, sampling.repetition_penalty),
+            constrain=constrained.build(sampling, sequences),
             deadline=deadline,
             model=name,
             batch_size=batch_size,

@@ -98,7 +98,10 @@ class Steering:
         if isinstance(value, SteeringConfig):
             return cls(value, value)
         if value is not None and not isinstance(value, Steering):
-            raise ValueError(f"steering must be a SteeringConfig or a Steering; got {value!r}.")
+            raise ValueError(
+                f"steering must be a SteeringConfig or a Steering; got {value!r}. For a strength "
+                "alone: SteeringConfig(strength=-4.0)."
+            )
         return value or cls()
 
     def uses(self) -> dict[str, SteeringConfig]:

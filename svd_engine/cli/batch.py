@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from svd_engine.cli import settings, terminal
 from svd_engine.data import text_files
 from svd_engine.data.tokenization import located
+from svd_engine.steering_config import SteeringConfig
 from svd_engine.utils.files import check_place, parse_object
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def run(
                 request.options.pop("max_new_tokens", None)
             by = {k: request.line[k] for k in ("strength", "alpha") if k in request.line}
             if by:
-                request.options["steering"] = replace(engine.steering, **by)  # type: ignore[type-var]
+                config = engine.steering.generation or SteeringConfig(0.0)
+                request.options["steering"] = replace(config, **by)
             _validate(engine, request)
     marks = [_fingerprint(engine, request) for request in requests]
     done = whole_lines(output)

@@ -7,7 +7,6 @@ import torch
 from tokenizers.models import WordLevel
 
 from svd_engine import SteeredEngine, SteeringConfig
-from svd_engine.generation import lazy_base
 from svd_engine.kernels import reference
 from tests.tiny import CONFIGS, PROMPTS, tiny_base, tiny_peft
 
@@ -49,52 +48,6 @@ def test_two_checkpoints_equal_plain_models(architecture, direction, executor):
     for completion, prompt in zip(got, PROMPTS, strict=True):
         want = by_hand(adapted, base, prompt, prompt, 12, -2.0, 0.2, direction)
         assert completion.token_ids == want
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """The lazy decoders that are made."""
-    made, make = [], lazy_base.decoder
-
-    def decoder(*arguments):
-        made.append(make(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(lazy_base, "decoder", decoder)
-    return made
-
-
-@pytest.mark.parametrize("alpha", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 1.2, "seed": 4, "num_return_sequences": 2},
-        {"temperature": 0.9, "top_p": 0.9, "seed": 1},
-        {"num_beams": 3},
-    ],
-    ids=str,
-)
-def test_a_base_that_waits_changes_nothing(alpha, options, counted, monkeypatch):
-    engine = SteeredEngine.from_checkpoints(
-        tuned(), tiny_base("llama"), steering=SteeringConfig(-3.0, alpha=alpha)
-    )
-    lazy = engine.generate(PROMPTS, max_new_tokens=20, **options)
-    (decoder,) = counted
-    assert isinstance(decoder, lazy_base.LazyBase)
-    if alpha == 1.0:  # every support is one token
-        assert decoder.base_passes == decoder.steps // lazy_base.MOST
-    monkeypatch.setattr(lazy_base, "decoder", lambda pair, otherwise, *_: otherwise)
-    eager = engine.generate(PROMPTS, max_new_tokens=20, **options)
-    for one, other in zip(lazy, eager, strict=True):
-        assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
-
-
-def test_the_base_waits_only_where_that_is_exact(counted):
-    engine = SteeredEngine.from_checkpoints(tuned(), tiny_base("llama"))
-    for steering in (SteeringConfig(-3.0, alpha=0.0), SteeringConfig(-3.0, penalty=-1.0)):
-        engine.generate(PROMPTS[0], steering=steering, max_new_tokens=1)
-    assert not any(isinstance(decoder, lazy_base.LazyBase) for decoder in counted)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -148,7 +101,7 @@ def test_checkpoints_come_from_folders_of_one_vocabulary(tiny_folder, tmp_path, 
     words.save_pretrained(tmp_path / "tuned")
     SteeringConfig(-2.0).save_pretrained(tmp_path / "tuned")
     engine = SteeredEngine.from_checkpoints(tmp_path / "tuned", tiny_folder / "base")
-    assert engine.steering == SteeringConfig(-2.0)
+    assert engine.steering.generation == SteeringConfig(-2.0)
     (got,) = engine.generate("w005 w017 w040", max_new_tokens=8)
     ids = [5, 17, 40]
     assert got.token_ids == by_hand(

@@ -14,7 +14,7 @@ WRONG = [True, "hot", -4.5, object(), [object()], b"x", math.nan, [True], torch.
 # What these options take of the list above.
 TAKEN = {
     "do_sample": [0], "early_stopping": [0], "length_penalty": [2], "presence_penalty": [2],
-    "frequency_penalty": [2], "stop_strings": [1], "logit_bias": [9],
+    "frequency_penalty": [2], "stop_strings": [1], "logit_bias": [9], "contrast": [1],
 }  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def test_all_of_the_adapter_is_copied(config):
     for weight in own_weights(model):
         weight.data.mul_(1.5)
     steered = engine.pair.logits(engine.pair.prefill([PROMPT]))
-    alone = engine._decoded("adapted")[1]
+    alone = engine._decoded("generation", "adapted")[1]
     (adapted,) = alone.logits(alone.prefill([PROMPT]))
     truth = trained(torch.tensor([PROMPT])).logits[:, -1]
     torch.testing.assert_close(steered[0], truth, atol=1e-4, rtol=1e-5)
