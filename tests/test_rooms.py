@@ -24,10 +24,10 @@ MAY_IMPORT = {
     "generation": {"model", "ops", "kernels", "data", "utils", "steering_config"},
     "calibration": {"generation", "model", "ops", "kernels", "data", "utils", "steering_config"},
     "training": {"model", "data", "utils"},
-    "integrations": {"generation", "model", "ops", "steering_config"},
     "engine": BELOW_ENGINE,
+    "integrations": {"generation", "model", "ops", "data", "steering_config", "engine"},
     "evaluate": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"engine", "evaluate", "training"},
+    "cli": BELOW_ENGINE | {"engine", "evaluate", "training", "integrations"},
 }
 KNOW_PEFT = {"model", "training", "integrations"}
 

@@ -14,6 +14,8 @@ from svd_engine.cli.calibrate import calibrate
 from svd_engine.cli.chat import chat
 from svd_engine.cli.evaluate import app as evaluate
 from svd_engine.cli.generate import generate
+from svd_engine.cli.harness import SETTINGS as HARNESS
+from svd_engine.cli.harness import lm_eval
 from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
 from svd_engine.cli.train import warm_start
 
@@ -28,6 +30,7 @@ app.command("calibrate")(calibrate)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.add_typer(evaluate, name="evaluate")
+app.command("lm-eval", add_help_option=False, context_settings=HARNESS)(lm_eval)
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
 
