@@ -145,7 +145,7 @@ class SVDEngineLM(TemplateLM):
     ) -> list[int]:
         """Token ids; unless told, a text begins as the tokenizer begins every text, but once."""
         if add_special_tokens is None:
-            start = self.tokenizer.decode([self.prefix_token_id])
+            start = str(self.tokenizer.decode([self.prefix_token_id]))
             add_special_tokens = not string.startswith(start)
         if add_special_tokens:
             return encode_prompt(string, self.tokenizer)
@@ -167,9 +167,9 @@ class SVDEngineLM(TemplateLM):
         with tqdm(total=len(requests), desc="Scoring", disable=disable_tqdm) as bar:
             for start in range(0, len(requests), KEPT_EVERY):
                 part = self._scored(passages[start : start + KEPT_EVERY])
-                for (text, _, _), result in zip(requests[start:], part, strict=False):
-                    if text is not None:
-                        self.cache_hook.add_partial("loglikelihood", text, result)
+                for request, result in zip(requests[start:], part, strict=False):
+                    if request[0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", request[0], result)
                 found += part
                 bar.update(len(part))
         return found
