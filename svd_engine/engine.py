@@ -73,7 +73,8 @@ class SteeredEngine:
         self._models = models = model if isinstance(model, Models) else Models.of_peft(model)
         self._adapter_name = models.adapted.name
         self.model, self.tokenizer = models.model, tokenizer
-        self.inputs = Inputs(models.base_model, tokenizer, models.adapted.virtual_tokens)
+        adapted, base = models.adapted, models.base
+        self.inputs = Inputs(adapted.base_model, tokenizer, adapted.virtual_tokens, base.base_model)
         self._pair = models.pair(pairing)
         if probe:
             models.probe(self._pair)
@@ -150,10 +151,10 @@ class SteeredEngine:
         takes a pass of each model. Raises ValueError, for two vocabularies too.
         """
         how: dict[str, Any] = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        adapted_model, own = loading.loaded(adapted, **how)
-        base_model, other = loading.loaded(base, **how)
+        adapted_model, own = loading.loaded("adapted", adapted, **how)
+        base_model, other = loading.loaded("base", base, **how)
         if own is not None and other is not None:
-            loading.check_one_vocabulary(own, other)
+            loading.check_one_vocabulary(own, other, adapted_model)
         if steering is None and isinstance(adapted, str | Path) and loading.has_steering(adapted):
             steering = Steering.from_pretrained(adapted)
         models = Models.of_two(adapted_model, base_model)
@@ -179,7 +180,7 @@ class SteeredEngine:
         steering this is classifier-free guidance, of scale 1 - strength. Raises ValueError.
         """
         loaded, own = loading.loaded(
-            model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            "model", model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
         return cls(Models.of_one(loaded), tokenizer or own, steering, "auto", cuda_graphs, probe)
 

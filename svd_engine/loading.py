@@ -94,10 +94,17 @@ def load_base(
 
 
 def loaded(
-    model: str | Path | PreTrainedModel, **options: Any
+    what: str, model: str | Path | PreTrainedModel, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Return a model as it is, without a tokenizer; load anything else with `load_base`."""
-    return (model, None) if isinstance(model, PreTrainedModel) else load_base(model, **options)
+    """Return a model as it is, without a tokenizer; load what has a name with `load_base`."""
+    if isinstance(model, PreTrainedModel):
+        return model, None
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"{what} must be a folder, a Hub name or a model of transformers; got a "
+            f"{type(model).__name__}. For a PeftModel: SteeredEngine(peft_model)."
+        )
+    return load_base(model, **options)
 
 
 def check_base(name: str | Path) -> None:
@@ -257,9 +264,11 @@ def adapter_tokenizer(
     return own
 
 
-def check_one_vocabulary(adapted: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless both tokenizers give a token of the base the same id."""
-    reason = _misfit(adapted, base, len(base))
+def check_one_vocabulary(
+    adapted: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    """Raise ValueError unless a token of the base has one id; the adapted may have added some."""
+    reason = _misfit(adapted, base, model.config.get_text_config().vocab_size)
     if reason is not None:
         raise ValueError(f"adapted and base must have one vocabulary: of the adapted, {reason}.")
 

@@ -31,9 +31,10 @@ Message = Mapping[str, str]  # role and content
 class Inputs:
     """Validates inputs against one model; every method raises ValueError before any work."""
 
-    model: PreTrainedModel  # the base model
+    model: PreTrainedModel  # the adapted model, or the base under its adapter
     tokenizer: PreTrainedTokenizerBase | None
     virtual_tokens: int = 0  # of the adapter, before every prompt
+    base: PreTrainedModel | None = None  # if it is another model
 
     @property
     def vocab_size(self) -> int:
@@ -163,7 +164,10 @@ class Inputs:
 
         new: tokens to be generated; completion: tokens that are given.
         """
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        models = {id(x): x for x in (self.model, self.base) if x is not None}.values()
+        configs = [model.config.get_text_config() for model in models]
+        contexts = [getattr(config, "max_position_embeddings", None) for config in configs]
+        context = min((x for x in contexts if x is not None), default=None)
         total = self.virtual_tokens + length + completion + new
         if context is not None and total > context:
             parts = [f"{length + completion} tokens"]
@@ -175,7 +179,8 @@ class Inputs:
             )
         for virtual in {self.virtual_tokens, 0}:  # the base's rows have none
             start = virtual + length
-            longrope.check_constant(name, self.model.config, start, start + completion + new)
+            for model in models:
+                longrope.check_constant(name, model.config, start, start + completion + new)
 
     def has_room(self, length: int, new: int) -> bool:
         """Whether a prompt and this many new tokens fit the model's context."""

@@ -126,7 +126,34 @@ def test_log_probabilities_of_a_contrast_are_those_of_the_formula():
     assert math.isclose(got.logprobs[0], float(want.max()), abs_tol=1e-4)
 
 
+def test_the_adapted_checkpoint_says_where_a_text_ends():
+    adapted, base = tuned(), tiny_base("llama")
+    steering = SteeringConfig(-2.0)
+    (free,) = SteeredEngine.from_checkpoints(adapted, base, steering=steering).generate(
+        PROMPTS[0], max_new_tokens=6, eos_token_id=[]
+    )
+    end = free.token_ids[2]
+    adapted.generation_config.eos_token_id = end
+    (got,) = SteeredEngine.from_checkpoints(adapted, base, steering=steering).generate(
+        PROMPTS[0], max_new_tokens=6
+    )
+    assert (got.finish_reason, got.stop_reason) == ("stop", end)
+
+
+@pytest.mark.parametrize("shorter", ["adapted", "base"])
+def test_a_text_fits_both_checkpoints(shorter):
+    models = {"adapted": tuned(), "base": tiny_base("llama")}
+    models[shorter].config.max_position_embeddings = 16
+    engine = SteeredEngine.from_checkpoints(**models, steering=SteeringConfig(-2.0))
+    with pytest.raises(ValueError, match="context is 16"):
+        engine.generate([5] * 10, max_new_tokens=7)
+
+
 def test_what_two_models_cannot_do_is_refused():
+    with pytest.raises(ValueError, match=r"adapted must be a folder.*got a PeftModel"):
+        SteeredEngine.from_checkpoints(tiny_peft(), tiny_base("llama"))
+    with pytest.raises(ValueError, match=r"model must be a folder.*got a NoneType"):
+        SteeredEngine.from_model(None)
     model, other = tiny_base("llama"), tiny_base("llama")
     other.resize_token_embeddings(180)
     with pytest.raises(ValueError, match="one vocabulary; got 211 and 180"):
