@@ -1,6 +1,6 @@
-"""Measure a steered token by PEFT method, beside LoRA: one pass, and two where it pairs.
+"""Measure a decode step by PEFT method, beside LoRA: both models as one batch, and in two passes.
 
-    pytest benchmarks/engine/test_methods.py --benchmark-json=runs/methods.json
+    python -m benchmarks.run --only cpu_methods
 
 The contenders take turns of a few tokens each. CPU time counts, which other programs hardly change.
 """
