@@ -14,7 +14,7 @@ def explain(
     prompts: Annotated[Path, typer.Argument(help="JSON lines: prompt, or messages.")],
     page: Annotated[Path, typer.Argument(help="The HTML file to write.")],
     adapter: Adapter,
-    base: Base = "smollm2",
+    base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 64,
     limit: Annotated[int | None, typer.Option(help="Explain only the first prompts.")] = None,
     strength: Strength = None,
@@ -27,7 +27,7 @@ def explain(
 
     One HTML file with everything in it. In bfloat16 near ties may differ from the decoded text.
     """
-    from svd_engine.cli.generate import _steering
+    from svd_engine.cli.generate import steering_of
     from svd_engine.engine import SteeredEngine
     from svd_engine.explain import collect, write
 
@@ -39,7 +39,7 @@ def explain(
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    engine.steering = collect.check(_steering(engine.steering, strength, alpha))
+    engine.steering = collect.check(steering_of(engine.steering.generation, strength, alpha))
     write.write(
         engine, questions, page, max_new_tokens, adapter=adapter, progress=sys.stderr.isatty()
     )

@@ -61,7 +61,7 @@ def collect(
 
     Both models read every answer once more, each token given those before it.
     """
-    steering = check(engine.steering)
+    steering = check(engine.steering.generation)
     answers, passages = [], []
     for model in SHOWN:
         completions = engine.generate(

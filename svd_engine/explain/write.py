@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from svd_engine.calibration.report import REPORT_FILE
+from svd_engine.calibration.report import FILES
 from svd_engine.data.text_files import read_lines
 from svd_engine.data.tokenization import is_chat, located
 from svd_engine.engine import SteeredEngine
@@ -58,14 +58,14 @@ def write(
     progress: bool = False,
 ) -> Path:
     """Explain the questions of `read` in a page. adapter: its folder, for the calibration curve."""
-    steering = check(engine.steering)
+    steering = check(engine.steering.generation)
     if engine.tokenizer is None:
         raise ValueError("a page shows text; give the engine a tokenizer.")
     prompts = []
     for i, question in enumerate(questions, 1):
         with located(f"prompt {i}"):
             prompts += engine.inputs.prompts(question.get("prompts"), question.get("messages"))
-    report = None if adapter is None else adapter / REPORT_FILE
+    report = None if adapter is None else adapter / f"{FILES['generation']}.json"
     calibration = None
     if report is not None and report.is_file():
         calibration = read_object(report, "a calibration")
