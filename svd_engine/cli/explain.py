@@ -30,12 +30,16 @@ def explain(
     from svd_engine.cli.generate import steering_of
     from svd_engine.engine import SteeredEngine
     from svd_engine.explain import collect, write
+    from svd_engine.utils.files import check_place
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be >= 1; got {max_new_tokens}.")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be >= 1; got {limit}.")
     questions = write.read(prompts)[:limit]
+    check_place(page)
+    if page.is_dir():
+        raise ValueError(f"{page} is a folder; name an HTML file in it.")
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )

@@ -32,7 +32,8 @@ def render(
     positions = [position for answer in flat for position in answer.positions]
     known = sorted(
         {p.token for p in positions}
-        | {entry[0] for p in positions for entry in (*p.support, *p.adapted, *p.base)}
+        | {token for p in positions for token, *_ in p.support}
+        | {token for p in positions for token, _ in (*p.adapted, *p.base)}
     )
     place = {token: i for i, token in enumerate(known)}  # in the order of ids, as ties go
     wide = np.uint16 if len(known) < 2**16 else np.uint32
@@ -58,6 +59,7 @@ def render(
         "strength": steering.strength, "alpha": steering.alpha, "direction": steering.direction,
         "step": _step(steering.strength), "top": len(positions[0].adapted) if positions else TOP,
         "vocabulary": [text.alone(token) for token in known],
+        "special": [place[i] for i in sorted(set(tokenizer.all_special_ids)) if i in place],
         "prompts": list(prompts),
         "answers": [
             [
@@ -72,7 +74,7 @@ def render(
         },
         "tokenBytes": wide(0).itemsize,
         "columns": {
-            name: base64.b64encode(values.astype(values.dtype.newbyteorder("<"))).decode()
+            name: base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
             for name, values in columns.items()
         },
     }  # fmt: skip

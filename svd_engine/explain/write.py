@@ -39,7 +39,7 @@ def _question(line: Any) -> dict[str, Any]:
     """`prompt`, text or token ids, or `messages` up to where the assistant answers."""
     if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
         raise ValueError('a line is an object with "prompt" or "messages", one of the two.')
-    asked = line.get("prompt", line.get("messages"))
+    asked: Any = line.get("prompt", line.get("messages"))
     if not is_chat(asked):
         if "messages" in line:
             raise ValueError("messages must be a list of {'role': ..., 'content': ...}.")

@@ -151,10 +151,14 @@ for (const mu of [-6, 0, 3]) {
 }
 spans[1].dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
 const panel = document.getElementById("panel").innerText;
+const heading = document.querySelector("h1").innerText;
+const spoken = document.getElementById("spoken").textContent;
+const drawn = document.querySelectorAll("#curve path").length;
 spans[0].focus();
 spans[0].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true}));
 const focused = document.activeElement.dataset.i;
-document.body.textContent = "FOUND" + JSON.stringify({text, panel, focused, errors}) + "END";
+const all = {text, panel, heading, spoken, drawn, focused, errors};
+document.body.textContent = "FOUND" + JSON.stringify(all) + "END";
 """
 
 
@@ -185,7 +189,9 @@ def opened(html, folder):
 def test_in_a_browser(engine, explained, written, tmp_path):
     found = opened(written, tmp_path)
     assert found["errors"] == [] and found["focused"] == "1"
+    assert found["heading"] == "A <page>" and found["drawn"] == 1
     assert "support of" in found["panel"] and "Adapted" in found["panel"]
+    assert found["spoken"].startswith("Token")
     vocabulary = contents(written)[0]["vocabulary"]
     for i, strength in enumerate((-6, 0, 3)):
         chosen, notes = (iter(part) for part in found["text"][2 * i : 2 * i + 2])
