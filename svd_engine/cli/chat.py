@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.generate import steering_of
+from svd_engine.cli.generate import steering_beside
 from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
 from svd_engine.cli.settings import parse
 
@@ -36,12 +36,15 @@ def chat(
     """Talk to the steered model: a line is a question, its answer is streamed. Ctrl-D ends it."""
     more = parse(settings or ())
     from svd_engine.engine import SteeredEngine
+    from svd_engine.generation.sampling_params import SamplingParams
 
+    options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more
+    SamplingParams.from_arguments(**options, seed=seed).seeds(1)
+    steering = steering_beside(adapter, strength, alpha)
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    engine.steering = steering_of(engine.steering.generation, strength, alpha)
-    options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more
+    engine.steering = steering
     messages = [] if system is None else [{"role": "system", "content": system}]
     for question in _questions():
         messages.append({"role": "user", "content": question})

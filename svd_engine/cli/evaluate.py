@@ -55,6 +55,7 @@ def truthfulqa_choice(
     from svd_engine.evaluate.journal import Journal
 
     template = truthfulqa.template(prompt)
+    _check(batch_size=batch_size)
     questions = _test(data, hub, split_seed, limit)
     seen = _overlap(adapter, questions, allow_overlap)
     engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "ranking")
@@ -85,6 +86,7 @@ def truthfulqa_open(
     from svd_engine.evaluate.judge import URL, Judge
 
     template, judged = truthfulqa.template(prompt), Judge.from_environment() is not None
+    _check(batch_size=batch_size, max_new_tokens=max_new_tokens)
     questions = _test(data, hub, split_seed, limit)
     seen = _overlap(adapter, questions, allow_overlap)
     engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "generation")
@@ -144,6 +146,7 @@ def commonsense(
 
     if by not in ("likelihood", "generation"):
         raise ValueError(f"--by must be likelihood or generation; got {by!r}.")
+    _check(batch_size=batch_size, max_new_tokens=max_new_tokens)
     problems = _first(tasks.read(tasks.find(data, task, "test")), limit)
     seen = _overlap(adapter, problems, allow_overlap)
     use = "ranking" if by == "likelihood" else "generation"
@@ -179,6 +182,12 @@ def _test(data: Path | None, hub: bool, seed: int, limit: int | None) -> "list[Q
     return _first(truthfulqa.test(options.questions(data, hub), seed), limit)
 
 
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}.")
+
+
 def _first(items: list, limit: int | None) -> list:
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be >= 1; got {limit}.")
@@ -211,6 +220,8 @@ def _engine(
 
     from svd_engine import SteeredEngine, SteeringConfig
 
+    if strength is not None:
+        SteeringConfig(strength)  # refused now rather than after the model is loaded
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Annotated
 
@@ -100,6 +101,7 @@ def _quiet(verbose: bool) -> None:
     """Keep the libraries' progress bars and warnings off the terminal."""
     import warnings
 
+    from tqdm.std import tqdm
     from transformers.utils import logging as transformers_logging
 
     if not verbose:
@@ -108,6 +110,9 @@ def _quiet(verbose: bool) -> None:
             logging.getLogger(library).setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        if "disable" not in getattr(vars(tqdm)["__init__"], "keywords", {}):
+            # Of libraries that leave it to tqdm; our own bars ask to be shown.
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore
 
 
 def main() -> None:
