@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "engine": BELOW_ENGINE,
     "integrations": {"generation", "model", "ops", "data", "steering_config", "engine"},
     "evaluate": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"engine", "evaluate", "training", "integrations"},
+    "explain": BELOW_ENGINE | {"engine"},
+    "cli": BELOW_ENGINE | {"engine", "evaluate", "explain", "training", "integrations"},
 }
 KNOW_PEFT = {"model", "training", "integrations"}
 
