@@ -32,6 +32,7 @@ from svd_engine.generation.options import GenerateOptions, SamplingOptions
 from svd_engine.generation.outputs import Completion, Event, Score
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.generation.speculation import Speculations
 from svd_engine.model import cuda_graphs
 from svd_engine.model.models import Models
 from svd_engine.model.pair import Decoder, ModelPair, PairedRunner
@@ -80,6 +81,7 @@ class SteeredEngine:
             models.probe(self._pair)
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
+        self._speculations = Speculations(self.inputs)
         self._cuda_graphs = cuda_graphs
         self._lock = CallLock()
         self._steering = Steering()
@@ -229,6 +231,8 @@ class SteeredEngine:
         and do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p,
         min_p, seed, num_beams, stop_strings, ... logits_processor=: applied to the steered logits.
         batch_size=: rows decoded at once (32). A prompt gets the same tokens alone or in a batch.
+        speculate="prompt", an assistant model, the most guesses a step, or a list of these: verify
+        several guessed tokens in one step; the tokens stay the same.
         Raises ValueError before any work. One call runs at a time; other threads wait.
         """
         request = self._request(prompts, False, **options)
@@ -423,6 +427,7 @@ class SteeredEngine:
         steering: Steering | SteeringConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         batch_size: int = 32,
+        speculate: Any = None,
         **options: Unpack[SamplingOptions],
     ) -> Request:
         """Validate all arguments and build the request."""
@@ -436,8 +441,9 @@ class SteeredEngine:
         deadline = (
             math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
         )
+        decoder = self._decoder(pair)
         return Request(
-            decoder=self._decoder(pair),
+            decoder=decoder,
             steering=config,
             sampling=sampling,
             sequences=sequences,
@@ -446,4 +452,5 @@ class SteeredEngine:
             deadline=deadline,
             model=name,
             batch_size=batch_size,
+            speculation=self._speculations.build(speculate, sampling, sequences, decoder, pair.how),
         )

@@ -10,6 +10,7 @@ from svd_engine.generation.constrained import Constrain
 from svd_engine.generation.logits_processors import LogitsProcess
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
+from svd_engine.generation.speculation import Speculation
 from svd_engine.model.pair import Decoder, PerModel
 from svd_engine.steering_config import SteeringConfig
 
@@ -31,6 +32,7 @@ class Request:
     deadline: float = math.inf
     model: str = "steered"
     batch_size: int = 32
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         count("batch_size", self.batch_size, 1)
@@ -44,9 +46,10 @@ class Request:
         """Hidden states at the end of each prompt of the sequences, whose copies share one."""
         firsts = sequences[:: self.sampling.num_return_sequences]
         contrast = [s.contrast_ids for s in firsts if s.contrast_ids is not None]
+        guesses = 0 if self.speculation is None else self.speculation.most
         return self.decoder.prefill(
             [s.prompt_ids for s in firsts],
-            max(sequence.max_new_tokens for sequence in sequences),
+            max(sequence.max_new_tokens for sequence in sequences) + guesses,
             max_rows,
             contrast or None,
         )

@@ -35,6 +35,8 @@ class Decoder(Protocol):
         contrast: Prompts | None = None,
     ) -> PerModel: ...
     def step(self, tokens: Tensor) -> PerModel: ...
+    def most_new(self, rows: int) -> int: ...
+    def set_back(self, tokens: Tensor) -> None: ...
     def reorder(self, index: Tensor) -> None: ...
     def logits(self, hidden: Sequence[Tensor]) -> PerModel: ...
 
@@ -95,8 +97,24 @@ class PairedRunner:
         return _halves(self.runner.extend(tokens.repeat(2, 1), kv_length))
 
     def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
-        """Return logits of (adapted, base) after one more token per row `[B]`, `[B, V]` each."""
-        return _halves(self.runner.step(tokens.repeat(2), kv_length))
+        """Return logits of (adapted, base) after one more token per row `[B]`, `[B, V]` each.
+
+        Of several, `[B, q]`, return those after each: `[B, q, V]`.
+        """
+        return _halves(self.runner.step(torch.cat([tokens, tokens]), kv_length))
+
+    def most_new(self, rows: int) -> int:
+        """Return of how many new tokens per row a step gives each the bits that it has alone."""
+        return self.runner.most_new(2 * rows)
+
+    def set_back(self, tokens: Tensor) -> None:
+        """Forget each row's latest tokens in both models, `[B]` of them."""
+        self.runner.set_back(tokens.repeat(2))
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of text in a row."""
+        return self.runner.longest
 
     def reorder(self, index: Tensor) -> None:
         """Let row i of both models continue from former row index[i]; int64 `[R]`."""
@@ -163,6 +181,17 @@ class SequentialRunner:
 
     def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         return tuple(r.step(tokens, kv_length) for r in self.runners)
+
+    def most_new(self, rows: int) -> int:
+        return min(r.most_new(rows) for r in self.runners)
+
+    def set_back(self, tokens: Tensor) -> None:
+        for r in self.runners:
+            r.set_back(tokens)
+
+    @property
+    def longest(self) -> int:
+        return max(r.longest for r in self.runners)
 
     def reorder(self, index: Tensor) -> None:
         for r in self.runners:

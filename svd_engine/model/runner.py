@@ -110,10 +110,30 @@ class ModelRunner:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, kv_length: int | None = None) -> Tensor:
-        """Return logits `[rows, V]` after one more token per row, `[rows]`."""
+        """Return logits `[rows, V]` after one more token per row, `[rows]`.
+
+        Of several, `[rows, q]`, return those after each: `[rows, q, V]`.
+        """
+        if tokens.ndim == 1:
+            return self.step(tokens[:, None], kv_length)[:, 0]
         if self._runs_natively(tokens) and self.native.plan.head is not None:  # type: ignore
-            return self._scaled(self._native(tokens[:, None], with_logits=True)[:, 0])
-        return self.logits(self.extend(tokens[:, None], kv_length)[:, 0])
+            return self._scaled(self._native(tokens, with_logits=True))
+        hidden = self.extend(tokens, kv_length)  # the head rounds by the rows it gets
+        return torch.stack([self.logits(h) for h in hidden.unbind(1)], 1)
+
+    def most_new(self, rows: int) -> int:
+        """Return of how many new tokens per row a step gives each the bits that it has alone."""
+        return 1 if self.native is None else self.native.most_tokens // rows
+
+    @torch.inference_mode()
+    def set_back(self, tokens: Tensor) -> None:
+        """Forget each row's latest tokens, `[rows]` of them: what comes next overwrites them."""
+        self.positions -= tokens
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of text in a row."""
+        return int(self.positions.max()) - self.virtual_tokens
 
     def _runs_natively(self, tokens: Tensor) -> bool:
         return self.native is not None and tokens.numel() <= self.native.most_tokens
