@@ -62,6 +62,13 @@ def generate(
             "min_new_tokens=20, max_time=60; repeatable.",
         ),
     ] = None,
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Verify guesses, several tokens a step: prompt (what followed the latest words "
+            "before), an assistant model, the most guesses a step; repeatable."
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Decode one batch and write JSON lines.")
@@ -86,11 +93,12 @@ def generate(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     engine.steering = steering_of(engine.steering.generation, strength, alpha)
+    guesses = [_source(engine, text, dtype, trust_remote_code) for text in speculate or ()]
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, num_beams=beams, length_penalty=length_penalty,
         repetition_penalty=repetition_penalty, num_return_sequences=n,
-        stop_strings=[_newlines(text) for text in stop or ()],
+        stop_strings=[_newlines(text) for text in stop or ()], speculate=guesses or None,
     ) | more  # fmt: skip
     if output is not None:
         batch.run(engine, lines, output, dict(options, seed=seed))
@@ -160,6 +168,23 @@ def steering_of(
     if strength is not None:
         config = replace(config, strength=strength)
     return config if alpha is None else replace(config, alpha=alpha)
+
+
+def _source(engine: "SteeredEngine", text: str, dtype: str, trust_remote_code: bool) -> Any:
+    """Read a value of --speculate: "prompt", a number of guesses, or an assistant, loaded."""
+    from svd_engine import loading
+    from svd_engine.data.tokenization import located
+
+    if text == "prompt" or text.isdecimal():
+        return int(text) if text.isdecimal() else text
+    with located(f"--speculate {text}"):
+        model, tokenizer = loading.load_base(
+            text, dtype=dtype, device=engine.model.device, trust_remote_code=trust_remote_code
+        )
+        if engine.tokenizer is not None and tokenizer is not None:
+            if tokenizer.get_vocab() != engine.tokenizer.get_vocab():
+                raise ValueError("the assistant's vocabulary is another one than the engine's.")
+    return model
 
 
 def _newlines(text: str) -> str:

@@ -47,5 +47,5 @@ class Guesser:
         self._looked = len(self.sequence.token_ids)
         tokens, length = self._lookup.guess(min(most, self.room))
         if length not in self._chances:
-            self._chances[length] = Chance(right=length, wrong=2.0)
+            self._chances[length] = Chance(right=length, wrong=4.0)
         return Guess(tokens, self._chances[length])

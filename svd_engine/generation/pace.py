@@ -1,41 +1,34 @@
 """How many guesses are worth a pass: what passes cost, and how often guesses came true."""
 
-import math
 from collections.abc import Callable, Sequence
 
 SLOPE = 0.25  # of a step's time per further token, until it is measured
-DRIFT = 1.02  # by which a time grows before it is measured again: the machine may be busier now
-HOPE = 0.995  # by which that of several tokens shrinks at each step of one: it may be less busy
+LATEST = 0.2  # weight of the latest measurement
+HOPE = 0.002  # by which a slope nears SLOPE at a step of one token: the machine may be less busy
 FADE = 0.8  # of what is known, at each guess that is judged
 
 
 class Costs:
-    """Seconds of a step by its rows and its new tokens per row, as measured.
-
-    The shortest lately counts, so that what else the machine does is left out.
-    """
+    """What further tokens of a row add to the time of a step, by rows, as measured."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[int, int], float] = {}
+        self._seconds: dict[int, float] = {}  # of a step of one token, by rows
+        self._slopes: dict[int, float] = {}  # of steps of several, per further token
 
     def add(self, rows: int, new: int, seconds: float) -> None:
         """Note the time of a step."""
-        known = self._seconds.get((rows, new), math.inf)
-        self._seconds[rows, new] = min(known * DRIFT, seconds)
+        slope = self._slopes.get(rows, SLOPE)
         if new == 1:
-            for r, q in self._seconds:
-                if r == rows and q > 1:
-                    self._seconds[r, q] *= HOPE
+            one = self._seconds.get(rows, seconds)
+            self._seconds[rows] = one + LATEST * (seconds - one)
+            self._slopes[rows] = slope + HOPE * (SLOPE - slope)
+        elif rows in self._seconds:
+            found = max(0.0, seconds / self._seconds[rows] - 1) / (new - 1)
+            self._slopes[rows] = slope + LATEST * (found - slope)
 
     def of(self, rows: int, new: int) -> float:
         """Return the expected time of a step, in steps of one token."""
-        one = self._seconds.get((rows, 1))
-        known = [q for r, q in self._seconds if r == rows and q > 1]
-        if one is None or not known:
-            return 1 + SLOPE * (new - 1)
-        near = min(known, key=lambda q: (abs(q - new), q))
-        slope = (self._seconds[rows, near] / one - 1) / (near - 1)
-        return max(1.0, 1 + slope * (new - 1))
+        return 1 + self._slopes.get(rows, SLOPE) * (new - 1)
 
 
 class Chance:

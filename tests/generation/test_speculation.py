@@ -239,7 +239,7 @@ def test_a_look_up_takes_the_latest_of_the_longest():
 
 def test_guesses_are_tried_where_they_pay():
     costs, good, bad = Costs(), Chance(9, 1), Chance(1, 4)
-    for new in (1, 2, 5):
+    for new in (1, 2, 5) * 9:
         costs.add(1, new, 0.6 + 0.4 * new)
     assert best(costs, 1, [good.of], 4)[0] == 4
     assert best(costs, 1, [bad.of], 4)[0] == 0
@@ -247,6 +247,8 @@ def test_guesses_are_tried_where_they_pay():
     for _ in range(9):
         good.add(0, is_wrong=True)
     assert best(costs, 1, [good.of], 4)[0] == 0
+    fair = Chance(1, 2)
+    assert best(costs, 1, [fair.of], 4)[0] == 0
     for _ in range(400):  # steps of one token, after which another is worth a look
         costs.add(1, 1, 1.0)
-    assert best(costs, 1, [bad.of], 4)[0] > 0
+    assert best(costs, 1, [fair.of], 4)[0] > 0
