@@ -118,6 +118,7 @@ class SteeredEngine:
         base = loading.base_of(folder, given[0] if len(given) > 1 else None)
         if steering is None and loading.has_steering(folder):
             steering = Steering.from_pretrained(folder)
+        loading.check_no_saved_modules(weights, folder)
         model, tokenizer = loading.load_base(
             base,
             dtype=dtype,

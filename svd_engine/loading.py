@@ -65,8 +65,8 @@ def load_base(
     into codes, on a CPU. Raises ValueError.
     """
     _check_dtype(dtype)
-    _check_device(device)
     _check_weights(weights, device)
+    _check_device(device)
     check_base(name)
     arguments: dict = {"dtype": dtype}
     folder, tokenizer_arguments = str(name), {}
@@ -188,6 +188,19 @@ def _check_weights(weights: str | None, device: str | torch.device) -> None:
         raise ValueError(f"weights={weights!r} runs on the CPU; the device is {device}.")
     if (reason := cpu.unavailable()) is not None:
         raise ValueError(f"weights={weights!r} needs the native CPU kernels: {reason}.")
+
+
+def check_no_saved_modules(weights: str | None, adapter: Path) -> None:
+    """Raise ValueError for an adapter with whole layers of its own over quantised weights."""
+    if weights is None:
+        return
+    config = read_object(adapter / "adapter_config.json", "the configuration of an adapter")
+    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if config.get(name):
+            raise ValueError(
+                f"weights={weights!r} is not for an adapter with {name}, which holds weights of "
+                "the base's own kind. Leave weights out."
+            )
 
 
 def check_native(weights: str | None, pair: ModelPair) -> None:

@@ -38,10 +38,14 @@ void unpack_row(const char* codes, int64_t in, T* out) {
     std::memcpy(words, codes + C::kCodes, 32);
     float values[C::kBlock];
     for (int f = 0; f < C::kBlock / 8; ++f)
-      for (int l = 0; l < 8; ++l)
-        values[8 * f + l] =
-            float(int32_t(words[l] << (32 - C::kBits - C::kBits * f)) >> (32 - C::kBits)) *
-            scales[l];
+      for (int l = 0; l < 8; ++l) {
+        int32_t code;
+        if constexpr (F == Format::kInt8)
+          code = static_cast<signed char>(codes[8 * f + l]);
+        else
+          code = int32_t(words[l] << (28 - 4 * f)) >> 28;
+        values[8 * f + l] = float(code) * scales[l];
+      }
     const int64_t count = std::min<int64_t>(C::kBlock, in - k);
     for (int64_t i = 0; i < count; ++i) out[k + i] = narrowed<T>(values[i]);
   }

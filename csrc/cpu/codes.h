@@ -1,10 +1,11 @@
 // The formats of quantised weights, as svd_engine/model/layers/quantised.py writes them. A row of a
 // weight is a sequence of bytes:
-// int8: a float scale, then blocks of 32 elements. Byte f of word l of a block is element 8 f + l.
-// int4: blocks of 64 elements, each two bfloat16 scales and then codes. Bits 4 f .. 4 f + 3 of word
-// l are element 8 f + l; the first scale is that of words 0 to 3, the second of words 4 to 7.
-// An element is its code, in two's complement, times its scale. Rows are padded with zeros. In this
-// order the same bits of 8 words are 8 neighbours, so that x needs no other order than its own.
+// int8: a float scale, then a byte per element.
+// int4: blocks of 64 elements, each two bfloat16 scales and then 8 words. Bits 4 f .. 4 f + 3 of
+// word l are element 8 f + l, so that the same bits of all words are neighbours, as x has them. The
+// first scale is that of words 0 to 3, the second of words 4 to 7.
+// An element is its code, in two's complement, times its scale. Rows are padded with zeros to 32
+// elements of int8 and to 64 of int4.
 #pragma once
 
 #include <cstdint>
@@ -24,14 +25,12 @@ template <>
 struct Codes<Format::kInt8> {
   static constexpr int kHeader = 4, kBlock = 32, kBytes = 32;  // bytes before and in a block
   static constexpr int kCodes = 0;                             // where the codes of a block begin
-  static constexpr int kBits = 8;
 };
 
 template <>
 struct Codes<Format::kInt4> {
   static constexpr int kHeader = 0, kBlock = 64, kBytes = 36;
   static constexpr int kCodes = 4;
-  static constexpr int kBits = 4;
 };
 
 // The scales of a block's words.

@@ -1,21 +1,32 @@
 // A few rows of x times a few rows of a quantised weight, in vectors of 8 on any machine. Part of
 // linear_tile.h.
 
-// Returns code f of each word.
-template <int kBits>
-SVD_HD Floats8 codes_of(Words8 words, int f) {
-  typedef uint32_t Bits8 __attribute__((vector_size(32)));
-  const Words8 high = (Words8)((Bits8)words << (32 - kBits - kBits * f));
-  return __builtin_convertvector(high >> (32 - kBits), Floats8);
+// Returns 8 neighbouring elements of a block, number f of its eights, without their scale.
+template <Format F>
+SVD_HD Floats8 eight(const char* block, Words8 words, int f) {
+  if constexpr (F == Format::kInt8) {
+#if SVD_LANES >= 8  // GCC 12 widens bytes one by one
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block + 8 * f));
+    return __builtin_convertvector((Words8)_mm256_cvtepi8_epi32(bytes), Floats8);
+#else
+    typedef int8_t Bytes8 __attribute__((vector_size(8)));
+    return __builtin_convertvector(load<Bytes8>(block + 8 * f), Floats8);
+#endif
+  } else {
+    typedef uint32_t Bits8 __attribute__((vector_size(32)));
+    const Words8 high = (Words8)((Bits8)words << (28 - 4 * f));
+    return __builtin_convertvector(high >> 28, Floats8);
+  }
 }
 
 // sum[i][o] += x[i] . block[o], without its scales.
 template <Format F, int R>
 SVD_HD void add_codes(Floats8 (&sum)[R][kStreams], const char* x, int64_t row_bytes,
                       const char* const (&block)[kStreams]) {
-  Words8 words[kStreams];
+  Words8 words[kStreams] = {};
 #pragma GCC unroll 4
-  for (int o = 0; o < kStreams; ++o) words[o] = load<Words8>(block[o] + Codes<F>::kCodes);
+  for (int o = 0; o < kStreams; ++o)
+    if constexpr (F == Format::kInt4) words[o] = load<Words8>(block[o] + Codes<F>::kCodes);
 #pragma GCC unroll 8
   for (int f = 0; f < Codes<F>::kBlock / 8; ++f) {
     Floats8 row[R];
@@ -23,7 +34,7 @@ SVD_HD void add_codes(Floats8 (&sum)[R][kStreams], const char* x, int64_t row_by
     for (int i = 0; i < R; ++i) row[i] = load<Floats8>(x + i * row_bytes + f * 32);
 #pragma GCC unroll 4
     for (int o = 0; o < kStreams; ++o) {
-      const Floats8 factor = codes_of<Codes<F>::kBits>(words[o], f);
+      const Floats8 factor = eight<F>(block[o], words[o], f);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) sum[i][o] += row[i] * factor;
     }

@@ -11,7 +11,15 @@ import typer
 from rich.rule import Rule
 
 from svd_engine.cli import batch, terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.options import (
+    Adapter,
+    Base,
+    Device,
+    DType,
+    Strength,
+    TrustRemoteCode,
+    Weights,
+)
 from svd_engine.cli.settings import parse
 
 if TYPE_CHECKING:
@@ -67,6 +75,7 @@ def generate(
         bool, typer.Option("--json", help="Decode one batch and write JSON lines.")
     ] = False,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -83,7 +92,12 @@ def generate(
     from svd_engine.engine import SteeredEngine
 
     engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        base,
+        adapter,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
     )
     engine.steering = steering_of(engine.steering.generation, strength, alpha)
     options: dict[str, Any] = dict(

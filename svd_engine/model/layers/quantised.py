@@ -25,14 +25,11 @@ def quantise(weight: Tensor, bits: int) -> Tensor:
     out, columns = weight.shape
     block = BLOCK[bits]
     padded = nn.functional.pad(weight.float(), (0, -columns % block))
-    # Element 8 f + l of a block stands in word l.
-    elements = padded.view(out, -1, block // 8, 8)
     if bits == 8:
-        scale = elements.abs().amax((1, 2, 3)) / 127
-        q = _rounded(elements, scale[:, None, None, None]).clamp(-127, 127)
-        codes = q.to(torch.int8).transpose(2, 3).reshape(out, -1).view(torch.uint8)
-        return torch.cat([scale[:, None].view(torch.uint8), codes], 1)
-    groups = elements.unflatten(3, (2, GROUP))
+        scale = padded.abs().amax(1, keepdim=True) / 127
+        codes = _rounded(padded, scale).clamp(-127, 127).to(torch.int8)
+        return torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], 1)
+    groups = padded.view(out, -1, 8, 2, GROUP)  # element 8 f + l of a block stands in word l
     low, high = groups.amin((2, 4)), groups.amax((2, 4))  # [out, blocks, 2]
     scale = (torch.where(-low > high, low, high) / -8).bfloat16()
     q = _rounded(groups, scale.float()[:, :, None, :, None]).clamp(-8, 7)

@@ -22,12 +22,13 @@ class CpuStep:
     """A plan as the words of csrc/cpu/decoder.h, which hold addresses of the plan's tensors."""
 
     most_tokens = MOST_TOKENS
-    how = "one native call"
     lengths_on_device = False
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan  # keeps the tensors
         self.dtype = plan.norm.weight.dtype
+        bits = plan.layers[0].query.bits
+        self.how = "one native call" + (f", int{bits} weights" if bits else "")
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._positions = 0  # of the tables
         self._words = torch.empty(0, dtype=torch.int64)
