@@ -128,20 +128,19 @@ def test_several_tokens_at_once_have_the_bits_of_one_at_a_time(bits, dtype):
         assert torch.equal(whole, torch.cat(parts, 1))
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, words):
+@pytest.fixture
+def folders(tmp_path, words):
     """Checkpoints and adapters by name."""
-    root = tmp_path_factory.mktemp("quantised")
     for name, config in (
         ("llama", LORA),
         ("saved", LoraConfig(r=4, target_modules=["v_proj"], modules_to_save=["lm_head"])),
         ("gpt2", LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
     ):
         base = tiny_base("gpt2" if name == "gpt2" else "llama")
-        base.save_pretrained(root / name / "base")
-        words.save_pretrained(root / name / "base")
-        get_peft_model(base, config).save_pretrained(root / name / "adapter")
-    return root
+        base.save_pretrained(tmp_path / name / "base")
+        words.save_pretrained(tmp_path / name / "base")
+        get_peft_model(base, config).save_pretrained(tmp_path / name / "adapter")
+    return tmp_path
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -160,7 +159,7 @@ def held(engine):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
+    ("name", "options", "told"),
     [
         ("llama", {"weights": "int3"}, "weights must be int8 or int4; got 'int3'"),
         ("llama", {"weights": "int8", "device": "meta"}, "weights='int8' runs on the CPU"),
@@ -168,8 +167,8 @@ def held(engine):
         ("gpt2", {"weights": "int4"}, "needs native decode steps"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(folders, name, options, words):
-    with pytest.raises(ValueError, match=words):
+def test_what_cannot_be_is_refused_by_name(folders, name, options, told):
+    with pytest.raises(ValueError, match=told):
         SteeredEngine.from_pretrained(
             folders / name / "base", folders / name / "adapter", **options
         )
