@@ -26,7 +26,11 @@ TABLES: tuple[tuple[str, str, str, Form], ...] = (
     *gpu.TABLES,
 )
 
-LATER = {"cpu_step": "`make bench`", "gpu": "`python -m benchmarks.gpu`"}  # figures of one machine
+LATER = {  # figures of one machine
+    "cpu_step": "`make bench`",
+    "cpu_weights": "`make bench`",
+    "gpu": "`python -m benchmarks.gpu`",
+}
 
 
 def put(text: str, document: str, name: str, figures: str) -> str:

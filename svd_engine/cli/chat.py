@@ -8,7 +8,15 @@ import typer
 
 from svd_engine.cli import terminal
 from svd_engine.cli.generate import steering_of
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.options import (
+    Adapter,
+    Base,
+    Device,
+    DType,
+    Strength,
+    TrustRemoteCode,
+    Weights,
+)
 from svd_engine.cli.settings import parse
 
 
@@ -30,6 +38,7 @@ def chat(
         ),
     ] = None,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -38,7 +47,12 @@ def chat(
     from svd_engine.engine import SteeredEngine
 
     engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        base,
+        adapter,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
     )
     engine.steering = steering_of(engine.steering.generation, strength, alpha)
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more

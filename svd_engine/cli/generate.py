@@ -11,7 +11,15 @@ import typer
 from rich.rule import Rule
 
 from svd_engine.cli import batch, terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.options import (
+    Adapter,
+    Base,
+    Device,
+    DType,
+    Strength,
+    TrustRemoteCode,
+    Weights,
+)
 from svd_engine.cli.settings import parse
 
 if TYPE_CHECKING:
@@ -74,6 +82,7 @@ def generate(
         bool, typer.Option("--json", help="Decode one batch and write JSON lines.")
     ] = False,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -90,7 +99,12 @@ def generate(
     from svd_engine.engine import SteeredEngine
 
     engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        base,
+        adapter,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
     )
     engine.steering = steering_of(engine.steering.generation, strength, alpha)
     guesses = [_source(engine, text, dtype, trust_remote_code) for text in speculate or ()]
