@@ -25,7 +25,6 @@ from svd_engine import hub, steering_config
 from svd_engine.model import adapter_file, peft_methods
 from svd_engine.model.layers import quantised
 from svd_engine.model.pair import ModelPair
-from svd_engine.ops import cpu
 from svd_engine.utils.files import read_object
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def load_base(
     into codes, on a CPU. Raises ValueError.
     """
     _check_dtype(dtype)
-    _check_weights(weights, device)
+    quantised.check(weights, device)
     _check_device(device)
     check_base(name)
     arguments: dict = {"dtype": dtype}
@@ -177,17 +176,6 @@ def _check_dtype(dtype: str | torch.dtype) -> None:
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     if name not in ("auto", *DTYPES):
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {str(dtype)!r}.")
-
-
-def _check_weights(weights: str | None, device: str | torch.device) -> None:
-    if weights is None:
-        return
-    if weights not in quantised.BITS:
-        raise ValueError(f"weights must be {' or '.join(quantised.BITS)}; got {weights!r}.")
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"weights={weights!r} runs on the CPU; the device is {device}.")
-    if (reason := cpu.unavailable()) is not None:
-        raise ValueError(f"weights={weights!r} needs the native CPU kernels: {reason}.")
 
 
 def check_no_saved_modules(weights: str | None, adapter: Path) -> None:

@@ -16,6 +16,18 @@ BLOCK = {8: 32, 4: 64}  # elements
 GROUP = 4  # words of a block with one scale, of int4
 
 
+def check(weights: str | None, device: str | torch.device) -> None:
+    """Raise ValueError for a kind of weights that is not known, or cannot run here."""
+    if weights is None:
+        return
+    if weights not in BITS:
+        raise ValueError(f"weights must be {' or '.join(BITS)}; got {weights!r}.")
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"weights={weights!r} runs on the CPU; the device is {device}.")
+    if (reason := cpu.unavailable()) is not None:
+        raise ValueError(f"weights={weights!r} needs the native CPU kernels: {reason}.")
+
+
 def quantise(weight: Tensor, bits: int) -> Tensor:
     """Return the codes of a weight `[out, in]`, uint8 `[out, bytes]`.
 
