@@ -44,35 +44,35 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Append one token to every sequence that is not finished; return their events in order."""
-        sampling = self._request.sampling
         self._drop_finished()
         if self._logits is None:
             self._logits = self._decoder.step(self._tokens)
         logits = self._logits
-        drawn_from = self._distribution(logits)
-        self._tokens, logprob = ops.sample(
-            *drawn_from.operands,
-            **drawn_from.mask,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=self._seeds,
-            position=self._positions,
-        )
+        self._tokens, logprob, best = self._choose(logits)
         self._positions = self._positions + 1
-        best: list[TopLogprobs] | list[None] = [None] * len(self.rows)
-        if sampling.top_logprobs:
-            best = top_logprobs(sampling.top_logprobs, self._request.model, logits, drawn_from)
         fetch = start_fetch(self._tokens, logprob)
         # A decoder that overlaps the host computes the next step while the host reads the tokens.
         overlaps = self._decoder.overlaps_host and not self._ends_with_this_step()
         self._logits = self._decoder.step(self._tokens.clamp(min=0)) if overlaps else None
         tokens, logprobs = fetch()
-        if min(tokens) < 0:
-            raise not_finite(self.rows[tokens.index(min(tokens))].all_ids)
-        drawn = zip(self.rows, tokens, logprobs, best, strict=True)
-        return [s.append(token, logprob, top) for s, token, logprob, top in drawn]
+        return [self._append(*row) for row in zip(self.rows, tokens, logprobs, best, strict=True)]
+
+    def _choose(self, logits: PerModel) -> tuple[Tensor, Tensor, list[TopLogprobs | None]]:
+        """Each row's token, its log-probability, and its best tokens if they are wanted."""
+        wanted = self._request.sampling.top_logprobs
+        drawn_from = self._distribution(logits)
+        tokens, logprob = self._sample(drawn_from)
+        best: list[TopLogprobs | None] = [None] * len(self.rows)
+        if wanted:
+            best = [*top_logprobs(wanted, self._request.model, logits, drawn_from)]
+        return tokens, logprob, best
+
+    def _append(
+        self, sequence: Sequence, token: int, logprob: float, best: TopLogprobs | None
+    ) -> Event:
+        if token < 0:
+            raise not_finite(sequence.all_ids)
+        return sequence.append(token, logprob, best)
 
     def _prefill(self) -> PerModel:
         copies = self._request.sampling.num_return_sequences
@@ -117,6 +117,20 @@ class Batch:
                 "alpha=0 or a finite penalty where tokens are constrained."
             )
         return distribution.unsteered(processed)
+
+    def _sample(self, drawn_from: Distribution) -> tuple[Tensor, Tensor]:
+        """A token of each row, and its log-probability before temperature and cuts."""
+        sampling = self._request.sampling
+        return ops.sample(
+            *drawn_from.operands,
+            **drawn_from.mask,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=self._seeds,
+            position=self._positions,
+        )
 
 
 def start_fetch(*tensors: Tensor) -> Callable[[], list[list]]:

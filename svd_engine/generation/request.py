@@ -30,6 +30,11 @@ class Request:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the steered distribution itself."""
+        return self.process_logits is None
+
     def groups(self) -> Iterator[list[Sequence]]:
         """Sequences to decode together, with prompts of similar lengths.
 
