@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "integrations": {"generation", "model", "ops", "steering_config"},
     "engine": BELOW_ENGINE,
     "evaluate": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"engine", "evaluate", "training"},
+    "serve": {"engine", "generation", "steering_config"},
+    "cli": BELOW_ENGINE | {"engine", "evaluate", "serve", "training"},
 }
 KNOW_PEFT = {"model", "training", "integrations"}
 

@@ -14,6 +14,7 @@ from svd_engine.cli.calibrate import calibrate
 from svd_engine.cli.evaluate import app as evaluate
 from svd_engine.cli.generate import generate
 from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
+from svd_engine.cli.serve import serve
 from svd_engine.cli.train import warm_start
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("warm-start")(warm_start)
 app.command("calibrate")(calibrate)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.add_typer(evaluate, name="evaluate")
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 

@@ -70,6 +70,11 @@ class Scheduler:
         """Number of prompts that wait."""
         return len(self._waiting)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests."""
+        return not self._is_closed and self._thread.is_alive()
+
     def submit(self, request: Request) -> Stream:
         """Let a request wait for its turn. Raises ValueError for one that would never fit."""
         stream = Stream(request)
@@ -77,7 +82,7 @@ class Scheduler:
         for arrival in arrivals:
             self.limits.check(len(arrival.rows), arrival.slots)
         with self._changed:
-            if self._is_closed or not self._thread.is_alive():
+            if not self.is_open:
                 raise ClosedError("the engine was closed, or made before this process was forked.")
             if self.waiting + len(arrivals) > self.limits.waiting:
                 raise BusyError(f"{self.waiting} prompts wait already; try again later.")
