@@ -17,6 +17,7 @@ SUITES = {
     "cpu_start": "engine/test_start.py",
     "cpu_engine": "engine/test_engine.py",
     "cpu_step": "engine/test_step.py",
+    "cpu_methods": "engine/test_methods.py",
 }
 QUICK = "test_token or test_step or test_start or test_batch or host_overhead or 151936-1- "
 QUICK += "or 151936-32-"

@@ -13,7 +13,7 @@ parser.add_argument("base", nargs="?", default="smollm2", help='folder, Hub name
 arguments = parser.parse_args()
 
 engine = SteeredEngine.from_pretrained(arguments.base, arguments.adapter)
-if engine.steering is None:  # the adapter has not been calibrated
+if engine.steering.generation is None:  # the adapter has not been calibrated
     engine.steering = SteeringConfig(strength=-4.0)
 
 prompts = ["Q: Will it rain tomorrow?\nA:", "Q: What causes thunder?\nA:"]

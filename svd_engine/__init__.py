@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svd_engine.engine import Completion as Completion
     from svd_engine.engine import Event as Event
+    from svd_engine.engine import Score as Score
     from svd_engine.engine import SteeredEngine as SteeredEngine
     from svd_engine.integrations.hugging_face import (
         SteeringLogitsProcessor as SteeringLogitsProcessor,
     )
     from svd_engine.integrations.hugging_face import steered_generate as steered_generate
+    from svd_engine.steering_config import Steering as Steering
     from svd_engine.steering_config import SteeringConfig as SteeringConfig
 
 __version__ = "0.2.0"
@@ -21,7 +23,9 @@ __version__ = "0.2.0"
 _EXPORTS = {
     "Completion": "svd_engine.engine",
     "Event": "svd_engine.engine",
+    "Score": "svd_engine.engine",
     "SteeredEngine": "svd_engine.engine",
+    "Steering": "svd_engine.steering_config",
     "SteeringConfig": "svd_engine.steering_config",
     "SteeringLogitsProcessor": "svd_engine.integrations.hugging_face",
     "steered_generate": "svd_engine.integrations.hugging_face",

@@ -1,48 +1,51 @@
 """Steered generation: arguments in, completions, events, scores and a strength out."""
 
+import math
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
 import torch
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from svd_engine import loading, ops
+from svd_engine import hub, loading, ops
+from svd_engine.calibration import text_check
 from svd_engine.calibration.calibrate import calibrate
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
-from svd_engine.generation import logits_processors, scoring
+from svd_engine.data.tokenization import as_list
+from svd_engine.generation import (
+    constrained,
+    logits_processors,
+    passages,
+    scoring,
+)
+from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
 from svd_engine.generation.limits import Limits
 from svd_engine.generation.options import GenerateOptions, SamplingOptions
-from svd_engine.generation.outputs import Completion, Event
+from svd_engine.generation.outputs import Completion, Event, Score
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scheduler import Scheduler
 from svd_engine.generation.stream import Stream
 from svd_engine.model import cuda_graphs
-from svd_engine.model.pair import (
-    Decoder,
-    ModelPair,
-    SequentialRunner,
-    adapted_runner,
-    base_runner,
-    pair_models,
-)
-from svd_engine.model.peft_adapter import Adapter
-from svd_engine.model.probe import check as check_pair
-from svd_engine.steering_config import SteeringConfig
+from svd_engine.model.models import Models
+from svd_engine.model.pair import Decoder, ModelPair, PairedRunner
+from svd_engine.steering_config import Steering, SteeringConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["Completion", "Event", "SteeredEngine"]
+__all__ = ["Completion", "Event", "Score", "SteeredEngine"]
 MODELS = ("steered", "adapted", "base")
 
 
@@ -51,7 +54,9 @@ class SteeredEngine:
 
     model: a PEFT causal language model with one active adapter; it is not changed. The engine
     shares its base weights and copies its adapter, and refuses to decode once either has changed.
-    steering: None decodes the adapted model alone; it may be set anew between calls.
+    Other pairs come from `from_checkpoints` and `from_model`.
+    steering: a strength for both uses, or a `Steering` with one for generation and one for ranking;
+    None decodes the adapted model alone. It may be set anew between calls.
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
     cuda_graphs: on a GPU, replay decode steps from CUDA graphs.
@@ -62,19 +67,23 @@ class SteeredEngine:
 
     def __init__(
         self,
-        model: "PeftModel",
+        model: "PeftModel | Models",
         tokenizer: PreTrainedTokenizerBase | None = None,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         pairing: str = "auto",
         cuda_graphs: bool = True,
         probe: bool = True,
     ) -> None:
-        self._adapter = adapter = Adapter.read(model)
-        self.model, self.tokenizer = model, tokenizer
-        self.inputs = Inputs(adapter.base_model, tokenizer, adapter.virtual_tokens)
-        self._pair = pair_models(adapter, pairing)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            raise ValueError(f"tokenizer must be one of transformers; got {tokenizer!r}.")
+        self._models = models = model if isinstance(model, Models) else Models.of_peft(model)
+        self._adapter_name = models.adapted.name
+        self.model, self.tokenizer = models.model, tokenizer
+        adapted, base = models.adapted, models.base
+        self.inputs = Inputs(adapted.base_model, tokenizer, adapted.virtual_tokens, base.base_model)
+        self._pair = models.pair(pairing)
         if probe:
-            check_pair(self._pair, adapter, model)
+            models.probe(self._pair)
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
         self._cuda_graphs = cuda_graphs
@@ -82,16 +91,16 @@ class SteeredEngine:
         self.limits = Limits()
         self._scheduler: Scheduler | None = None
         self._starting = threading.Lock()
-        self._steering: SteeringConfig | None = None
+        self._steering = Steering()
         self.steering = steering
 
     @classmethod
     def from_pretrained(
         cls,
-        base: str | Path,
-        adapter: str | Path,
+        base: str | Path | None = None,
+        adapter: str | Path | None = None,
         *,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
         pairing: str = "auto",
@@ -101,19 +110,88 @@ class SteeredEngine:
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
-        base: a folder, a Hub name or "smollm2". Without steering the engine decodes the adapted
-        model alone until `steering` is set. A tokenizer or chat template beside the adapter is used
-        where its vocabulary fits the base; the log says so. trust_remote_code: run Python code that
-        comes with the base.
+        `from_pretrained(adapter)`, or `(base, adapter)` for another base than the adapter names.
+        Each is a folder or a Hub name, a base also "smollm2". Without steering the engine decodes
+        the adapted model alone until `steering` is set. A tokenizer or chat template beside the
+        adapter is used where its vocabulary fits the base; the log says so. trust_remote_code: run
+        Python code that comes with the base. Raises ValueError.
         """
+        given = [name for name in (base, adapter) if name is not None]
+        if not given:
+            raise ValueError("give the folder or the Hub name of an adapter.")
+        folder = hub.adapter_folder(given[-1])
+        base = loading.base_of(folder, given[0] if len(given) > 1 else None)
+        if steering is None and loading.has_steering(folder):
+            steering = Steering.from_pretrained(folder)
         model, tokenizer = loading.load_base(
             base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-        peft_model = loading.load_adapter(model, adapter)
-        tokenizer = loading.adapter_tokenizer(adapter, model, tokenizer)
-        if steering is None and loading.has_steering(adapter):
-            steering = SteeringConfig.from_pretrained(adapter)
-        return cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
+        peft_model = loading.load_adapter(model, folder)
+        tokenizer = loading.adapter_tokenizer(folder, model, tokenizer)
+        engine = cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
+        engine._adapter_name = str(given[-1])
+        return engine
+
+    def __repr__(self) -> str:
+        pairing = "paired" if isinstance(self._pair, PairedRunner) else "sequential"
+        return (
+            f"SteeredEngine({self._models.describe(self._adapter_name)}, pairing={pairing!r}, "
+            f"step={self.step!r}, steering={self.steering.describe()})"
+        )
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        adapted: str | Path | PreTrainedModel,
+        base: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        steering: Steering | SteeringConfig | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        cuda_graphs: bool = True,
+        probe: bool = True,
+        trust_remote_code: bool = False,
+    ) -> "SteeredEngine":
+        """Pair two models over one vocabulary, such as a full fine-tune and what it began from.
+
+        adapted, base: models, or folders, Hub names or "smollm2", which are loaded. tokenizer: by
+        default the adapted checkpoint's. Steering comes from beside it, unless given. Each token
+        takes a pass of each model. Raises ValueError, for two vocabularies too.
+        """
+        how: dict[str, Any] = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        adapted_model, own = loading.loaded("adapted", adapted, **how)
+        base_model, other = loading.loaded("base", base, **how)
+        if own is not None and other is not None:
+            loading.check_one_vocabulary(own, other, adapted_model)
+        if steering is None and isinstance(adapted, str | Path) and loading.has_steering(adapted):
+            steering = Steering.from_pretrained(adapted)
+        models = Models.of_two(adapted_model, base_model)
+        return cls(models, tokenizer or own, steering, "auto", cuda_graphs, probe)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        steering: Steering | SteeringConfig | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        cuda_graphs: bool = True,
+        probe: bool = True,
+        trust_remote_code: bool = False,
+    ) -> "SteeredEngine":
+        """Steer one model by the difference between two prompts, which `generate` takes.
+
+        model: a model, or a folder, Hub name or "smollm2", which is loaded. Both prompts are read
+        as one batch, through each weight once. With `direction="difference"` and `alpha=0` in the
+        steering this is classifier-free guidance, of scale 1 - strength. Raises ValueError.
+        """
+        loaded, own = loading.loaded(
+            "model", model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        return cls(Models.of_one(loaded), tokenizer or own, steering, "auto", cuda_graphs, probe)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -122,14 +200,15 @@ class SteeredEngine:
         )
 
     @property
-    def steering(self) -> SteeringConfig | None:
+    def steering(self) -> Steering:
+        """The steering of each use: `generate` and `stream` take one, `score` the other."""
         return self._steering
 
     @steering.setter
-    def steering(self, value: SteeringConfig | None) -> None:
-        if value is not None:
-            value.check_vocabulary(self.inputs.vocab_size)
-        self._steering = value
+    def steering(self, value: Steering | SteeringConfig | None) -> None:
+        steering = Steering.of(value)
+        steering.check_vocabulary(self.inputs.vocab_size)
+        self._steering = steering
 
     @property
     def step(self) -> str:
@@ -138,8 +217,8 @@ class SteeredEngine:
 
     @property
     def pair(self) -> ModelPair:
-        """The adapted and the base model. Raise ValueError if the PEFT model has changed."""
-        self._adapter.state.check()
+        """The adapted and the base model. Raise ValueError if one has changed."""
+        self._models.check()
         return self._pair
 
     def generate(
@@ -152,6 +231,8 @@ class SteeredEngine:
         """Complete prompts or chats: one `Completion` per prompt and sequence, in order.
 
         prompts: text or token ids, one or a ragged batch; or messages=, a conversation or several.
+        contrast=: what the base reads in the place of the prompts, in the same form, one for all or
+        one per prompt; an engine of `from_model` needs it to steer.
         model="steered", "adapted" or "base": the last two decode that model only.
         steering=: instead of the engine's. generation_config=, and the fields of `SamplingParams`
         and do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p,
@@ -218,7 +299,11 @@ class SteeredEngine:
 
         batch_sizes: rows of the requests to come; max_length: their tokens, prompt and completion.
         """
-        _, pair, _ = self._decoded(None)
+        _, pair, _ = self._decoded("generation", None)
+        batch_sizes = [
+            count("batch_sizes", rows, 1) for rows in as_list(batch_sizes, "batch_sizes")
+        ]
+        count("max_length", max_length, 1)
         with self._lock.hold():
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
@@ -229,23 +314,44 @@ class SteeredEngine:
                     decoder.prefill([[0]] * rows, 1)
                     decoder.step(torch.zeros(rows, dtype=torch.int64, device=decoder.device))
 
+    @overload
+    def score(
+        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
+        penalty: float = 0.0, model: str | None = None, details: Literal[False] = False,
+    ) -> list[float]: ...  # fmt: skip
+    @overload
+    def score(
+        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
+        penalty: float = 0.0, model: str | None = None, details: Literal[True],
+    ) -> list[Score]: ...  # fmt: skip
     def score(
         self,
-        prompt: Prompt,
-        continuations: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        continuations: Prompt | Sequence[Prompt] | None = None,
         *,
+        messages: Any = None,
         penalty: float = 0.0,
         model: str | None = None,
-    ) -> list[float]:
-        """log P of each continuation of the prompt, in nats, under the distribution decoded.
+        details: bool = False,
+    ) -> list[float] | list[Score]:
+        """log P of continuations, in nats, with the strength for ranking.
 
-        penalty 0 leaves tokens off the support as they are, so that an answer is not ranked by how
-        many of its tokens fall outside.
+        prompts: one, with one continuation or several; or a list, with one continuation for each.
+        messages=: a conversation or several, in their place. Without continuations, the prompts
+        themselves are scored after their first token. penalty 0 leaves tokens off the support as
+        they are, so that an answer is not ranked by how many of its tokens fall outside. details:
+        return `Score`s: token ids, their log-probabilities, and whether greedy decoding would
+        write them. Raises ValueError before any work.
         """
-        passages = self.inputs.passages(prompt, continuations)
-        _, pair, steering = self._decoded(model)
+        found = passages.collect(self.inputs, prompts, continuations, messages)
+        name, pair, steering = self._decoded("ranking", model)
+        if name == "steered":
+            self._refuse_one("score")
+        replace(steering, penalty=penalty)  # checks it
         with self._lock.hold():
-            return scoring.score(pair, passages, steering, penalty)
+            if details:
+                return scoring.detailed(pair, found, steering, penalty)
+            return scoring.score(pair, found, steering, penalty)
 
     def calibrate(
         self,
@@ -255,49 +361,82 @@ class SteeredEngine:
         progress: bool = False,
         **options: Unpack[CalibrationKeywords],
     ) -> CalibrationReport:
-        """Fit the strength to examples and steer with it.
+        """Fit the strength of one use to examples and steer with it; the other use's stays.
 
         examples: mappings with `prompt` and `completion`, and `rejected` to fit right against wrong
-        answers, each text or token ids. options: objective, estimator, hessian, alpha (one or
+        answers, each text or token ids. options: use, objective, estimator, hessian, alpha (one or
         several), length_normalised, direction, folds and seed; see `CalibrationOptions`. If the
-        interval of the held-out gain does not lie above 0, the strength is set to 0, unless forced.
+        verdict is not "use it", the strength is set to 0, unless forced. For generation the report
+        holds a few greedy texts at the strength.
         `svd_engine.calibration.save` keeps the result beside the adapter. Raises ValueError.
         """
+        self._refuse_one("calibrate")
         answers = Answers(example_files.encode(examples, self.tokenizer, self.inputs.vocab_size))
         places = [example_files.place(example, i) for i, example in enumerate(examples)]
         self.inputs.check_passages(answers.passages, [places[i] for i in answers.example_of()])
         checked = CalibrationOptions.checked(answers, **options)
         with self._lock.hold():
             report = calibrate(self.pair, answers, checked, progress)
-        self.steering = report.to_steering_config(
+        config = report.to_steering_config(
             force=force,
             data_sha256=example_files.fingerprint(examples),
             vocab_size=self.inputs.vocab_size,
-            base_model=str(self.model.get_base_model().name_or_path),
+            base_model=str(self._models.base_model.name_or_path),
             base_revision=getattr(self.model.config, "_commit_hash", None),
         )
+        self.steering = replace(self.steering, **{report.use: config})
+        if report.use == "generation" and report.strength:
+            tried = SteeringConfig(report.strength, report.alpha, direction=report.direction)
+            prompts = [answers.passages[right[0]].prompt for right in answers.right]
+            roomy = [ids for ids in prompts if self.inputs.has_room(len(ids), text_check.TOKENS)]
+            if roomy:
+                first = roomy[: text_check.PROMPTS]
+                report.texts = text_check.check(self.generate, first, tried)
         return report
 
     def _decoded(
-        self, model: str | None, steering: SteeringConfig | None = None
+        self, use: str, model: str | None, steering: Steering | SteeringConfig | None = None
     ) -> tuple[str, ModelPair, SteeringConfig]:
         """Return which model is decoded, its runners and its steering (0 for a single model)."""
         if steering is not None and model not in (None, "steered"):
             raise ValueError(f"model={model!r} is decoded un-steered; leave out steering.")
-        steering = steering or self.steering
-        model = model or ("adapted" if steering is None else "steered")
-        if model not in MODELS:
+        uses = (self.steering if steering is None else Steering.of(steering)).uses()
+        model = model or ("steered" if use in uses else "adapted")
+        if not isinstance(model, str) or model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}.")
         if model == "steered":
-            if steering is None:
-                raise ValueError("model='steered' needs engine.steering; set it or calibrate.")
-            steering.check_vocabulary(self.inputs.vocab_size)
-            return model, self.pair, steering
-        self._adapter.state.check()
+            if use not in uses:
+                raise ValueError(
+                    f"model='steered' needs engine.steering with a strength for {use}; set it or "
+                    "calibrate."
+                )
+            uses[use].check_vocabulary(self.inputs.vocab_size)
+            return model, self.pair, uses[use]
+        self._models.check()
         if model not in self._single:
-            runner = adapted_runner if model == "adapted" else base_runner
-            self._single[model] = SequentialRunner(runner(self._adapter))
+            self._single[model] = self._models.single(model)
         return model, self._single[model], SteeringConfig(0.0, alpha=0.0)
+
+    def _refuse_one(self, call: str) -> None:
+        if self._models.is_one:
+            raise ValueError(
+                f"{call} needs two models, since its examples have one prompt each. Use "
+                "SteeredEngine(peft_model) or from_checkpoints."
+            )
+
+    def _contrast(
+        self, contrast: Any, are_messages: bool, count: int, model: str
+    ) -> list[list[int]] | None:
+        if contrast is not None:
+            if model != "steered":
+                raise ValueError(f"contrast is for steering; model={model!r} is decoded alone.")
+            return self.inputs.contrast(contrast, are_messages, count)
+        if model == "steered" and self._models.is_one:
+            raise ValueError(
+                "contrast is missing: one model is steered by a second prompt. Give contrast=, or "
+                "model='adapted' to decode un-steered."
+            )
+        return None
 
     def _decoder(self, pair: ModelPair) -> Decoder:
         if not self._cuda_graphs:
@@ -322,8 +461,9 @@ class SteeredEngine:
         /,
         *,
         messages: Any = None,
+        contrast: Any = None,
         model: str | None = None,
-        steering: SteeringConfig | None = None,
+        steering: Steering | SteeringConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         batch_size: int = 32,
         **options: Unpack[SamplingOptions],
@@ -331,14 +471,22 @@ class SteeredEngine:
         """Validate all arguments and build the request."""
         sampling = SamplingParams.from_arguments(**options)
         prompt_ids = self.inputs.prompts(prompts, messages)
-        sequences = self.inputs.sequences(prompt_ids, sampling, is_streamed=is_streamed)
-        name, pair, steering = self._decoded(model, steering)
+        name, pair, config = self._decoded("generation", model, steering)
+        other_ids = self._contrast(contrast, messages is not None, len(prompt_ids), name)
+        sequences = self.inputs.sequences(
+            prompt_ids, sampling, is_streamed=is_streamed, contrast=other_ids
+        )
+        deadline = (
+            math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
+        )
         return Request(
             decoder=self._decoder(pair),
-            steering=steering,
+            steering=config,
             sampling=sampling,
             sequences=sequences,
-            process_logits=logits_processors.build(sampling.repetition_penalty, logits_processor),
+            process_logits=logits_processors.build(logits_processor, sampling.repetition_penalty),
+            constrain=constrained.build(sampling, sequences),
+            deadline=deadline,
             model=name,
             batch_size=batch_size,
         )

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -20,9 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
-from svd_engine import steering_config
+from svd_engine import hub, steering_config
 from svd_engine.model import adapter_file, peft_methods
 from svd_engine.utils.files import read_object
 
@@ -62,8 +61,7 @@ def load_base(
     """
     _check_dtype(dtype)
     _check_device(device)
-    if Path(name).is_file():
-        raise ValueError(f"base {str(name)!r} is a file; give the folder of a checkpoint.")
+    check_base(name)
     arguments: dict = {"dtype": dtype}
     folder, tokenizer_arguments = str(name), {}
     if str(name) == SMOLLM2:
@@ -81,16 +79,77 @@ def load_base(
             **tokenizer_arguments,
         }
     _check_files(Path(folder))
-    trust: dict = {"trust_remote_code": trust_remote_code}
+    away = None if Path(folder).is_dir() else hub.why_unreachable(folder)
+    both: dict = {"trust_remote_code": trust_remote_code, "local_files_only": away is not None}
     try:
         with _parsed_once() if tokenizer_arguments else nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_arguments, **trust)
-            model = AutoModelForCausalLM.from_pretrained(folder, **arguments, **trust)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_arguments, **both)
+            model = AutoModelForCausalLM.from_pretrained(folder, **arguments, **both)
     except Exception as error:  # of any kind, where a value in the files is wrong
-        raise ValueError(f"base {str(name)!r} cannot be loaded: {_reason(error)}") from error
+        reason = f"it is not here, and the Hub does not give it: {away}" if away else _reason(error)
+        raise ValueError(f"base {str(name)!r} cannot be loaded: {reason}") from error
     model.name_or_path = str(name)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def loaded(
+    what: str, model: str | Path | PreTrainedModel, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Return a model as it is, without a tokenizer; load what has a name with `load_base`."""
+    if isinstance(model, PreTrainedModel):
+        return model, None
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"{what} must be a folder, a Hub name or a model of transformers; got a "
+            f"{type(model).__name__}. For a PeftModel: SteeredEngine(peft_model)."
+        )
+    return load_base(model, **options)
+
+
+def check_base(name: str | Path) -> None:
+    """Raise ValueError for a base that is a file, or is meant as a folder and does not exist."""
+    hub.check_name("base", name)
+    if Path(name).is_file():
+        raise ValueError(f"base {str(name)!r} is a file; give the folder of a checkpoint.")
+    if hub.is_path(name) and not Path(name).is_dir():
+        raise ValueError(f"base {str(name)!r} cannot be loaded: there is no such folder.")
+
+
+def base_of(adapter: str | Path, base: str | Path | None = None) -> str:
+    """The base to load: `base`, or else the one that the adapter or its steering file names.
+
+    Another base than that is logged. Raises ValueError where there is none.
+    """
+    folder = hub.adapter_folder(adapter)
+    named = _named(folder / "adapter_config.json", "base_model_name_or_path")
+    if named is None and has_steering(folder):
+        named = _named(folder / steering_config.FILE_NAME, "base_model")
+    if base is not None:
+        hub.check_name("base", base)
+    else:
+        if named is None:
+            raise ValueError(
+                f"adapter {str(adapter)!r} does not name its base; give base (--base)."
+            )
+        try:
+            check_base(named)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} {adapter} names it; give another as base (--base)."
+            ) from error
+        return named
+    if named is not None and Path(named).name.lower() != Path(base).name.lower():
+        logger.warning("The adapter names the base %s; %s is used (%s).", named, base, adapter)
+    return str(base)
+
+
+def _named(path: Path, key: str) -> str | None:
+    """The model that a file names."""
+    name = read_object(path, "a configuration").get(key)
+    if not isinstance(name, str | None):
+        raise ValueError(f"{path}: {key} must be text; got {name!r}.")
+    return name or None
 
 
 def _fast_dtype(device: str | torch.device) -> torch.dtype:
@@ -111,7 +170,7 @@ def _check_device(device: str | torch.device) -> None:
     """Raise ValueError unless tensors can be made on the device."""
     try:
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"device {str(device)!r} is not available: {_first_line(error)} "
             "Give cpu, or see svd-engine env."
@@ -150,23 +209,15 @@ def _parsed_once() -> Iterator[None]:
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     """Load the adapter in a folder or Hub repository on top of `model`. Raises ValueError."""
-    path = Path(folder)
-    if path.is_file():
-        raise ValueError(f"adapter {str(path)!r} is a file; give the folder of an adapter.")
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"adapter {str(path)!r} has no adapter_config.json. Train one: svd-engine warm-start."
-        )
-    if not path.is_dir() and (path.is_absolute() or str(folder).startswith((".", "~"))):
-        raise ValueError(f"adapter {str(path)!r} does not exist. Train one: svd-engine warm-start.")
+    path = hub.adapter_folder(folder)
     _check_files(path)
     try:
-        config = adapter_file.read_config(folder)
+        config = adapter_file.read_config(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"adapter {str(folder)!r} cannot be loaded: {error}") from error
     peft_methods.check({str(folder): config})
     try:
-        return adapter_file.load(model, folder, config)
+        return adapter_file.load(model, path, config)
     except Exception as error:  # of any kind, where a value in the files is wrong
         raise ValueError(
             f"adapter {str(folder)!r} does not fit the base {model.name_or_path!r} "
@@ -183,9 +234,10 @@ def adapter_tokenizer(
     The adapter was trained with it. It is left aside where its vocabulary does not fit the base;
     either is logged. A chat template alone goes with the base's tokenizer.
     """
-    template = _beside(folder, "chat_template.jinja")
-    if _beside(folder, "tokenizer_config.json") is None:
-        if template is None:
+    path = hub.adapter_folder(folder)
+    template = path / "chat_template.jinja"
+    if not (path / "tokenizer_config.json").is_file():
+        if not template.is_file():
             return tokenizer
         tokenizer = copy.deepcopy(tokenizer)
         try:
@@ -195,7 +247,7 @@ def adapter_tokenizer(
         logger.warning("The chat template beside the adapter is used (%s).", folder)
         return tokenizer
     try:
-        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        own = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         reason = _misfit(own, tokenizer, model.config.get_text_config().vocab_size)
     except Exception as error:  # libraries raise what they like for a broken file
         reason = f"it cannot be loaded: {_first_line(error)}"
@@ -212,16 +264,13 @@ def adapter_tokenizer(
     return own
 
 
-def _beside(folder: str | Path, name: str) -> Path | None:
-    """Find a file in the adapter's folder or Hub repository."""
-    found = cached_file(
-        str(folder),
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
+def check_one_vocabulary(
+    adapted: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    """Raise ValueError unless a token of the base has one id; the adapted may have added some."""
+    reason = _misfit(adapted, base, model.config.get_text_config().vocab_size)
+    if reason is not None:
+        raise ValueError(f"adapted and base must have one vocabulary: of the adapted, {reason}.")
 
 
 def _misfit(

@@ -1,4 +1,7 @@
-"""SteeringConfig: how to steer, stored as `steering_config.json` beside `adapter_config.json`."""
+"""SteeringConfig: how to steer; Steering: one for each use, kept as `steering_config.json`.
+
+The file lies beside `adapter_config.json`.
+"""
 
 import json
 import math
@@ -10,6 +13,7 @@ from svd_engine.ops import checks
 from svd_engine.utils.files import read_object, write_text
 
 FILE_NAME = "steering_config.json"
+USES = ("generation", "ranking")  # what texts are decoded with, and what answers are scored with
 TEXTS = (
     "objective", "estimator", "verdict", "data_sha256", "base_model", "base_revision",
     "svd_engine_version",
@@ -53,12 +57,77 @@ class SteeringConfig:
             if not isinstance(value, str | None):
                 raise ValueError(f"{name} must be text; got {value!r}.")
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the file into an adapter's folder, for both uses, and return its path."""
+        return Steering(self, self).save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SteeringConfig":
+        """Read the steering of generation, as `Steering.from_pretrained` does that of both uses."""
+        config = Steering.from_pretrained(folder).generation
+        if config is None:
+            raise ValueError(
+                f"{Path(folder) / FILE_NAME} holds no strength for generation. Write one with "
+                "`svd-engine calibrate --use generation`."
+            )
+        return config
+
+    def fits(self, vocab_size: int | None) -> bool:
+        """Whether the strength may serve a model of this vocabulary, as far as both are known."""
+        return None in (self.vocab_size, vocab_size) or self.vocab_size == vocab_size
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if the strength was calibrated for another vocabulary."""
+        if not self.fits(vocab_size):
+            raise ValueError(
+                f"{FILE_NAME} was calibrated for a vocabulary of {self.vocab_size} tokens; the "
+                f"model has {vocab_size}. Calibrate again with this model."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """One steering for each use. A use without one decodes the adapted model alone."""
+
+    generation: SteeringConfig | None = None
+    ranking: SteeringConfig | None = None
+
+    @classmethod
+    def of(cls, value: "Steering | SteeringConfig | None") -> "Steering":
+        """Return a steering of both uses; a `SteeringConfig` serves both. Raises ValueError."""
+        if isinstance(value, SteeringConfig):
+            return cls(value, value)
+        if value is not None and not isinstance(value, Steering):
+            raise ValueError(
+                f"steering must be a SteeringConfig or a Steering; got {value!r}. For a strength "
+                "alone: SteeringConfig(strength=-4.0)."
+            )
+        return value or cls()
+
+    def uses(self) -> dict[str, SteeringConfig]:
+        """The steering of every use that has one."""
+        found = {use: getattr(self, use) for use in USES}
+        return {use: config for use, config in found.items() if config is not None}
+
+    def describe(self) -> str:
+        """Say strength and alpha of each use, for a `repr`."""
+        found = {u: f"(strength={x.strength}, alpha={x.alpha})" for u, x in self.uses().items()}
+        if len(found) == len(USES) and len(set(found.values())) == 1:
+            return found[USES[0]]
+        return ", ".join(f"{use} {text}" for use, text in found.items()) or "None"
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if a strength was calibrated for another vocabulary."""
+        for config in self.uses().values():
+            config.check_vocabulary(vocab_size)
+
     def to_json(self) -> str:
-        """The text of the file."""
-        known = {k: v for k, v in asdict(self).items() if v is not None}
-        if known["penalty"] == -math.inf:
-            known["penalty"] = "-inf"  # JSON has no infinity
-        return json.dumps(known, indent=2) + "\n"
+        """The text of the file: one object for both uses if they are the same, else one each."""
+        if not self.uses():
+            raise ValueError("there is no strength to write; calibrate first.")
+        values = {use: _plain(config) for use, config in self.uses().items()}
+        kept = values["generation"] if self.generation == self.ranking else values
+        return json.dumps(kept, indent=2) + "\n"
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the file into an adapter's folder and return its path."""
@@ -67,8 +136,11 @@ class SteeringConfig:
         return path
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "SteeringConfig":
-        """Read the file from a folder, or from a Hub repository if no such folder exists."""
+    def from_pretrained(cls, folder: str | Path) -> "Steering":
+        """Read the file from a folder, or from a Hub repository if no such folder exists.
+
+        One object without uses serves both; one that was fitted to rank serves only ranking.
+        """
         path = Path(folder) / FILE_NAME
         if not Path(folder).is_dir():
             from huggingface_hub import hf_hub_download
@@ -77,25 +149,34 @@ class SteeringConfig:
         if not path.is_file():
             raise ValueError(f"{path} does not exist. Write it with `svd-engine calibrate`.")
         values = read_object(path, "a steering configuration")
-        if values.get("penalty") == "-inf":
-            values["penalty"] = -math.inf
         try:
-            if values.get("interval") is not None:
-                values["interval"] = tuple(values["interval"])
-            if "projection" in values:  # of files from before there was a direction
-                values.setdefault("direction", _direction(values["projection"]))
-            known = {field.name for field in fields(cls)}
-            return cls(**{k: v for k, v in values.items() if k in known})
+            if values.keys() & set(USES):
+                return cls(**{use: _config(values[use]) for use in USES if use in values})
+            config = _config(values)
+            return cls(None if config.objective == "ranking" else config, config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a steering configuration: {error}") from error
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise ValueError if the strength was calibrated for another vocabulary."""
-        if self.vocab_size is not None and self.vocab_size != vocab_size:
-            raise ValueError(
-                f"{FILE_NAME} was calibrated for a vocabulary of {self.vocab_size} tokens; the "
-                f"model has {vocab_size}. Calibrate again with this model."
-            )
+
+def _plain(config: SteeringConfig) -> dict[str, Any]:
+    known = {k: v for k, v in asdict(config).items() if v is not None}
+    if known["penalty"] == -math.inf:
+        known["penalty"] = "-inf"  # JSON has no infinity
+    return known
+
+
+def _config(values: Any) -> SteeringConfig:
+    if not isinstance(values, dict):
+        raise ValueError(f"a strength is an object; got {values!r}.")
+    values = dict(values)
+    if values.get("penalty") == "-inf":
+        values["penalty"] = -math.inf
+    if values.get("interval") is not None:
+        values["interval"] = tuple(values["interval"])
+    if "projection" in values:  # of files from before there was a direction
+        values.setdefault("direction", _direction(values["projection"]))
+    known = {field.name for field in fields(SteeringConfig)}
+    return SteeringConfig(**{k: v for k, v in values.items() if k in known})
 
 
 def _direction(projection: Any) -> str:

@@ -354,9 +354,27 @@ BY_FILE = {
     "svd_engine/model/adapter_layers.py": [
         ("return x.shape[0] // 2 if self.paired else 0", "return 0", f"{GENERATE} ragged"),
         (
-            "scaled = (up.weight.detach() * scale).contiguous()",
-            "scaled = up.weight.detach().contiguous()",
-            f"{GENERATE} ragged",
+            "return Halves(base, adapted)",
+            "return adapted",
+            "tests/model/test_peft_adapter.py -k many_methods",
+        ),
+    ],
+    "svd_engine/model/adapter_terms.py": [
+        ("_copy(up * scale), up_bias)", "_copy(up), up_bias)", f"{GENERATE} ragged"),
+        (
+            "return (dora.weight / norm)",
+            "return dora.weight",
+            "tests/model/test_peft_adapter.py -k many_methods",
+        ),
+        (
+            "return plain if type(plain) is type(base) and error < MERGED else None",
+            "return base",
+            "tests/model/test_peft_adapter.py -k many_methods",
+        ),
+        (
+            "        if not norm.all():",
+            "        if False:",
+            "tests/model/test_peft_adapter.py -k magnitude",
         ),
     ],
     "svd_engine/model/kv_cache.py": [
@@ -382,13 +400,13 @@ BY_FILE = {
     ],
     "svd_engine/calibration/calibrate.py": [
         (
-            "strength = fitted.estimate(inside)",
-            "strength = fitted.estimate(inside | outside)",
+            "strength = chosen.estimate(inside)",
+            "strength = chosen.estimate(inside | outside)",
             f"{CALIBRATE} held_out",
         ),
         (
-            "fitted = best_fit(fits, fold, inside)",
-            "fitted = best_fit(fits, fold, inside | outside)",
+            "chosen = best_fit(fitted, fold, inside)",
+            "chosen = best_fit(fitted, fold, inside | outside)",
             f"{CALIBRATE} held_out",
         ),
         (
@@ -399,8 +417,8 @@ BY_FILE = {
     ],
     "svd_engine/calibration/cross_validation.py": [
         (
-            "sum(f.loss_of_fit(among & ~part, part)",
-            "sum(f.loss_of_fit(among, part)",
+            "self.nearest(among & ~part if",
+            "self.nearest(among if",
             f"{CALIBRATE} held_out",
         ),
     ],

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from svd_engine import SteeringConfig, loading
-from tests.tiny import tiny_peft
+from svd_engine import SteeredEngine, SteeringConfig, loading
+from tests.tiny import tiny_base, tiny_peft
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +26,15 @@ def test_operators():
     for snippet in snippets("docs/operators.md"):
         exec(snippet, names)
     assert names["nats"].shape == (64,)
+
+
+def test_the_engine_decodes(words, capsys):
+    engine = SteeredEngine(tiny_peft(), words, SteeringConfig(-2.0))
+    plain = dict(plain_model=tiny_base("llama"), tokenizer=words)
+    names = dict(engine=engine, prompts=["w005", "w017 w040"], **plain)
+    for snippet in snippets("docs/engine.md"):
+        exec(snippet, names)
+    assert len(names["best"]) == 4 and capsys.readouterr().out
 
 
 def test_the_three_loops_agree():
@@ -50,7 +59,7 @@ def test_the_readme_runs_after_the_demo(tiny_folder, tmp_path, monkeypatch, caps
     demo = tmp_path / "runs" / "demo"
     shutil.copytree(tiny_folder / "base", tmp_path / "smollm2")
     shutil.copytree(tiny_folder / "adapter", demo / "adapter")
-    SteeringConfig(-1.0).save_pretrained(demo / "adapter")
+    SteeringConfig(-1.0, base_model="smollm2").save_pretrained(demo / "adapter")
     examples = [
         dict(prompt=f"w{i:03} w017", completion="w033 w005", rejected=["w101", "w200 w004"])
         for i in range(5, 11)
@@ -61,7 +70,7 @@ def test_the_readme_runs_after_the_demo(tiny_folder, tmp_path, monkeypatch, caps
     names = {}
     exec(snippets("README.md")[0], names)
     assert names["report"].examples == len(examples)
-    assert names["engine"].steering == SteeringConfig(strength=-4.0, alpha=0.1)
+    assert names["engine"].steering.ranking == SteeringConfig(strength=-4.0, alpha=0.1)
     assert names["completion"].text in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from svd_engine import SteeredEngine, SteeringConfig, loading
+from svd_engine import SteeredEngine, SteeringConfig, hub, loading
 from svd_engine.data.tokenization import encode_chat
 from tests.data import forms
 from tests.tiny import VOCAB
@@ -138,3 +138,92 @@ def test_smollm2_is_float32_on_a_cpu_without_bfloat16_products(monkeypatch, has_
     dtype = torch.bfloat16 if has_products else torch.float32
     assert loading._fast_dtype("cpu") == dtype
     assert loading._fast_dtype("cuda:0") == torch.bfloat16
+
+
+# names
+
+
+def name_base(folder, name, file="adapter_config.json", key="base_model_name_or_path"):
+    path = folder / "adapter" / file
+    values = json.loads(path.read_text()) if path.is_file() else {"strength": -1.0}
+    path.write_text(json.dumps(values | {key: None if name is None else str(name)}))
+
+
+def test_the_base_is_the_one_that_the_adapter_names(folder, caplog, run):
+    given = SteeredEngine.from_pretrained(folder / "base", folder / "adapter")
+    truth = given.generate([[5, 17]], max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"adapter' does not name its base; give base \(--base\)"):
+        SteeredEngine.from_pretrained(folder / "adapter")
+    with pytest.raises(ValueError, match="give the folder or the Hub name of an adapter"):
+        SteeredEngine.from_pretrained()
+    steering = dict(file="steering_config.json", key="base_model")
+    name_base(folder, folder / "base", **steering)
+    for calls in ("its steering file", "its configuration, which wins"):
+        engine = SteeredEngine.from_pretrained(folder / "adapter")
+        assert engine.generate([[5, 17]], model="adapted", max_new_tokens=4) == truth, calls
+        assert engine.steering.generation.strength == -1.0
+        name_base(folder, folder / "base")
+        name_base(folder, "elsewhere/other", **steering)
+    assert SteeredEngine.from_pretrained(adapter=str(folder / "adapter")).steering is not None
+    adapter = ["--adapter", folder / "adapter", "--max-new-tokens", 3]
+    code, out, _ = run("generate", "w005", *adapter)
+    assert code == 0 and out == run("generate", "w005", *adapter, "--base", folder / "base")[1]
+    assert caplog.messages == []
+
+
+def test_another_base_than_the_named_one_is_said(folder, caplog):
+    name_base(folder, "owner/Base")
+    load(folder, caplog)  # whose folder has the same name
+    assert caplog.messages == []
+    name_base(folder, "owner/other")
+    assert load(folder, caplog)[1] == [
+        f"The adapter names the base owner/other; {folder / 'base'} is used ({folder / 'adapter'})."
+    ]
+    name_base(folder, folder / "gone")
+    with pytest.raises(
+        ValueError,
+        match=r"gone' cannot be loaded: there is no such folder. .*adapt"
+        r"er names it; give another as base",
+    ):
+        SteeredEngine.from_pretrained(folder / "adapter")
+
+
+def test_what_looks_like_a_path_is_not_sought_on_the_hub(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for name in ("snapshot_download", "HfApi"):
+        monkeypatch.setattr(hub, name, lambda *_, **__: pytest.fail("the Hub was asked"))
+    away = ["/no/such", "./no", "../no", "~/no", "a/b/c", "base/no", "no/", str(folder / "no")]
+    for name in (*away, "no", "adapter/no"):
+        with pytest.raises(ValueError, match="does not exist"):
+            SteeredEngine.from_pretrained("base", name)
+    for name in away:
+        with pytest.raises(ValueError, match="there is no such folder"):
+            SteeredEngine.from_pretrained(name, "adapter")
+
+
+def test_hub_names_without_the_hub(folder, monkeypatch):
+    """They come from the cache, steering included; what is not there is said at once."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    (truth,) = SteeredEngine.from_pretrained(folder / "base", folder / "adapter").generate(
+        [[5, 7]], max_new_tokens=4
+    )
+    SteeringConfig(-3.0).save_pretrained(folder / "adapter")
+    name_base(folder, "owner/base")
+    for name in ("base", "adapter"):
+        kept = folder / "cache" / f"models--owner--{name}"
+        (kept / "refs").mkdir(parents=True)
+        (kept / "refs" / "main").write_text("a" * 40)
+        shutil.copytree(folder / name, kept / "snapshots" / ("a" * 40))
+    engine = SteeredEngine.from_pretrained("owner/adapter")
+    assert engine.generate([[5, 7]], model="adapted", max_new_tokens=4) == [truth]
+    assert engine.steering.generation.strength == -3.0
+    with pytest.raises(ValueError, match=r"adapter 'owner/no' does not exist: .* the Hub does not"):
+        SteeredEngine.from_pretrained("owner/no")
+    for base in ("owner/no", "no"):
+        with pytest.raises(
+            ValueError, match=f"base '{base}' cannot be loaded: it is not here, and"
+        ):
+            SteeredEngine.from_pretrained(base, "owner/adapter")

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "svd_engine"
 BELOW_ENGINE = {
     "calibration", "generation", "model", "ops", "kernels", "data", "utils", "steering_config",
-    "loading",
+    "loading", "hub",
 }  # fmt: skip
 MAY_IMPORT = {
     "kernels": {"torch", "triton"},
@@ -19,15 +19,16 @@ MAY_IMPORT = {
     "ops": {"kernels"},
     "model": {"ops"},
     "steering_config": {"ops", "utils"},
-    "loading": {"model", "steering_config", "utils"},
+    "hub": set(),
+    "loading": {"hub", "model", "steering_config", "utils"},
     "generation": {"model", "ops", "kernels", "data", "utils", "steering_config"},
     "calibration": {"generation", "model", "ops", "kernels", "data", "utils", "steering_config"},
     "training": {"model", "data", "utils"},
-    "integrations": {"generation", "model", "ops", "steering_config"},
     "engine": BELOW_ENGINE,
+    "integrations": {"generation", "model", "ops", "data", "steering_config", "engine"},
     "evaluate": BELOW_ENGINE | {"engine"},
     "serve": {"engine", "generation", "steering_config"},
-    "cli": BELOW_ENGINE | {"engine", "evaluate", "serve", "training"},
+    "cli": BELOW_ENGINE | {"engine", "evaluate", "serve", "training", "integrations"},
 }
 KNOW_PEFT = {"model", "training", "integrations"}
 

@@ -72,5 +72,5 @@ def test_calibration_on_real_text(engine):
     report = engine.calibrate(almanac.build()["calibration"][:6], folds=3, force=True)
     assert report.objective == "preference"
     assert 0 < report.support_share < 1 and 0 < report.single_share < 1
-    assert report.loss_before > 0 and engine.steering.base_model == loading.SMOLLM2
-    assert engine.steering.strength == report.strength
+    assert report.loss_before > 0 and engine.steering.generation.base_model == loading.SMOLLM2
+    assert engine.steering.generation.strength == report.strength

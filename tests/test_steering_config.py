@@ -6,7 +6,7 @@ import math
 import pytest
 from peft import PeftModel
 
-from svd_engine import SteeringConfig
+from svd_engine import SteeredEngine, Steering, SteeringConfig
 from svd_engine.utils.files import write_text
 from tests.tiny import tiny_base, tiny_peft
 
@@ -79,3 +79,39 @@ def test_files_of_before_directions_are_read(tmp_path, written, read):
     assert config == SteeringConfig(-2.0, direction=read)
     kept = json.loads(config.save_pretrained(tmp_path).read_text())
     assert kept["direction"] == read and "projection" not in kept
+
+
+@pytest.mark.parametrize(
+    ("written", "generation", "ranking"),
+    [
+        ({"strength": -2.0}, -2.0, -2.0),  # files of before uses
+        ({"strength": -2.0, "objective": "preference"}, -2.0, -2.0),
+        ({"strength": -2.0, "objective": "ranking"}, None, -2.0),
+        ({"generation": {"strength": -2.0}}, -2.0, None),
+        ({"ranking": {"strength": -3.0}}, None, -3.0),
+        ({"generation": {"strength": -2.0}, "ranking": {"strength": -3.0}}, -2.0, -3.0),
+    ],
+)
+def test_each_use_has_its_strength(tmp_path, written, generation, ranking):
+    (tmp_path / "steering_config.json").write_text(json.dumps(written))
+    steering = Steering.from_pretrained(tmp_path)
+    found = {use: config.strength for use, config in steering.uses().items()}
+    wanted = {"generation": generation, "ranking": ranking}
+    assert found == {use: strength for use, strength in wanted.items() if strength is not None}
+    steering.save_pretrained(tmp_path)
+    assert Steering.from_pretrained(tmp_path) == steering
+    if generation is None:
+        with pytest.raises(ValueError, match="holds no strength for generation"):
+            SteeringConfig.from_pretrained(tmp_path)
+    else:
+        assert SteeringConfig.from_pretrained(tmp_path).strength == generation
+
+
+def test_steering_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a SteeringConfig or a Steering; got -2\.0"):
+        SteeredEngine(tiny_peft(), steering=-2.0)
+    with pytest.raises(ValueError, match="no strength to write"):
+        Steering().save_pretrained(tmp_path)
+    (tmp_path / "steering_config.json").write_text('{"ranking": -2.0}')
+    with pytest.raises(ValueError, match=r"not a steering configuration: a strength is an object"):
+        Steering.from_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.quality.measure import ALPHAS, Table, at, summary
 from benchmarks.quality.tasks import Part, Task
 from benchmarks.quality.work import Pass
-from svd_engine.calibration.cross_validation import AlphaFit, best_fit
+from svd_engine.calibration.cross_validation import Fit, best_fit, fits
 from svd_engine.calibration.options import CalibrationOptions
 from svd_engine.calibration.support_stats import SupportStats
 
@@ -35,12 +35,14 @@ def compared(task: Task, calibration: Pass, test: Pass) -> list[dict[str, Any]]:
     part, fold = task.calibration, folds(task.calibration)
     cases = []
     for objective, per_token, direction in OBJECTIVES:
-        options = CalibrationOptions(objective, length_normalised=per_token, direction=direction)
-        fits = [AlphaFit(alpha, part.answers, calibration.entries, options) for alpha in ALPHAS]
+        options = CalibrationOptions(
+            objective, alphas=ALPHAS, length_normalised=per_token, direction=direction
+        )
+        fitted = fits(part.answers, calibration.entries, options)
 
-        def choose(inside: Questions, fits: list[AlphaFit] = fits) -> tuple[float, float]:
-            chosen = best_fit(fits, fold, inside)
-            return chosen.estimate(inside), chosen.alpha
+        def choose(inside: Questions, fitted: list[Fit] = fitted) -> tuple[float, float]:
+            chosen = best_fit(fitted, fold, inside)
+            return chosen.estimate(inside), chosen.candidate.alpha
 
         def steered(
             part: Part, made: Pass, chosen: tuple[float, float], direction: str = direction

@@ -1,19 +1,23 @@
 """Fit the strength to a calibration set and measure whether steering is worth turning on.
 
 One pass over the data serves every strength and every alpha (see `support_stats`); `objectives`
-defines the losses, `estimators` how one strength comes from them.
+defines the losses, `estimators` how one strength comes from them, `verdict` what they are worth.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
-from svd_engine.calibration import support_stats
-from svd_engine.calibration.cross_validation import AlphaFit, best_fit, held_out_losses
+from svd_engine.calibration import support_stats, verdict
+from svd_engine.calibration.cross_validation import Fit, best_fit, fits, held_out
 from svd_engine.calibration.estimators import BRACKET, GRID
 from svd_engine.calibration.objectives import Answers, Array
 from svd_engine.calibration.options import CalibrationOptions
-from svd_engine.calibration.report import CalibrationReport, verdict
+from svd_engine.calibration.report import CalibrationReport
 from svd_engine.calibration.support_stats import SupportStats
+from svd_engine.calibration.verdict import Evidence
 from svd_engine.model.pair import ModelPair
 from svd_engine.utils import bootstrap
 
@@ -28,66 +32,106 @@ def calibrate(
     stats = support_stats.collect(
         pair, answers.passages, min(options.alphas), "calibrating" if progress else None
     )
-    return fit(answers, stats, options)
+    return fit(answers, stats, options, progress)
 
 
-def fit(answers: Answers, stats: SupportStats, options: CalibrationOptions) -> CalibrationReport:
+def fit(
+    answers: Answers, stats: SupportStats, options: CalibrationOptions, progress: bool = False
+) -> CalibrationReport:
     """Fit the strength from one pass; stats: collected at the smallest alpha or below."""
-    examples = len(answers.right)
+    examples, tokens = len(answers.right), answers.tokens()
     everything = np.ones(examples, bool)
-    fits = [AlphaFit(alpha, answers, stats, options) for alpha in options.alphas]
     fold = np.random.default_rng(options.seed).permutation(examples) % options.folds
-    weights = answers.tokens() if options.objective == "nll" else np.ones(examples)
-    alpha_losses = held_out_losses(fits, fold, everything)
-    chosen = fits[int(np.argmin(alpha_losses))]
-    strength = chosen.estimate(everything)
+    steps = len(options.directions) * len(options.alphas) * len(GRID) + options.folds + 2
+    with tqdm(total=steps, desc="fitting", disable=not progress, leave=False) as bar:
+        fitted = fits(answers, stats, options, bar.update)
+        after, nll_after, cost = _held_out(fitted, fold, options.folds, bar.update)
+        losses, nll_changes = held_out(fitted, fold, everything).T
+        chosen = best_fit(fitted, fold, everything)
+        strength = chosen.estimate(everything)
+        bar.update()
+        likeliest = chosen.likeliest()
+        bar.update()
 
-    before, nll_before = chosen.losses(0.0), chosen.nll(0.0)
-    after, nll_after, cost = _held_out(fits, fold, options.folds)
+    weights = tokens if options.measure[0] == "nll" else np.ones(examples)
+    before, nll_before = chosen.measured(0.0), chosen.nll(0.0)
     gains, gain_weights = before - after, weights
-    if options.objective == "nll":
+    if options.measure[0] == "nll":
         # Examples that agree ask for ever larger strengths; one where the model is right bounds it.
         gains, gain_weights = np.append(gains, -cost), np.append(weights, weights.mean())
-    gain = bootstrap.of_ratio(gains, gain_weights, options.seed)
-    tokens = answers.tokens().sum()
+    base, nll_base = _of_base(answers, stats, options)
+    unguarded = options.use == "ranking"
+    against = (before, after, base) if unguarded else (nll_before, nll_after, nll_base)
+    against_weights = weights if unguarded else tokens
+    evidence = Evidence(
+        use=options.use,
+        examples=examples,
+        interval=chosen.interval(bootstrap.resamples(examples, options.seed)),
+        gain=bootstrap.of_ratio(gains, gain_weights, options.seed),
+        nll_change=float((nll_after - nll_before).sum() / tokens.sum()),
+        behind_base=bootstrap.of_ratio(against[1] - against[2], against_weights, options.seed),
+        adapted_behind_base=bootstrap.of_ratio(
+            against[0] - against[2], against_weights, options.seed
+        ),
+        at_bracket=abs(strength) > 0.99 * BRACKET,
+    )
+    candidate, failures = chosen.candidate, verdict.failures(evidence)
+    counted = float(tokens.sum()) if candidate.objective == "nll" else examples
+
+    def mean(values: Array) -> float:
+        return float(values.sum() / weights.sum())
+
     return CalibrationReport(
-        objective=options.objective,
-        length_normalised=options.length_normalised,
-        direction=options.direction,
+        use=options.use,
+        objective=candidate.objective,
+        length_normalised=candidate.length_normalised,
+        direction=candidate.direction,
         estimator=options.estimator,
         hessian=options.hessian,
-        alpha=chosen.alpha,
+        alpha=candidate.alpha,
         alpha_losses=[
-            (fitted.alpha, float(loss / weights.sum()))
-            for fitted, loss in zip(fits, alpha_losses, strict=True)
+            (other.candidate.alpha, float(loss / weights.sum()))
+            for other, loss in zip(fitted, losses, strict=True)
+            if other.candidate[:3] == candidate[:3]
+        ],
+        measure=options.measure[0],
+        candidates=[
+            other.candidate._asdict()
+            | {"gain": mean(before - loss / examples), "nll_change": float(change / tokens.sum())}
+            for other, loss, change in zip(fitted, losses, nll_changes, strict=True)
         ],
         strength=strength,
-        interval=chosen.interval(bootstrap.resamples(examples, options.seed)),
-        optimum=chosen.optimum(everything),
-        likelihood_strength=chosen.likeliest(),
+        interval=evidence.interval,
+        optimum=strength if options.estimator == "exact" else chosen.optimum(everything),
+        likelihood_strength=likeliest,
         estimates=chosen.estimates(),
-        loss_before=float(before.sum() / weights.sum()),
-        loss_after=float(after.sum() / weights.sum()),
-        gain_interval=gain,
-        nll_before=float(nll_before.sum() / tokens),
-        nll_after=float(nll_after.sum() / tokens),
-        support_share=float(chosen.in_support.mean()),
-        single_share=float((chosen.stats.support_sizes() == 1).double().mean()),
+        loss_base=mean(base),
+        loss_before=mean(before),
+        loss_after=mean(after),
+        gain_interval=evidence.gain,
+        nll_base=float(nll_base.sum() / tokens.sum()),
+        nll_before=float(nll_before.sum() / tokens.sum()),
+        nll_after=float(nll_after.sum() / tokens.sum()),
+        support_share=float(chosen.steered.in_support.mean()),
+        single_share=chosen.steered.single_share,
         examples=examples,
         tokens=len(stats.adapted),
-        at_bracket=abs(strength) > 0.99 * BRACKET,
-        verdict=verdict(gain),
-        worthwhile=gain[0] > 0,
-        curve=list(
-            zip(GRID.tolist(), (chosen.curves.sum(0) / weights.sum()).tolist(), strict=True)
-        ),
+        at_bracket=evidence.at_bracket,
+        verdict=verdict.verdict(evidence),
+        failures=failures,
+        warnings=verdict.warnings(evidence),
+        worthwhile=not failures,
+        curve=[
+            (mu, loss / counted)
+            for mu, loss in zip(GRID.tolist(), chosen.curves.sum(0).tolist(), strict=True)
+        ],
     )
 
 
 def _held_out(
-    fits: list[AlphaFit], fold: NDArray[np.int64], folds: int
+    fitted: list[Fit], fold: NDArray[np.int64], folds: int, tick: Callable[[], object]
 ) -> tuple[Array, Array, float]:
-    """Loss and NLL of each example with alpha and strength fitted on the other folds.
+    """Loss and NLL of each example with candidate and strength chosen on the other folds.
 
     The third result is the mean over folds of what such a strength costs if the model is right.
     """
@@ -95,9 +139,23 @@ def _held_out(
     cost = 0.0
     for k in range(folds):
         inside, outside = fold != k, fold == k
-        fitted = best_fit(fits, fold, inside)
-        strength = fitted.estimate(inside)
-        after[outside] = fitted.losses(strength)[outside]
-        nll_after[outside] = fitted.nll(strength)[outside]
-        cost += fitted.cost_if_right(strength) / folds
+        chosen = best_fit(fitted, fold, inside)
+        strength = chosen.estimate(inside)
+        after[outside] = chosen.measured(strength)[outside]
+        nll_after[outside] = chosen.nll(strength)[outside]
+        cost += chosen.cost_if_right(strength) / folds
+        tick()
     return after, nll_after, cost
+
+
+def _of_base(
+    answers: Answers, stats: SupportStats, options: CalibrationOptions
+) -> tuple[Array, Array]:
+    """Loss and NLL of each example under the base."""
+    # A token that the base cannot predict has log q = -inf.
+    scores = stats.totals(stats.base.clamp(-1e6), len(answers.passages)).numpy()
+    loss, nll = (
+        answers.losses_of(lambda _: scores, *measure)(0.0)
+        for measure in (options.measure, ("nll", False))
+    )
+    return loss, nll

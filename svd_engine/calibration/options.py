@@ -2,11 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 from svd_engine.calibration.estimators import ESTIMATORS, HESSIANS
 from svd_engine.calibration.objectives import OBJECTIVES, Answers
 from svd_engine.ops import checks
+from svd_engine.steering_config import USES
+
+AUTO = "auto"
+AUTO_ALPHAS = (0.01, 0.1, 0.3)
+# (objective, length_normalised) of objective="auto"; the first is the most cautious.
+AUTO_OBJECTIVES = {
+    "generation": (("nll", False), ("preference", True), ("preference", False)),
+    "ranking": (("ranking", True), ("ranking", False), ("preference", True)),
+}
 
 
 class _Kept(TypedDict, total=False):
@@ -23,19 +32,31 @@ class _Kept(TypedDict, total=False):
 class CalibrationKeywords(_Kept, total=False):
     """The options as a caller gives them; `CalibrationOptions` has their meaning and defaults."""
 
+    use: str | None
     objective: str | None
-    alpha: float | Sequence[float]
+    alpha: float | Sequence[float] | None
+
+
+class Candidate(NamedTuple):
+    """What one fit minimises, and along which direction and at which alpha."""
+
+    objective: str
+    length_normalised: bool
+    direction: str
+    alpha: float
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
     """What to minimise, how to estimate the strength, and how to hold examples out.
 
-    objective: "preference", "ranking" or "nll". estimator: "exact", the optimum of the objective,
+    use: "generation" or "ranking", which the strength is for. objective: "preference", "ranking",
+    for ranking only, or "nll". estimator: "exact", the optimum of the objective,
     or "mean", "median", "trimmed" or "ratio" of the right answers' tokens (44)-(46) with the
     denominator `hessian`: "gauss-newton" (20) or "newton" (19). direction: "projected"
-    (10), or "difference", the gradient (7) minus its mean. folds: of the cross-validation over
-    examples, which also chooses alpha.
+    (10), "difference", the gradient (7) minus its mean, or "auto", either, which is chosen with the
+    alpha and, if that is "auto", the objective. folds: of the cross-validation over examples, which
+    chooses among candidates.
     """
 
     objective: str
@@ -46,38 +67,90 @@ class CalibrationOptions:
     direction: str = "projected"
     folds: int = 5
     seed: int = 0
+    use: str = "generation"
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("projected", "difference") if self.direction == AUTO else (self.direction,)
+
+    @property
+    def measure(self) -> tuple[str, bool]:
+        """Objective and length_normalised of the loss that judges every candidate.
+
+        Objectives are compared by the share of pairs that `engine.score` puts in the wrong order.
+        """
+        own = self.objective, self.length_normalised
+        return ("ranking", False) if self.objective == AUTO else own
+
+    @property
+    def guards_choice(self) -> bool:
+        """Whether a candidate under which the likelihood falls may not be chosen."""
+        return self.direction == AUTO and self.use == "generation"
+
+    def candidates(self) -> list[Candidate]:
+        """Every objective, direction and alpha to choose from."""
+        own = ((self.objective, self.length_normalised),)
+        objectives = AUTO_OBJECTIVES[self.use] if self.objective == AUTO else own
+        return [
+            Candidate(*objective, direction, alpha)
+            for objective in objectives
+            for direction in self.directions
+            for alpha in self.alphas
+        ]
 
     @classmethod
     def checked(
         cls,
         answers: Answers,
+        use: str | None = None,
         objective: str | None = None,
-        alpha: float | Sequence[float] = 0.1,
+        alpha: float | Sequence[float] | None = None,
         **kept: Unpack[_Kept],
     ) -> "CalibrationOptions":
         """Check the options against the answers to calibrate on. Raises ValueError.
 
-        objective: None is preference if any example has rejected answers, otherwise nll.
+        use: None is generation, or ranking if that is the objective. objective: None is ranking
+        for ranking; for generation preference if any example has rejected answers, otherwise nll;
+        with direction="auto" and rejected answers it is "auto". alpha: None is 0.1, or several to
+        choose from with direction="auto".
         """
+        is_auto = kept.get("direction") == AUTO
+        if use is None:
+            use = "ranking" if objective == "ranking" else "generation"
         if objective is None:
             objective = "preference" if any(answers.wrong) else "nll"
+            objective = "ranking" if use == "ranking" else objective
+            objective = AUTO if is_auto and any(answers.wrong) else objective
+        if alpha is None:
+            alpha = AUTO_ALPHAS if is_auto else 0.1
         alphas = tuple(float(a) for a in ([alpha] if isinstance(alpha, int | float) else alpha))
-        options = cls(objective, alphas=alphas, **kept)
+        options = cls(objective, alphas=alphas, use=use, **kept)
         for name, value, known in (
-            ("objective", objective, OBJECTIVES),
+            ("use", use, USES),
+            ("objective", objective, (*OBJECTIVES, AUTO) if is_auto else OBJECTIVES),
             ("estimator", options.estimator, ESTIMATORS),
             ("hessian", options.hessian, HESSIANS),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
-        checks.check_direction(options.direction)
+        if (use, objective) == ("generation", "ranking"):
+            raise ValueError(
+                "objective='ranking' orders answers and is no measure of texts; give "
+                "use='ranking', or another objective."
+            )
+        if not is_auto:
+            checks.check_direction(options.direction)
+        elif options.estimator != "exact":
+            raise ValueError("direction='auto' compares exact optima; leave out estimator.")
         if not alphas or not max(alphas) <= 1:
             raise ValueError(f"alpha must lie in (0, 1], one number or several; got {alpha}.")
         if objective != "nll":
             for i, wrong in enumerate(answers.wrong):
                 if not wrong:
                     raise ValueError(f"examples[{i}] has no rejected answers to prefer against.")
-        elif options.length_normalised:
+        if options.length_normalised and objective == AUTO:
+            raise ValueError("objective='auto' chooses it; leave out length_normalised.")
+        if options.length_normalised and objective == "nll":
             raise ValueError("length_normalised compares answers; objective='nll' does not.")
         if not isinstance(options.seed, int) or options.seed < 0:
             raise ValueError(f"seed must be an integer >= 0; got {options.seed!r}.")

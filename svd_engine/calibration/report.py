@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from svd_engine import __version__, steering_config
+from svd_engine.calibration.text_check import TextCheck
 from svd_engine.data import contamination
-from svd_engine.steering_config import SteeringConfig
+from svd_engine.steering_config import Steering, SteeringConfig
 from svd_engine.utils import plots
 from svd_engine.utils.files import write_together
 
-REPORT_FILE = "calibration.json"
-PLOT_FILE = "calibration.png"
+FILES = {"generation": "calibration", "ranking": "calibration-ranking"}  # .json and .png
 
 
 @dataclass
 class CalibrationReport:
     """The strength and what it is worth. Losses are means, in nats, on held-out examples."""
 
+    use: str  # "generation" or "ranking"
     objective: str
     length_normalised: bool
     direction: str
@@ -27,15 +28,19 @@ class CalibrationReport:
     hessian: str
     alpha: float
     alpha_losses: list[tuple[float, float]]  # (alpha, held-out loss) of every candidate
+    measure: str  # the objective whose loss the figures below are of; not always the one fitted
+    candidates: list[dict[str, Any]]  # every candidate with its held-out gain
     strength: float
     interval: tuple[float, float]  # 95 % bootstrap
     optimum: float  # the exact optimum of the objective
     likelihood_strength: float  # the exact optimum of the right answers' likelihood
     estimates: dict[str, float]  # of (44)-(46), by estimator and Hessian
-    loss_before: float  # of the objective at strength 0
+    loss_base: float  # of the base
+    loss_before: float  # at strength 0
     loss_after: float
     gain_interval: tuple[float, float]  # of loss_before - loss_after
-    nll_before: float  # per token of the right answers
+    nll_base: float  # per token of the right answers
+    nll_before: float
     nll_after: float
     support_share: float  # share of the right answers' tokens that lie in the support
     single_share: float  # share of positions whose support is one token
@@ -43,13 +48,16 @@ class CalibrationReport:
     tokens: int
     at_bracket: bool  # the strength is at the end of the search range
     verdict: str
+    failures: list[str]  # the conditions of "use it" that fail
+    warnings: list[str]
     worthwhile: bool
     curve: list[tuple[float, float]]  # (strength, loss on all examples)
+    texts: TextCheck | None = None  # at the strength; for generation
 
     @property
     def loss_name(self) -> str:
-        """The name of the loss in tables and plots."""
-        return "NLL per token" if self.objective == "nll" else f"{self.objective} loss"
+        """The name of the loss that the figures are of."""
+        return _loss_name(self.measure)
 
     def to_steering_config(
         self,
@@ -80,44 +88,50 @@ class CalibrationReport:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write calibration.json into a folder, and calibration.png if matplotlib is installed."""
-        write_together(self.files(Path(folder)))
-        return Path(folder) / REPORT_FILE
+        """Write the report into a folder, with a plot if there is matplotlib; return its path."""
+        contents = self.files(Path(folder))
+        write_together(contents)
+        return next(iter(contents))
 
     def files(self, folder: Path) -> dict[Path, bytes]:
-        """The contents of calibration.json and, if matplotlib is installed, calibration.png."""
-        contents = {folder / REPORT_FILE: (json.dumps(asdict(self), indent=2) + "\n").encode()}
-        plot = plots.calibration(
-            self.curve, self.optimum, self.interval, self.estimates, f"{self.loss_name} (nats)"
-        )
-        return contents | ({} if plot is None else {folder / PLOT_FILE: plot})
+        """The contents of calibration.json, or calibration-ranking.json, and of the plot."""
+        report, plotted = (folder / f"{FILES[self.use]}.{kind}" for kind in ("json", "png"))
+        contents = {report: (json.dumps(asdict(self), indent=2) + "\n").encode()}
+        label = f"{_loss_name(self.objective)} (nats)"
+        plot = plots.calibration(self.curve, self.optimum, self.interval, self.estimates, label)
+        return contents | ({} if plot is None else {plotted: plot})
 
 
 def save(
     adapter: str | Path,
     report: CalibrationReport,
-    steering: SteeringConfig,
+    steering: Steering,
     examples: Sequence[Mapping[str, Any]],
 ) -> Path:
     """Write a calibration into the adapter's folder; return the path of steering_config.json.
 
-    Beside it go the report and the hashes of the examples' prompts, so that `svd-engine evaluate`
-    can refuse questions that the strength was fitted on. Nothing changes if one cannot be written.
+    Of `steering` it takes the strength for the report's use; what the file holds for the other use
+    stays, unless that is of another vocabulary. Beside it go the report and the hashes of the
+    examples' prompts, so that `svd-engine evaluate` can refuse questions that the strength was
+    fitted on. Nothing changes if one cannot be written. Raises ValueError.
     """
     folder = Path(adapter)
     path = folder / steering_config.FILE_NAME
-    seen = contamination.with_kind(folder, "calibration", contamination.prompts(examples))
+    found = Steering.from_pretrained(folder).uses() if path.is_file() else {}
+    made = steering.uses()[report.use]
+    kept = {use: config for use, config in found.items() if config.fits(made.vocab_size)}
+    seen = contamination.with_kind(
+        folder, contamination.CALIBRATION[report.use], contamination.prompts(examples)
+    )
     write_together(
         report.files(folder)
-        | {folder / contamination.FILE_NAME: seen.encode(), path: steering.to_json().encode()}
+        | {
+            folder / contamination.FILE_NAME: seen.encode(),
+            path: Steering(**kept | {report.use: made}).to_json().encode(),
+        }
     )
     return path
 
 
-def verdict(gain: tuple[float, float]) -> str:
-    """Say in words what the interval of the held-out gain means."""
-    if gain[0] > 0:
-        return "use it: held-out examples gain, and the interval of the gain is above 0"
-    if gain[1] < 0:
-        return "do not use it: held-out examples lose"
-    return "indifferent: the interval of the held-out gain contains 0; leave steering off"
+def _loss_name(objective: str) -> str:
+    return "NLL per token" if objective == "nll" else f"{objective} loss"

@@ -16,6 +16,9 @@ from svd_engine.generation.scoring import Passage, Predictions, predictions
 from svd_engine.kernels.reference import Support
 from svd_engine.model.pair import ModelPair
 
+MERGED = 128  # entries of a token's support that `merged` leaves
+MOST = 50_000_000  # entries of all supports, 25 bytes each
+
 
 @dataclass(frozen=True)
 class SupportStats:
@@ -90,6 +93,37 @@ class SupportStats:
         """Replace delta (10) by that of a direction: the difference is delta / p."""
         return self if direction == "projected" else replace(self, delta=self.delta / self.p)
 
+    def merged(self) -> "SupportStats":
+        """Merge the entries of large supports that have nearly the same delta; targets stay.
+
+        What comes of it has at most MERGED entries a token, so that flat distributions cost little
+        more than peaked ones, and is for log-probabilities: sums of p and of p * delta are exact.
+        """
+        large = self.support_sizes() > MERGED
+        entries = large[self.position] & ~self.on_target
+        if not entries.any():
+            return self
+        row, p, delta = self.position[entries], self.p[entries], self.delta[entries]
+        low = torch.full_like(self.adapted, torch.inf).scatter_reduce_(0, row, delta, "amin")
+        high = torch.full_like(self.adapted, -torch.inf).scatter_reduce_(0, row, delta, "amax")
+        width = (high - low).clamp(torch.finfo(delta.dtype).tiny)[row]
+        place = ((delta - low[row]) / width * (MERGED - 2)).long()
+        place += (large.cumsum(0) - 1)[row] * MERGED
+        mass, moment = torch.zeros(2, int(large.sum()) * MERGED, dtype=p.dtype)
+        mass.index_add_(0, place, p)
+        moment.index_add_(0, place, p * delta)
+        full = mass > 0
+        rows = large.nonzero()[:, 0].repeat_interleave(MERGED)[full]
+        return replace(
+            self,
+            position=torch.cat([self.position[~entries], rows]),
+            p=torch.cat([self.p[~entries], mass[full]]),
+            delta=torch.cat([self.delta[~entries], (moment / mass)[full]]),
+            on_target=torch.cat(
+                [self.on_target[~entries], torch.zeros_like(rows, dtype=torch.bool)]
+            ),
+        )
+
     def _per_token(self, entries: Tensor) -> Tensor:
         return torch.zeros_like(self.adapted).index_add_(0, self.position, entries)
 
@@ -113,7 +147,7 @@ def collect(
 def gather(predicted: Iterable[Predictions], alpha: float) -> SupportStats:
     """Collect the supports of both models' predictions. Raises ValueError."""
     parts: list[list[Tensor]] = []
-    seen = 0
+    seen = kept = 0
     for logits, target, passage in predicted:
         listed = Support(
             *(x.cpu() for x in ops.support(logits[0], logits[-1], target, alpha=alpha))
@@ -131,5 +165,11 @@ def gather(predicted: Iterable[Predictions], alpha: float) -> SupportStats:
             listed.logp.double(), listed.logq.double(),
         ]  # fmt: skip
         parts.append(entries)
-        seen += len(target)
+        seen, kept = seen + len(target), kept + len(p)
+        if kept > MOST:
+            raise ValueError(
+                f"the supports at alpha = {alpha} hold {kept // seen} tokens on average, too many "
+                "to keep. Are the adapted model's texts as they should be? A larger alpha keeps "
+                "fewer tokens."
+            )
     return SupportStats(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -49,10 +49,10 @@ def run(folder: Path, fresh: bool = False) -> None:
     adapter = _adapter(folder, base, tokenizer, task["train"], fresh)
     engine = SteeredEngine(loading.load_adapter(base, adapter), tokenizer)
 
-    report = engine.calibrate(task["calibration"], objective="preference", progress=True)
-    assert engine.steering is not None
-    calibration.save(adapter, report, engine.steering, task["calibration"])
-    terminal.show(tables.calibration(report))
+    for use, objective in (("generation", "nll"), ("ranking", "preference")):
+        report = engine.calibrate(task["calibration"], use=use, objective=objective, progress=True)
+        calibration.save(adapter, report, engine.steering, task["calibration"])
+        terminal.show(tables.calibration(report))
 
     # Without a gain the saved strength is 0; the comparison still shows the estimate.
     ranked = _rank(engine, task["test"], report)

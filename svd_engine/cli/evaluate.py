@@ -42,7 +42,7 @@ OPEN = "truthfulqa-open.jsonl"
 
 @app.command("truthfulqa")
 def truthfulqa_choice(
-    adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = "smollm2",
+    adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = None,
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "auto",
@@ -57,9 +57,9 @@ def truthfulqa_choice(
     template = truthfulqa.template(prompt)
     questions = _test(data, hub, split_seed, limit)
     seen = _overlap(adapter, questions, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "ranking")
     wanted = settings.collect(
-        engine, questions, task="truthfulqa", prompt=prompt, split_seed=split_seed,
+        engine, "ranking", questions, task="truthfulqa", prompt=prompt, split_seed=split_seed,
         batch_size=batch_size, overlap=seen,
     )  # fmt: skip
     journal = Journal(output / "truthfulqa.jsonl", wanted, overwrite)
@@ -73,7 +73,7 @@ def truthfulqa_choice(
 
 @app.command("truthfulqa-open")
 def truthfulqa_open(
-    adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = "smollm2",
+    adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = None,
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     max_new_tokens: MaxNewTokens = 50, output: Output = RUNS, overwrite: Overwrite = False,
     allow_overlap: AllowOverlap = False, strength: Strength = None, batch_size: BatchSize = 16,
@@ -87,10 +87,10 @@ def truthfulqa_open(
     template, judged = truthfulqa.template(prompt), Judge.from_environment() is not None
     questions = _test(data, hub, split_seed, limit)
     seen = _overlap(adapter, questions, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "generation")
     wanted = settings.collect(
-        engine, questions, task="truthfulqa-open", prompt=prompt, split_seed=split_seed,
-        batch_size=batch_size, max_new_tokens=max_new_tokens, overlap=seen,
+        engine, "generation", questions, task="truthfulqa-open", prompt=prompt,
+        split_seed=split_seed, batch_size=batch_size, max_new_tokens=max_new_tokens, overlap=seen,
     )  # fmt: skip
     journal = Journal(output / OPEN, wanted, overwrite)
     run.by_generation(
@@ -127,7 +127,7 @@ def judge(
 def commonsense(
     adapter: Adapter, data: Problems, task: Task,
     by: By = "likelihood",
-    base: Base = "smollm2", limit: Limit = None, max_new_tokens: MaxNewTokens = 32,
+    base: Base = None, limit: Limit = None, max_new_tokens: MaxNewTokens = 32,
     output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "float32",
     device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
@@ -146,11 +146,12 @@ def commonsense(
         raise ValueError(f"--by must be likelihood or generation; got {by!r}.")
     problems = _first(tasks.read(tasks.find(data, task, "test")), limit)
     seen = _overlap(adapter, problems, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code)
+    use = "ranking" if by == "likelihood" else "generation"
+    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, use)
     name = f"{task}-{by}"
     more = {"max_new_tokens": max_new_tokens} if by == "generation" else {}
     wanted = settings.collect(
-        engine, problems, task=name, batch_size=batch_size, overlap=seen, **more
+        engine, use, problems, task=name, batch_size=batch_size, overlap=seen, **more
     )
     journal = Journal(output / f"{name}.jsonl", wanted, overwrite)
     columns: tuple[str, ...] = tasks.METRICS
@@ -198,12 +199,13 @@ def _overlap(adapter: Path, items: list, allowed: bool) -> dict[str, int]:
 
 
 def _engine(
-    base: str,
+    base: str | None,
     adapter: Path,
     dtype: str,
     device: str,
     strength: float | None,
     trust_remote_code: bool,
+    use: str,
 ) -> "SteeredEngine":
     from dataclasses import replace
 
@@ -213,9 +215,13 @@ def _engine(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     if strength is not None:
-        engine.steering = replace(engine.steering or SteeringConfig(0.0), strength=strength)
-    if engine.steering is None:
-        say("No steering_config.json and no --strength: base and adapted only.")
+        config = engine.steering.uses().get(use, SteeringConfig(0.0))
+        engine.steering = replace(config, strength=strength)
+    if use not in engine.steering.uses():
+        say(
+            f"No strength for {use}: base and adapted only. Give --strength, or calibrate with "
+            f"--use {use}."
+        )
     return engine
 
 

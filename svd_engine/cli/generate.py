@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.rule import Rule
 
-from svd_engine.cli import terminal
+from svd_engine.cli import batch, terminal
 from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.settings import parse
 
 if TYPE_CHECKING:
     from svd_engine import SteeredEngine, SteeringConfig
@@ -22,8 +23,16 @@ def generate(
         list[str] | None, typer.Argument(help="Prompts; standard input if there are none.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file of prompts, one per line.")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option("--input", help="JSON lines: prompt or messages, and options of their own."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where --input is answered; the same command goes on where it ended."),
+    ] = None,
     adapter: Adapter = ...,  # type: ignore[assignment]
-    base: Base = "smollm2",
+    base: Base = None,
     compare: Annotated[bool, typer.Option(help="Show base, adapted and steered.")] = False,
     chat: Annotated[bool, typer.Option(help="Apply the chat template to each prompt.")] = False,
     max_new_tokens: int = 128,
@@ -44,6 +53,15 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; repeatable.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other option of SteeredEngine.generate, as JSON: no_repeat_ngram_size=3, "
+            "min_new_tokens=20, max_time=60; repeatable.",
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Decode one batch and write JSON lines.")
@@ -53,30 +71,41 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts, steered, streamed to the terminal or as JSON lines."""
-    texts = _prompts(prompts, file)
+    more = parse(settings or ())
+    if (requests is None) != (output is None):
+        raise ValueError("--input and --output belong together; give both.")
+    if requests is not None and (prompts or file or compare or chat or as_json):
+        raise ValueError(
+            "--input takes requests alone: no prompts, --file, --compare, --chat, --json."
+        )
+    lines = [] if requests is None else batch.read(requests)
+    texts = _prompts(prompts, file) if requests is None else []
     from svd_engine.engine import SteeredEngine
 
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    engine.steering = _steering(engine.steering, strength, alpha)
+    engine.steering = steering_of(engine.steering.generation, strength, alpha)
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, num_beams=beams, length_penalty=length_penalty,
         repetition_penalty=repetition_penalty, num_return_sequences=n,
         stop_strings=[_newlines(text) for text in stop or ()],
-    )  # fmt: skip
+    ) | more  # fmt: skip
+    if output is not None:
+        batch.run(engine, lines, output, dict(options, seed=seed))
+        return
     chats = [[{"role": "user", "content": text}] for text in texts]
     names = ("base", "adapted", "steered") if compare else ("steered",)
     if as_json:
-        batch: dict[str, Any] = {"messages": chats} if chat else {"prompts": texts}
+        all_of_them: dict[str, Any] = {"messages": chats} if chat else {"prompts": texts}
         for model in names:
             completions = engine.generate(
-                **batch, model=model, seed=[seed] * len(texts), progress=sys.stderr.isatty(),
+                **all_of_them, model=model, seed=[seed] * len(texts), progress=sys.stderr.isatty(),
                 **options,
             )  # fmt: skip
             for i, completion in enumerate(completions):
-                line = dict(prompt=texts[i // n], model=model, **asdict(completion))
+                line = dict(prompt=texts[i // n], model=model) | asdict(completion)
                 terminal.write(json.dumps(line) + "\n")
         return
     write = _write if beams > 1 or n > 1 else _stream
@@ -116,14 +145,16 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
-def _steering(
+def steering_of(
     config: "SteeringConfig | None", strength: float | None, alpha: float | None
 ) -> "SteeringConfig":
+    """The calibrated steering, but for what options replace; ValueError without a strength."""
     from svd_engine.steering_config import SteeringConfig
 
     if config is None and strength is None:
         raise ValueError(
-            "the adapter has no steering_config.json; run svd-engine calibrate or give --strength."
+            "the adapter has no steering_config.json with a strength for generation; run "
+            "svd-engine calibrate or give --strength."
         )
     config = config or SteeringConfig(0.0)
     if strength is not None:

@@ -11,8 +11,11 @@ import typer
 from svd_engine import __version__
 from svd_engine.cli import terminal
 from svd_engine.cli.calibrate import calibrate
+from svd_engine.cli.chat import chat
 from svd_engine.cli.evaluate import app as evaluate
 from svd_engine.cli.generate import generate
+from svd_engine.cli.harness import SETTINGS as HARNESS
+from svd_engine.cli.harness import lm_eval
 from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
 from svd_engine.cli.serve import serve
 from svd_engine.cli.train import warm_start
@@ -26,8 +29,10 @@ app = typer.Typer(
 app.command("warm-start")(warm_start)
 app.command("calibrate")(calibrate)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("serve")(serve)
 app.add_typer(evaluate, name="evaluate")
+app.command("lm-eval", add_help_option=False, context_settings=HARNESS)(lm_eval)
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
 
@@ -55,7 +60,7 @@ def env(
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT adapter: also print how its decode steps run.")
     ] = None,
-    base: Base = "smollm2",
+    base: Base = None,
     dtype: DType = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -109,6 +114,9 @@ def main() -> None:
     What the user can fix, a ValueError or an OSError, prints one line and exits with 2.
     """
     verbose = "--verbose" in sys.argv
+    if verbose:  # it may stand anywhere
+        rest = [argument for argument in sys.argv[1:] if argument != "--verbose"]
+        sys.argv = [sys.argv[0], "--verbose", *rest]
     sys.stdout = sys.stdout or open(os.devnull, "w")  # Python has none if it is closed
     try:
         try:
@@ -122,7 +130,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            terminal.errors.print("stopped; nothing half-written", style="dim")
+            terminal.errors.print("\nstopped; nothing half-written", style="dim")
         raise
 
 

@@ -8,8 +8,14 @@ import typer
 if TYPE_CHECKING:
     from svd_engine.evaluate.truthfulqa import Question
 
-Adapter = Annotated[Path, typer.Option(help="Folder of the PEFT adapter.")]
-Base = Annotated[str, typer.Option(help='Base model: a folder, a Hub name or "smollm2".')]
+Adapter = Annotated[Path, typer.Option(help="Folder or Hub name of the PEFT adapter.")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help='Base model: a folder, a Hub name or "smollm2"; by default the one that the adapter '
+        "names."
+    ),
+]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 TrustRemoteCode = Annotated[

@@ -1,13 +1,13 @@
 """`svd-engine serve`."""
 
 import os
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from svd_engine.cli import terminal
+from svd_engine.cli.generate import steering_of
 from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -15,7 +15,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 def serve(
     adapter: Adapter = ...,  # type: ignore[assignment]
-    base: Base = "smollm2",
+    base: Base = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     name: Annotated[str, typer.Option(help="Name of the model in the API.")] = "svd-engine",
@@ -49,18 +49,12 @@ def serve(
     from svd_engine.serve.app import make_app
     from svd_engine.serve.run import run
     from svd_engine.serve.settings import Settings
-    from svd_engine.steering_config import SteeringConfig
 
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     if strength is not None or alpha is not None:
-        steering = engine.steering or SteeringConfig(0.0)
-        engine.steering = replace(
-            steering,
-            strength=steering.strength if strength is None else strength,
-            alpha=steering.alpha if alpha is None else alpha,
-        )
+        engine.steering = steering_of(engine.steering.generation, strength, alpha)
     engine.limits = Limits(rows=rows, tokens=kv_tokens, chunk=chunk, waiting=waiting)
     settings = Settings(name, key, max_tokens, max_body, timeout)
     terminal.say(f"{name} on http://{host}:{port}/v1{'' if key else ', open to all who reach it'}")

@@ -12,6 +12,7 @@ from rich.text import Text
 from svd_engine import __version__, loading, ops
 from svd_engine.calibration.estimators import BRACKET, FROM_TOKENS, HESSIANS
 from svd_engine.calibration.report import CalibrationReport
+from svd_engine.calibration.text_check import TextCheck
 from svd_engine.ops import cpu
 
 
@@ -31,6 +32,7 @@ def section(title: str, table: Table, note: str = "") -> Group:
 def calibration(report: CalibrationReport) -> Group:
     """A table of the report of one calibration."""
     table = grid(f"objective: {report.objective}, alpha {report.alpha:g}", "")
+    table.add_row("for", report.use)
     if report.direction != "projected":
         table.add_row("direction", report.direction)
     low, high = report.interval
@@ -51,18 +53,52 @@ def calibration(report: CalibrationReport) -> Group:
         f"{report.loss_name}, held out", f"{report.loss_before:.4f} -> {report.loss_after:.4f}"
     )
     table.add_row("  gain", f"{gain:+.4f}  [{gain_low:+.4f}, {gain_high:+.4f}]")
-    if len(report.alpha_losses) > 1:
-        for alpha, loss in report.alpha_losses:
-            table.add_row(f"  alpha {alpha:g}", f"{loss:.4f}")
-    if report.objective != "nll":
+    table.add_row("  of the base", f"{report.loss_base:.4f}")
+    if report.measure != "nll":
         table.add_row(
             "NLL per token, held out", f"{report.nll_before:.4f} -> {report.nll_after:.4f}"
         )
+        table.add_row("  of the base", f"{report.nll_base:.4f}")
     table.add_row("answer tokens inside the support", f"{report.support_share:.1%}")
     table.add_row("supports of one token", f"{report.single_share:.1%}")
     table.add_row("examples, tokens", f"{report.examples}, {report.tokens}")
-    note = f"Verdict: {report.verdict}. Brackets hold 95 % bootstrap intervals."
-    return section("Calibration", table, note)
+    warned = "".join(f"Warning: {warning}.\n" for warning in report.warnings)
+    note = f"{warned}Verdict: {report.verdict}. Brackets hold 95 % bootstrap intervals."
+    shown = [section("Calibration", table, note)]
+    if len(report.candidates) > 1:
+        shown.insert(0, _candidates(report))
+    if report.texts is not None:
+        shown.insert(-1, _texts(report.texts, report.strength))
+    return Group(*shown)
+
+
+def _candidates(report: CalibrationReport) -> Group:
+    """What cross-validation chose from: the gain of every candidate on held-out examples."""
+    table = grid("objective", "direction", "alpha", "gain", "NLL per token")
+    for each in report.candidates:
+        name = each["objective"] + (" a token" if each["length_normalised"] else "")
+        is_chosen = (name, each["direction"], each["alpha"]) == (
+            report.objective + (" a token" if report.length_normalised else ""),
+            report.direction, report.alpha,
+        )  # fmt: skip
+        table.add_row(
+            name, each["direction"], f"{each['alpha']:g}", f"{each['gain']:+.4f}",
+            f"{each['nll_change']:+.4f}", style="bold" if is_chosen else None,
+        )  # fmt: skip
+    note = f"Change on held-out examples; the gain is that of the {report.loss_name}."
+    return section("Candidates", table, note)
+
+
+def _texts(check: TextCheck, strength: float) -> Group:
+    """Greedy answers to a few prompts of the examples, model by model."""
+    table = grid("model", "greedy answer")
+    table.columns[1].justify, table.columns[1].overflow = "left", "fold"
+    for answers in check.answers:
+        for model, text in answers.items():
+            table.add_row(model, Text(text), end_section=model == "steered")
+    distinct = ", ".join(f"{m} {one:.2f} and {two:.2f}" for m, (one, two) in check.distinct.items())
+    note = f"Steering changes {check.changed:.0%} of the tokens. Distinct-1 and -2: {distinct}."
+    return section(f"Texts at strength {strength:+.2f}", table, note)
 
 
 def environment(step: str | None = None) -> Table:

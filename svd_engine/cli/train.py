@@ -6,13 +6,15 @@ from typing import Annotated
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.options import Base, Device, TrustRemoteCode
+from svd_engine.cli.options import Device, TrustRemoteCode
 
 
 def warm_start(
     train: Annotated[Path, typer.Argument(help="JSON lines: prompt, completion; or messages.")],
     output: Annotated[Path, typer.Argument(help="Folder of the new adapter.")],
-    base: Base = "smollm2",
+    base: Annotated[
+        str, typer.Option(help='Base model: a folder, a Hub name or "smollm2".')
+    ] = "smollm2",
     method: Annotated[str, typer.Option(help="lora, ia3, prompt, p-tuning or prefix.")] = "lora",
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
     lora_alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank.")] = 16,

@@ -10,7 +10,8 @@ from svd_engine.data.tokenization import Text, is_chat
 from svd_engine.utils.files import read_object, write_text
 
 FILE_NAME = "seen_prompts.json"
-KINDS = ("training", "calibration")
+CALIBRATION = {"generation": "calibration", "ranking": "calibration for ranking"}  # kind by use
+KINDS = ("training", *CALIBRATION.values())
 SHOWN = 3
 
 
@@ -29,7 +30,7 @@ def record(folder: str | Path, kind: str, prompts: Sequence[Text]) -> Path:
 def with_kind(folder: str | Path, kind: str, prompts: Sequence[Text]) -> str:
     """Return the record of `folder` with the keys of these prompts, as the text of its file.
 
-    kind: "training" or "calibration"; keys recorded earlier for the same kind are replaced.
+    kind: one of KINDS; keys recorded earlier for the same kind are replaced.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")

@@ -156,7 +156,10 @@ def _text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> tuple
     start = _prefix("", tokenizer)
     start = start if ids[: len(start)] == start else []
     assert tokenizer is not None
-    text = tokenizer.decode(ids[len(start) :], clean_up_tokenization_spaces=False)
+    try:
+        text = tokenizer.decode(ids[len(start) :], clean_up_tokenization_spaces=False)
+    except OverflowError as error:
+        raise ValueError(f"token ids must be of the vocabulary; got {_line(ids)}.") from error
     return str(text), start
 
 

@@ -13,6 +13,7 @@ from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.journal import Journal
 from svd_engine.generation import scoring
 from svd_engine.generation.distribution import steered, unsteered
+from svd_engine.generation.passages import collect
 
 
 class Item(Protocol):
@@ -29,9 +30,10 @@ class Item(Protocol):
 T = TypeVar("T", bound=Item)
 
 
-def models(engine: SteeredEngine) -> tuple[str, ...]:
-    """Return the models to compare, "steered" only if the engine has steering."""
-    return ("base", "adapted") if engine.steering is None else ("base", "adapted", "steered")
+def models(engine: SteeredEngine, use: str) -> tuple[str, ...]:
+    """Return the models to compare, "steered" only if the engine has a strength for this use."""
+    steered = ("steered",) if use in engine.steering.uses() else ()
+    return ("base", "adapted", *steered)
 
 
 def by_likelihood(
@@ -45,7 +47,7 @@ def by_likelihood(
     for item in items:
         with located(item.where):
             prompt = template.format(question=item.question)
-            passages.append(engine.inputs.passages(prompt, item.answers))
+            passages.append(collect(engine.inputs, prompt, item.answers))
 
     def work(numbers: Sequence[int]) -> list[dict[str, Any]]:
         found = _scores(engine, [passage for i in numbers for passage in passages[i]])
@@ -64,7 +66,7 @@ def by_likelihood(
             and all(type(x) in (int, float) and math.isfinite(x) for x in value)
         )
 
-    kept = _Kept(journal, items, "scores", models(engine), are_scores)
+    kept = _Kept(journal, items, "scores", models(engine, "ranking"), are_scores)
     _in_batches(kept, batch_size, work)
     return kept.by_model()
 
@@ -97,7 +99,7 @@ def by_generation(
                 [prompts[i] for i in numbers], model=model, max_new_tokens=max_new_tokens,
                 stop_strings=stop, batch_size=len(numbers),
             )
-            for model in models(engine)
+            for model in models(engine, "generation")
         }  # fmt: skip
         return [
             {
@@ -108,22 +110,28 @@ def by_generation(
             for k, i in enumerate(numbers)
         ]
 
-    kept = _Kept(journal, items, "answers", models(engine), lambda i, x: isinstance(x, str))
+    kept = _Kept(journal, items, "answers", models(engine, "generation"), _is_text)
     _in_batches(kept, batch_size, work)
     return kept.by_model()
+
+
+def _is_text(i: int, value: Any) -> bool:
+    return isinstance(value, str)
 
 
 @torch.inference_mode()
 def _scores(engine: SteeredEngine, passages: Sequence[scoring.Passage]) -> dict[str, list[float]]:
     """Return model -> log P of each completion, from one pass of the pair."""
-    totals = {name: torch.zeros(len(passages), dtype=torch.float64) for name in models(engine)}
+    totals = {
+        name: torch.zeros(len(passages), dtype=torch.float64) for name in models(engine, "ranking")
+    }
     for logits, target, index in scoring.predictions(engine.pair, passages):
         adapted, base = logits[0], logits[-1]
         values = {
             "base": scoring.scores(unsteered(base), target),
             "adapted": scoring.scores(unsteered(adapted), target),
         }
-        if (steering := engine.steering) is not None:
+        if (steering := engine.steering.ranking) is not None:
             values["steered"] = scoring.scores(steered(logits, steering, penalty=0.0), target)
         for name, total in totals.items():
             total.index_add_(0, index.cpu(), values[name].double().cpu())

@@ -14,13 +14,14 @@ from svd_engine.evaluate.run import Item
 SAMPLES = 1 << 16  # values per weight in the fingerprint; a LoRA weight has fewer
 
 
-def collect(engine: SteeredEngine, items: Sequence[Item], **more: Any) -> dict[str, Any]:
+def collect(engine: SteeredEngine, use: str, items: Sequence[Item], **more: Any) -> dict[str, Any]:
     """Return everything that the results depend on, for the journal's first line."""
-    steering = engine.steering and {
-        "strength": engine.steering.strength,
-        "alpha": engine.steering.alpha,
-        "direction": engine.steering.direction,
-        "penalty": str(engine.steering.penalty),  # JSON has no infinity
+    config = engine.steering.uses().get(use)
+    steering = config and {
+        "strength": config.strength,
+        "alpha": config.alpha,
+        "direction": config.direction,
+        "penalty": str(config.penalty),  # JSON has no infinity
     }
     data = json.dumps([[item.question, item.answers] for item in items])
     return {

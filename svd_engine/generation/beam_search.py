@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from svd_engine import ops
+from svd_engine.generation.constrained import Row
 from svd_engine.generation.decode_loop import not_finite
-from svd_engine.generation.distribution import steered, steered_logits
+from svd_engine.generation.distribution import steered
+from svd_engine.generation.processed import is_plain, processed
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
@@ -40,14 +42,18 @@ class Search:
     finished: list[Beam] = field(default_factory=list)  # best first
     is_finished: bool = False
 
-    def advance(self, candidates: list[Beam]) -> None:
-        """Take the candidates of a step, best first: some finish, the best others continue."""
+    def advance(self, candidates: list[Beam], is_last: bool) -> None:
+        """Take the candidates of a step, best first: some finish, the best others continue.
+
+        is_last: all of them finish.
+        """
         width, sequence = self.sampling.num_beams, self.sequences[0]
         length = max((len(beam.token_ids) for beam in candidates), default=0)
         ends = []
         for beam in candidates:
             beam.stop_reason = sequence.find_stop(beam.token_ids)
-            ends.append(length == sequence.max_new_tokens or beam.stop_reason is not None)
+            is_full = length == sequence.max_new_tokens
+            ends.append(is_last or is_full or beam.stop_reason is not None)
         # Candidates past the first `width` only replace better ones that finish.
         ended = [beam for beam, end in zip(candidates[:width], ends, strict=False) if end]
         for beam in ended:
@@ -88,28 +94,27 @@ def search(request: Request, sequences: list[Sequence]) -> None:
     """Search the prompts of the sequences in one batch, and finish the sequences."""
     sampling, decoder = request.sampling, request.decoder
     width, copies = sampling.num_beams, sampling.num_return_sequences
-    longest = max(sequence.max_new_tokens for sequence in sequences)
-    if longest == 0:
+    if max(sequence.max_new_tokens for sequence in sequences) == 0:
         return
     # As in transformers: enough candidates that num_beams continue, however many finish.
     count = max(2, 1 + len(sequences[0].eos_token_ids)) * width
-    prompts = [sequence.prompt_ids for sequence in sequences[::copies]]
-    logits = decoder.logits(decoder.prefill(prompts, longest, len(prompts) * width))
+    prompts = len(sequences) // copies
+    logits = decoder.logits(request.prefill(sequences, prompts * width))
     searches = [
         Search(sampling, sequences[i * copies : (i + 1) * copies], [Beam(0.0, i, [], [])])
-        for i in range(len(prompts))
+        for i in range(prompts)
     ]
     while True:
         unfinished = [s for s in searches if not s.is_finished]
-        rows = [s.sequences[0].prompt_ids + b.token_ids for s in unfinished for b in s.running]
+        rows = [Row(s.sequences[0], b.token_ids) for s in unfinished for b in s.running]
         scores, tokens = _best(request, logits, rows, count)
-        row = 0
+        is_over, row = request.is_over, 0
         for s in unfinished:
             grown = []
             for beam in s.running:
                 for score, token in zip(scores[row], tokens[row], strict=True):
                     if math.isnan(score):
-                        raise not_finite(rows[row])
+                        raise not_finite(rows[row].all_ids)
                     if score > -math.inf:  # -inf is off the support
                         grown.append((beam.total + score, row, beam, token, score))
                 row += 1
@@ -118,7 +123,8 @@ def search(request: Request, sequences: list[Sequence]) -> None:
                 [
                     Beam(total, parent, [*beam.token_ids, token], [*beam.logprobs, score])
                     for total, parent, beam, token, score in grown[:count]
-                ]
+                ],
+                is_over,
             )
         running = [beam for s in unfinished if not s.is_finished for beam in s.running]
         if not running:
@@ -131,14 +137,13 @@ def search(request: Request, sequences: list[Sequence]) -> None:
 
 
 def _best(
-    request: Request, logits: PerModel, rows: list[list[int]], k: int
+    request: Request, logits: PerModel, rows: list[Row], k: int
 ) -> tuple[list[list[float]], list[list[int]]]:
     """The k best log-probabilities of each row, and their tokens."""
     k = min(k, logits[0].shape[1])
-    if request.process_logits is None:
+    if is_plain(request):
         drawn_from = steered(logits, request.steering)
         best = ops.topk(*drawn_from.operands, k, **drawn_from.mask)
         return best.logprob.tolist(), best.token.tolist()
-    logprobs = steered_logits(logits, request.steering).log_softmax(-1)
-    top = request.process_logits(rows, logprobs).topk(k)
+    top = processed(request, rows, logits, as_logprobs=True).topk(k)
     return top.values.tolist(), top.indices.tolist()

@@ -24,12 +24,15 @@ def complete(request: Request, progress: bool) -> list[Completion]:
             if sequence.is_finished:
                 sequence.seconds = seconds
                 bar.update()
-    return [sequence.completion() for sequence in sequences]
+    return [sequence.completion(request.model) for sequence in sequences]
 
 
 def events(request: Request) -> Generator[Event, None, None]:
     """Decode the request; yield an event per token. An event's row is its sequence's index."""
     for group in request.groups():
+        if request.is_over:
+            _give_up(group)
+            continue
         batch = Batch(request, group)
         while not batch.is_finished:
             yield from batch.step()
@@ -43,5 +46,15 @@ def _decoded(request: Request) -> Iterator[Sequence]:
 def _beam_searched(request: Request) -> Iterator[Sequence]:
     """Yield each sequence once, finished."""
     for group in request.groups():
-        search(request, group)
+        if request.is_over:
+            _give_up(group)
+        else:
+            search(request, group)
         yield from group
+
+
+def _give_up(group: list[Sequence]) -> None:
+    """Finish sequences for which there is no time."""
+    for sequence in group:
+        if not sequence.is_finished:
+            sequence.finish("time")

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from svd_engine import ops
 from svd_engine.generation import distribution
+from svd_engine.generation.constrained import Row
+from svd_engine.generation.cutoffs import cut, has_cutoffs
 from svd_engine.generation.distribution import Distribution
 from svd_engine.generation.outputs import Event, TopLogprobs
+from svd_engine.generation.processed import is_plain, processed
 from svd_engine.generation.request import Request
 from svd_engine.generation.sequence import Sequence
 from svd_engine.generation.top_logprobs import top_logprobs
@@ -55,7 +58,9 @@ class Batch:
         overlaps = self._decoder.overlaps_host and not self._ends_with_this_step()
         self._logits = self._decoder.step(self._tokens.clamp(min=0)) if overlaps else None
         tokens, logprobs = fetch()
-        return [self._append(*row) for row in zip(self.rows, tokens, logprobs, best, strict=True)]
+        is_over = self._request.is_over
+        drawn = zip(self.rows, tokens, logprobs, best, strict=True)
+        return [self._append(*row, is_over) for row in drawn]
 
     def _choose(self, logits: PerModel) -> tuple[Tensor, Tensor, list[TopLogprobs | None]]:
         """Each row's token, its log-probability, and its best tokens if they are wanted."""
@@ -68,19 +73,22 @@ class Batch:
         return tokens, logprob, best
 
     def _append(
-        self, sequence: Sequence, token: int, logprob: float, best: TopLogprobs | None
+        self,
+        sequence: Sequence,
+        token: int,
+        logprob: float,
+        best: TopLogprobs | None,
+        is_over: bool,
     ) -> Event:
         if token < 0:
             raise not_finite(sequence.all_ids)
-        return sequence.append(token, logprob, best)
+        return sequence.append(token, logprob, best, is_over)
 
     def _prefill(self) -> PerModel:
         copies = self._request.sampling.num_return_sequences
-        prompts = [sequence.prompt_ids for sequence in self.rows[::copies]]
-        longest = max(sequence.max_new_tokens for sequence in self.rows)
-        hidden = self._decoder.prefill(prompts, longest, len(self.rows))
+        hidden = self._request.prefill(self.rows, len(self.rows))
         if copies > 1:
-            index = torch.arange(len(prompts), device=self._decoder.device)
+            index = torch.arange(len(self.rows) // copies, device=self._decoder.device)
             index = index.repeat_interleave(copies)
             self._decoder.reorder(index)
             hidden = tuple(h[index] for h in hidden)
@@ -103,34 +111,41 @@ class Batch:
         self.rows = [self.rows[row] for row in running]
 
     def _distribution(self, logits: PerModel) -> Distribution:
-        """The steered distribution, after logits processors if there are any."""
+        """The steered distribution, after constraints and logits processors if there are any."""
         request = self._request
-        if request.process_logits is None:
+        if is_plain(request):
             return distribution.steered(logits, request.steering)
-        processed = request.process_logits(
-            [sequence.all_ids for sequence in self.rows],
-            distribution.steered_logits(logits, request.steering),
-        )
-        if processed.isneginf().all(1).any():
+        rows = [Row(sequence, sequence.token_ids) for sequence in self.rows]
+        scores = processed(request, rows, logits)
+        if scores.isneginf().all(1).any():
             raise ValueError(
                 "logits_processor removed every token that steering left to a row. Steer with "
                 "alpha=0 or a finite penalty where tokens are constrained."
             )
-        return distribution.unsteered(processed)
+        return distribution.unsteered(scores)
 
     def _sample(self, drawn_from: Distribution) -> tuple[Tensor, Tensor]:
         """A token of each row, and its log-probability before temperature and cuts."""
         sampling = self._request.sampling
-        return ops.sample(
-            *drawn_from.operands,
-            **drawn_from.mask,
+        is_cut = has_cutoffs(sampling)
+        left = drawn_from
+        if is_cut:
+            logits = ops.steer(*drawn_from.operands, **drawn_from.mask).float()
+            drawn_from = distribution.unsteered(logits)
+            left = distribution.unsteered(cut(sampling, logits))
+        token, logprob = ops.sample(
+            *left.operands,
+            **left.mask,
             temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
+            top_k=0 if is_cut else sampling.top_k,
+            top_p=1.0 if is_cut else sampling.top_p,
+            min_p=0.0 if is_cut else sampling.min_p,
             seed=self._seeds,
             position=self._positions,
         )
+        if is_cut:
+            logprob = ops.score(*drawn_from.operands, token.clamp(min=0), **drawn_from.mask)
+        return token, logprob
 
 
 def start_fetch(*tensors: Tensor) -> Callable[[], list[list]]:

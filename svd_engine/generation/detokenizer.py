@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 class Detokenizer:
     """Turns token ids into text, per token or at once, and finds stop strings.
 
-    decode: text of token ids without special tokens. special: id -> text of the special tokens that
-    stop strings hold: stop strings are searched in a text with them, which is released without
-    them. `add` holds back text that may begin a stop string, and incomplete characters.
+    decode: text of token ids without special tokens. special: id -> text of the special tokens, if
+    stop strings hold one: they are searched in a text with them, which is released without them.
+    `add` holds back text that may begin a stop string, and incomplete characters.
     """
 
     # tokenizers' DecodeStream does the same for Rust tokenizers only, and cannot release an
@@ -81,18 +81,19 @@ class Detokenizer:
 def special_in(
     stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[int, str]:
-    """Id -> text of the special tokens that stop strings hold; decoding would leave them out."""
+    """Id -> text of the special tokens, if stop strings hold one; decoding would leave them out.
+
+    One that no stop string holds keeps apart what stands before and after it.
+    """
     if tokenizer is None or not stop_strings:
         return {}
     texts = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     with suppress(NotImplementedError):  # Mistral's own tokenizers have no others
         texts |= {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
-    return {
-        id: text
-        for id, text in texts.items()
-        if any(text in stop for stop in stop_strings)
-        and not tokenizer.decode([id], skip_special_tokens=True)
-    }
+    if not any(text in stop for text in texts.values() for stop in stop_strings):
+        return {}
+    hidden = (id for id in texts if not tokenizer.decode([id], skip_special_tokens=True))
+    return {id: texts[id] for id in hidden}
 
 
 def first_stop(text: str, stop_strings: Sequence[str]) -> tuple[int, str] | None:

@@ -11,7 +11,6 @@ from svd_engine.data.checks import check_messages
 from svd_engine.data.tokenization import (
     Text,
     as_list,
-    encode_answers,
     encode_chat,
     encode_prompt,
     is_chat,
@@ -32,9 +31,10 @@ Message = Mapping[str, str]  # role and content
 class Inputs:
     """Validates inputs against one model; every method raises ValueError before any work."""
 
-    model: PreTrainedModel  # the base model
+    model: PreTrainedModel  # the adapted model, or the base under its adapter
     tokenizer: PreTrainedTokenizerBase | None
     virtual_tokens: int = 0  # of the adapter, before every prompt
+    base: PreTrainedModel | None = None  # if it is another model
 
     @property
     def vocab_size(self) -> int:
@@ -55,6 +55,20 @@ class Inputs:
             self._check_ids(f"prompts[{i}]", ids)
         return encoded
 
+    def contrast(self, contrast: Any, are_messages: bool, count: int) -> list[list[int]]:
+        """Token ids that the base reads in the place of each of `count` prompts.
+
+        One contrast is that of every prompt. are_messages: whether they are conversations.
+        """
+        with located("contrast"):
+            encoded = self.prompts(*((None, contrast) if are_messages else (contrast,)))
+        if len(encoded) not in (1, count):
+            raise ValueError(
+                f"contrast has {len(encoded)} prompts for {count} prompts; give one for all or one "
+                "per prompt."
+            )
+        return encoded if len(encoded) == count else encoded * count
+
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise ValueError(
@@ -66,7 +80,7 @@ class Inputs:
         if isinstance(prompts, str):
             prompts = [prompts]
         prompts = as_list(prompts, "prompts")
-        if len(prompts) > 0 and _is_id(prompts[0]):
+        if len(prompts) > 0 and is_id(prompts[0]):
             prompts = [prompts]
         encoded = []
         for i, prompt in enumerate(prompts):
@@ -90,16 +104,26 @@ class Inputs:
         return encoded
 
     def sequences(
-        self, prompts: list[list[int]], sampling: SamplingParams, *, is_streamed: bool
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        *,
+        is_streamed: bool,
+        contrast: list[list[int]] | None = None,
     ) -> list[sequence.Sequence]:
         """The sequences to decode: num_return_sequences per prompt, side by side."""
         limits = [self._max_new_tokens(i, ids, sampling) for i, ids in enumerate(prompts)]
+        for i, ids in enumerate(contrast or ()):
+            self.check_room(f"contrast[{i}]", len(ids), limits[i])
         seeds = sampling.seeds(len(prompts))
         if sampling.top_logprobs > self.vocab_size:
             raise ValueError(
                 f"top_logprobs must be at most the vocabulary's {self.vocab_size}; "
                 f"got {sampling.top_logprobs}."
             )
+        for name, ids in sampling.named_ids():
+            if ids:
+                self._check_ids(name, ids)
         eos_token_ids = self._eos_token_ids(sampling.eos_token_id)
         stop_strings = self._stop_strings(sampling.stop_strings, len(prompts))
         special = {stops: special_in(stops, self.tokenizer) for stops in set(stop_strings)}
@@ -110,6 +134,7 @@ class Inputs:
                 index=i * copies + copy,
                 prompt_ids=prompts[i],
                 max_new_tokens=limits[i],
+                contrast_ids=None if contrast is None else contrast[i],
                 seed=seeds[i] + copy,
                 eos_token_ids=eos_token_ids,
                 detokenizer=Detokenizer(self._decode, stop_strings[i], special[stop_strings[i]]),
@@ -126,6 +151,11 @@ class Inputs:
                 f"prompts[{i}] has {len(prompt_ids)} tokens; max_length = {sampling.max_length} "
                 "leaves no room for new ones."
             )
+        if sampling.min_new_tokens > limit:
+            raise ValueError(
+                f"min_new_tokens = {sampling.min_new_tokens} must be at most the new tokens that "
+                f"prompts[{i}] may get, {limit}; raise max_new_tokens."
+            )
         self.check_room(f"prompts[{i}]", len(prompt_ids), limit)
         return limit
 
@@ -134,7 +164,10 @@ class Inputs:
 
         new: tokens to be generated; completion: tokens that are given.
         """
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        models = {id(x): x for x in (self.model, self.base) if x is not None}.values()
+        configs = [model.config.get_text_config() for model in models]
+        contexts = [getattr(config, "max_position_embeddings", None) for config in configs]
+        context = min((x for x in contexts if x is not None), default=None)
         total = self.virtual_tokens + length + completion + new
         if context is not None and total > context:
             parts = [f"{length + completion} tokens"]
@@ -146,17 +179,16 @@ class Inputs:
             )
         for virtual in {self.virtual_tokens, 0}:  # the base's rows have none
             start = virtual + length
-            longrope.check_constant(name, self.model.config, start, start + completion + new)
+            for model in models:
+                longrope.check_constant(name, model.config, start, start + completion + new)
 
-    def passages(self, prompt: Prompt, answers: Sequence[Prompt]) -> list[Passage]:
-        """A prompt with each of its answers; every one begins where the prompt ends."""
-        answers = as_list(answers, "the answers")
-        with located("prompt or answers"):
-            start, encoded = encode_answers(prompt, answers, self.tokenizer)
-        passages = [Passage(start, ids) for ids in encoded]
-        names = [f"the answer {a!r}" if isinstance(a, str) else "an answer" for a in answers]
-        self.check_passages(passages, names)
-        return passages
+    def has_room(self, length: int, new: int) -> bool:
+        """Whether a prompt and this many new tokens fit the model's context."""
+        try:
+            self.check_room("", length, new)
+        except ValueError:
+            return False
+        return True
 
     def check_passages(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
         """Raise ValueError for a passage without tokens, or with one too many for the model."""
@@ -178,7 +210,7 @@ class Inputs:
             eos_token_id = self.tokenizer.eos_token_id
         if eos_token_id is None:
             return frozenset()
-        ids: Any = [eos_token_id] if _is_id(eos_token_id) else eos_token_id
+        ids: Any = [eos_token_id] if is_id(eos_token_id) else eos_token_id
         with located("eos_token_id"):
             return frozenset(token_ids(ids))
 
@@ -213,5 +245,6 @@ class Inputs:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """Whether the value is one token id."""
     return isinstance(value, Integral) or getattr(value, "ndim", None) == 0

@@ -1,4 +1,4 @@
-"""Logits processors of transformers, applied to steered logits."""
+"""A caller's logits processors, applied to steered logits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from svd_engine.data.tokenization import as_list
+
 # (prompt and generated ids of each batch row, scores float32 [R, V]) -> scores [R, V]
 LogitsProcess = Callable[[list[list[int]], Tensor], Tensor]
 
 
 def build(
-    repetition_penalty: float, processors: Sequence[LogitsProcessor] | None
+    processors: Sequence[LogitsProcessor] | None, repetition_penalty: float
 ) -> LogitsProcess | None:
-    """The penalty, then the processors in their order; None if there are neither."""
+    """The processors in their order; None if there are none. Raises ValueError."""
     chain = LogitsProcessorList()
-    if repetition_penalty != 1:
-        chain.append(RepetitionPenaltyLogitsProcessor(penalty=repetition_penalty))
-    for processor in processors or ():
+    for processor in as_list(() if processors is None else processors, "logits_processor"):
         if not callable(processor):
             raise ValueError(
                 "logits_processor must be a list of transformers.LogitsProcessor; it holds a "

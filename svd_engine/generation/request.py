@@ -1,12 +1,16 @@
 """A validated call of `generate` or `stream`."""
 
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from svd_engine.generation.arguments import count
+from svd_engine.generation.constrained import Constrain
 from svd_engine.generation.logits_processors import LogitsProcess
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
-from svd_engine.model.pair import Decoder
+from svd_engine.model.pair import Decoder, PerModel
 from svd_engine.steering_config import SteeringConfig
 
 
@@ -15,7 +19,7 @@ class Request:
     """A validated call: its sequences, and how all of them are decoded.
 
     sequences: num_return_sequences per prompt, side by side. model: "steered", or the name of the
-    one model decoded.
+    one model decoded. deadline: on the clock of time.perf_counter.
     """
 
     decoder: Decoder
@@ -23,17 +27,29 @@ class Request:
     sampling: SamplingParams
     sequences: list[Sequence]
     process_logits: LogitsProcess | None = None
+    constrain: Constrain | None = None
+    deadline: float = math.inf
     model: str = "steered"
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
+        count("batch_size", self.batch_size, 1)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether tokens are drawn from the steered distribution itself."""
-        return self.process_logits is None
+    def is_over(self) -> bool:
+        """Whether the time of the request is over."""
+        return self.deadline < time.perf_counter()
+
+    def prefill(self, sequences: list[Sequence], max_rows: int) -> PerModel:
+        """Hidden states at the end of each prompt of the sequences, whose copies share one."""
+        firsts = sequences[:: self.sampling.num_return_sequences]
+        contrast = [s.contrast_ids for s in firsts if s.contrast_ids is not None]
+        return self.decoder.prefill(
+            [s.prompt_ids for s in firsts],
+            max(sequence.max_new_tokens for sequence in sequences),
+            max_rows,
+            contrast or None,
+        )
 
     def groups(self) -> Iterator[list[Sequence]]:
         """Sequences to decode together, with prompts of similar lengths.

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from svd_engine.generation.cutoffs import has_cutoffs
 from svd_engine.generation.decode_loop import Batch
 from svd_engine.generation.distribution import Distribution
 from svd_engine.generation.outputs import Event
+from svd_engine.generation.processed import is_plain
 from svd_engine.generation.request import Request
 from svd_engine.generation.sequence import Sequence
 from svd_engine.generation.stream import Stream
@@ -53,7 +55,7 @@ def choose(rows: list[Row], logits: PerModel) -> list[Event | Exception]:
 
 def _options(request: Request) -> Hashable:
     """What rows of one operator call have in common."""
-    if not request.is_plain:
+    if not is_plain(request) or has_cutoffs(request.sampling):
         return id(request)
     by, how = request.steering, request.sampling
     return (
@@ -63,12 +65,15 @@ def _options(request: Request) -> Hashable:
 
 
 class Group(Batch):
-    """Rows whose options are the same but for strength and seed; another loop runs the models."""
+    """Rows whose options are the same but for strength, seed and time.
+
+    Another loop runs the models.
+    """
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = [row.sequence for row in rows]
-        self._request = rows[0].request
-        self._strengths = [row.request.steering.strength for row in rows]
+        self._requests = [row.request for row in rows]
+        self._request = self._requests[0]  # whose options are those of all
 
     def choose(self, logits: PerModel) -> list[Event | Exception]:
         adapted, base = logits
@@ -80,16 +85,18 @@ class Group(Batch):
             tokens, logprobs, best = self._choose(alone[self._request.model])
         except Exception as error:  # of a logits processor
             return [error] * len(self.rows)
-        chosen = zip(self.rows, tokens.tolist(), logprobs.tolist(), best, strict=True)
+        is_over = [request.is_over for request in self._requests]
+        chosen = zip(self.rows, tokens.tolist(), logprobs.tolist(), best, is_over, strict=True)
         return [self._append_or_fail(*row) for row in chosen]
 
     def _distribution(self, logits: PerModel) -> Distribution:
         drawn_from = super()._distribution(logits)
-        if len(set(self._strengths)) == 1:
+        strengths = [request.steering.strength for request in self._requests]
+        if len(set(strengths)) == 1:
             return drawn_from
         adapted, base, _ = drawn_from.operands
-        strengths = torch.tensor(self._strengths, device=adapted.device)
-        return Distribution((adapted, base, strengths), drawn_from.mask)
+        by_row = torch.tensor(strengths, device=adapted.device)
+        return Distribution((adapted, base, by_row), drawn_from.mask)
 
     def _append_or_fail(self, *row) -> Event | Exception:
         try:

@@ -1,16 +1,18 @@
 """Sampling parameters and limits, with the names of `transformers.GenerationConfig`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
+from operator import index
 from typing import Any, Literal
 
 from transformers import GenerationConfig
 
+from svd_engine.data.tokenization import as_list
+from svd_engine.generation.arguments import count, number
+from svd_engine.generation.constraints import Constraints
 from svd_engine.ops import checks
 
-MOST = 2**31 - 1  # of everything that is counted
 NEW_TOKENS = 128  # unless max_new_tokens or max_length says otherwise
 # The top_k of transformers when it samples and none is set.
 TRANSFORMERS_TOP_K = 50
@@ -22,14 +24,22 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 # Values that turn other fields off; None, False and 0 always do.
 OFF = {
-    "typical_p": 1.0, "encoder_repetition_penalty": 1.0, "num_beam_groups": 1,
+    "encoder_repetition_penalty": 1.0, "num_beam_groups": 1,
     "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10,
+}  # fmt: skip
+# What vLLM and OpenAI's API call our options.
+OTHER_NAMES = {
+    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens", "stop": "stop_strings", "stop_token_ids": "eos_token_id",
+    "ignore_eos": "eos_token_id=[]", "n": "num_return_sequences", "logprobs": "top_logprobs",
+    "bad_words": "bad_words_ids", "allowed_token_ids": "prefix_allowed_tokens_fn",
+    "logits_processors": "logits_processor", "sampling_params": "generation_config",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Constraints):
     """How tokens are chosen and when to stop; docs/engine.md describes each field.
 
     Raises ValueError for a value out of range, and for values that contradict each other.
@@ -37,6 +47,7 @@ class SamplingParams:
 
     max_new_tokens: int | None = None
     max_length: int | None = None  # of prompt and completion; max_new_tokens wins
+    max_time: float | None = None  # seconds
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -45,28 +56,25 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    repetition_penalty: float = 1.0
     num_return_sequences: int = 1
     eos_token_id: int | Sequence[int] | None = None  # None is the model's own
     stop_strings: str | Sequence[str] | Sequence[Sequence[str]] = ()
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        checks.sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        super().__post_init__()
+        for name in ("temperature", "top_p", "min_p", "length_penalty"):
+            number(name, getattr(self, name))
         for name, least in (
-            ("max_new_tokens", 0), ("max_length", 1), ("num_beams", 1),
+            ("max_new_tokens", 0), ("max_length", 1), ("num_beams", 1), ("top_k", 0),
             ("num_return_sequences", 1), ("top_logprobs", 0),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or not least <= value <= MOST):
-                raise ValueError(
-                    f"{name} must be an integer from {least} to {MOST}; got {value!r}."
-                )
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be > 0; got {self.repetition_penalty}.")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be finite; got {self.length_penalty}.")
-        if self.early_stopping not in (True, False, "never"):
+            if (value := getattr(self, name)) is not None or not name.startswith("max"):
+                count(name, value, least)
+        checks.sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        if self.max_time is not None and not number("max_time", self.max_time) > 0:
+            raise ValueError(f"max_time must be > 0, in seconds; got {self.max_time}.")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(
                 f"early_stopping must be True, False or 'never'; got {self.early_stopping!r}."
             )
@@ -101,16 +109,20 @@ class SamplingParams:
     def seeds(self, prompts: int) -> list[int]:
         """Each prompt's seed; its sequence j draws with seed + j."""
         seed: Any = self.seed
-        if isinstance(seed, Integral):
+        if isinstance(seed, Integral) and not isinstance(seed, bool):
             seed = [int(seed) + i * self.num_return_sequences for i in range(prompts)]
+        try:
+            seed = [index(one) for one in as_list(seed, "seed")]
+        except TypeError as error:
+            raise ValueError(f"seed must hold integers; got {seed!r}.") from error
         if len(seed) != prompts:
             raise ValueError(
                 f"seed must be an integer or one per prompt; got {len(seed)} for {prompts}."
             )
         for one in seed:
-            if not -(2**63) <= int(one) < 2**63 - self.num_return_sequences:
+            if not -(2**63) <= one < 2**63 - self.num_return_sequences:
                 raise ValueError(f"seed must fit 64 bits; got {one}.")
-        return [int(one) for one in seed]
+        return seed
 
     @classmethod
     def from_arguments(
@@ -170,6 +182,10 @@ def _supported(values: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
         if name in known or name == "do_sample":
             if value is not None:
                 kept[name] = value
+        elif name in OTHER_NAMES:
+            raise TypeError(
+                f"unexpected keyword argument {name!r}; here it is {OTHER_NAMES[name]}."
+            )
         elif name not in transformers_fields or name.startswith("_"):
             raise TypeError(f"unexpected keyword argument {name!r}.")
         elif name not in WITHOUT_EFFECT and value and value != OFF.get(name):

@@ -31,11 +31,20 @@ class Arrival:
     """A prompt, and the rows that will continue it."""
 
     rows: list[Row]
-    slots: int  # positions of each row, to its last token
+    slots: int = 0  # positions of each row, to its last token
 
     @property
     def prompt_ids(self) -> list[int]:
         return self.rows[0].sequence.prompt_ids
+
+    @property
+    def contrast_ids(self) -> list[int] | None:
+        return self.rows[0].sequence.contrast_ids
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt, or of what the base reads instead if that is longer."""
+        return max(len(self.prompt_ids), len(self.contrast_ids or ()))
 
 
 class Scheduler:
@@ -81,6 +90,10 @@ class Scheduler:
         arrivals = [*self._arrivals(stream)]
         for arrival in arrivals:
             self.limits.check(len(arrival.rows), arrival.slots)
+        if len(arrivals) > self.limits.waiting:
+            raise ValueError(
+                f"{len(arrivals)} prompts in one request; at most {self.limits.waiting} may wait."
+            )
         with self._changed:
             if not self.is_open:
                 raise ClosedError("the engine was closed, or made before this process was forked.")
@@ -104,8 +117,9 @@ class Scheduler:
         for i in range(0, len(rows), copies):
             sequence = rows[i].sequence
             if not sequence.is_finished:
-                length = self._virtual_tokens + len(sequence.prompt_ids) + sequence.max_new_tokens
-                yield Arrival(rows[i : i + copies], length)
+                arrival = Arrival(rows[i : i + copies])
+                arrival.slots = self._virtual_tokens + arrival.longest + sequence.max_new_tokens
+                yield arrival
 
     def _run(self) -> None:
         while self._has_work():
@@ -149,7 +163,7 @@ class Scheduler:
             stream.end(error)
 
     def _drop_cancelled(self) -> None:
-        """Remove the rows whose readers have left."""
+        """Remove the rows whose readers have left, and prompts that have waited too long."""
         dropped = {row.stream for row in self._running if row.stream.is_cancelled}
         for row in reversed([*self._running]):
             if row.stream.is_cancelled:
@@ -158,6 +172,10 @@ class Scheduler:
             for arrival in [a for a in self._waiting if a.rows[0].stream.is_cancelled]:
                 self._waiting.remove(arrival)
                 dropped.add(arrival.rows[0].stream)
+            for arrival in [a for a in self._waiting if a.rows[0].request.is_over]:
+                self._waiting.remove(arrival)
+                for row in arrival.rows:
+                    row.stream.give_up(row.sequence)
         if self._read and all(arrival.rows[0].stream.is_cancelled for arrival in self._read):
             dropped.update(arrival.rows[0].stream for arrival in self._read)
             self._read, self._reading = [], None
@@ -170,7 +188,7 @@ class Scheduler:
         while self._waiting:
             arrival = self._waiting[0]
             more, long = rows + len(arrival.rows), max(slots, arrival.slots)
-            longest = max(longest, len(arrival.prompt_ids))
+            longest = max(longest, arrival.longest)
             is_too_much = self._read and (len(self._read) + 1) * longest > self.limits.chunk
             if is_too_much or not self.limits.fits(more, long):
                 break
@@ -183,7 +201,10 @@ class Scheduler:
         if rows > batch.rows or slots > batch.slots:
             batch.resize(*self.limits.room(rows, slots, (batch.rows, batch.slots)))
         prompts = [arrival.prompt_ids for arrival in self._read]
-        self._reading = Reading(self._reader, prompts, self.limits.chunk)
+        contrast = None
+        if any(arrival.contrast_ids for arrival in self._read):
+            contrast = [arrival.contrast_ids or arrival.prompt_ids for arrival in self._read]
+        self._reading = Reading(self._reader, prompts, contrast, self.limits.chunk)
 
     @torch.inference_mode()
     def _read_chunk(self, reading: Reading) -> None:

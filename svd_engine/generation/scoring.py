@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from svd_engine import ops
 from svd_engine.generation.distribution import Distribution, steered
+from svd_engine.generation.outputs import Score
 from svd_engine.model.pair import ModelPair, PerModel
 from svd_engine.model.runner import padded
 from svd_engine.steering_config import SteeringConfig
@@ -103,6 +104,24 @@ def score(
         values = scores(steered(logits, steering, penalty), target)
         totals.index_add_(0, index, values.double().cpu())
     return totals.tolist()
+
+
+@torch.inference_mode()
+def detailed(
+    pair: ModelPair, passages: Sequence[Passage], steering: SteeringConfig, penalty: float
+) -> list[Score]:
+    """`score` with its parts. Greedy is what decoding with the steering's own penalty is."""
+    found = [Score(list(passage.completion)) for passage in passages]
+    for logits, target, index in predictions(pair, passages):
+        values = scores(steered(logits, steering, penalty), target)
+        decoded = steered(logits, steering)
+        chosen = ops.sample(*decoded.operands, **decoded.mask).token == target
+        for i, value, is_chosen in zip(
+            index.tolist(), values.tolist(), chosen.tolist(), strict=True
+        ):
+            found[i].logprobs.append(value)
+            found[i].is_greedy &= is_chosen
+    return found
 
 
 def scores(under: Distribution, target: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class Sequence:
     max_new_tokens: int
     seed: int = 0
     eos_token_ids: Set[int] = frozenset()
+    contrast_ids: list[int] | None = None  # what the base reads in the prompt's place
     detokenizer: Detokenizer | None = None  # None if its text is not needed
     is_text_incremental: bool = False  # decode text per token, instead of once at the end
     token_ids: list[int] = field(default_factory=list)
@@ -27,7 +28,7 @@ class Sequence:
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     text: str = ""
     score: float | None = None
-    finish_reason: str | None = None  # "stop" or "length"; None while it is running
+    finish_reason: str | None = None  # "stop", "length" or "time"; None while it is running
     stop_reason: int | str | None = None
     seconds_to_first_token: float = 0.0
     seconds: float = 0.0
@@ -46,9 +47,16 @@ class Sequence:
         return self.prompt_ids + self.token_ids
 
     def append(
-        self, token_id: int, logprob: float, top_logprobs: TopLogprobs | None = None
+        self,
+        token_id: int,
+        logprob: float,
+        top_logprobs: TopLogprobs | None = None,
+        is_over: bool = False,
     ) -> Event:
-        """Add one token, finish if it is the last, and return the token's event."""
+        """Add one token, finish if it is the last, and return the token's event.
+
+        is_over: there is no time for another one.
+        """
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         if top_logprobs is not None:
@@ -57,14 +65,16 @@ class Sequence:
         stop_reason: int | str | None = token_id if token_id in self.eos_token_ids else None
         released = ""
         if self.is_text_incremental and self.detokenizer is not None:
-            released = self.detokenizer.add(token_id, last=is_full or stop_reason is not None)
+            released = self.detokenizer.add(
+                token_id, last=is_full or is_over or stop_reason is not None
+            )
             self.text += released
             if self.detokenizer.stop_string is not None:
                 stop_reason = self.detokenizer.stop_string
         if stop_reason is not None:
             self.finish("stop", stop_reason)
-        elif is_full:
-            self.finish("length")
+        elif is_full or is_over:
+            self.finish("length" if is_full else "time")
         return Event(
             self.index, token_id, logprob, released, self.finish_reason, stop_reason, top_logprobs
         )
@@ -83,8 +93,9 @@ class Sequence:
         if self.detokenizer is not None and not self.is_text_incremental:
             self.text, _ = self.detokenizer.decode_to_stop(self.token_ids)
 
-    def completion(self) -> Completion:
+    def completion(self, model: str = "steered") -> Completion:
         return Completion(
+            model=model,
             token_ids=self.token_ids,
             logprobs=self.logprobs,
             finish_reason=self.finish_reason or "length",

@@ -8,6 +8,7 @@ from queue import Empty, SimpleQueue
 
 from svd_engine.generation.outputs import Completion, Event
 from svd_engine.generation.request import Request
+from svd_engine.generation.sequence import Sequence
 
 
 class Stream:
@@ -36,13 +37,23 @@ class Stream:
     def put(self, event: Event) -> None:
         """Hand an event to the reader, and the end after the last one."""
         sequence = self.request.sequences[event.row]
-        seconds = time.perf_counter() - self._start
         if len(sequence.token_ids) == 1:
-            sequence.seconds_to_first_token = seconds
+            sequence.seconds_to_first_token = time.perf_counter() - self._start
         self._items.put(event)
         if sequence.is_finished:
-            sequence.seconds = seconds
-            self._unfinished -= 1
+            self._count(sequence)
+        else:
+            self._wake()
+
+    def give_up(self, sequence: Sequence) -> None:
+        """Finish a sequence for which there is no time."""
+        sequence.finish("time")
+        self._count(sequence)
+
+    def _count(self, sequence: Sequence) -> None:
+        """Count a sequence as finished, and end after the last one."""
+        sequence.seconds = time.perf_counter() - self._start
+        self._unfinished -= 1
         if self._unfinished == 0:
             self.end()
         else:
@@ -61,13 +72,17 @@ class Stream:
         """Wait for the end; return one completion per sequence, in order."""
         for _ in self:
             pass
-        return [sequence.completion() for sequence in self.request.sequences]
+        return self.finished()
+
+    def finished(self) -> list[Completion]:
+        """The completions, for a reader who has seen the end."""
+        return [sequence.completion(self.request.model) for sequence in self.request.sequences]
 
     async def acompletions(self) -> list[Completion]:
         """`completions` for coroutines."""
         async for _ in self:
             pass
-        return [sequence.completion() for sequence in self.request.sequences]
+        return self.finished()
 
     def __enter__(self) -> "Stream":
         return self

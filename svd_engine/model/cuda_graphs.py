@@ -136,13 +136,20 @@ class GraphedRunner:
         """Number of captures that failed."""
         return self._failed.total()
 
-    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
+    def prefill(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        contrast: Prompts | None = None,
+    ) -> PerModel:
         """Call the pair's, with rows and slots rounded up."""
         self._order.begin()
-        self._rows, self._next_position = len(prompts), max(map(len, prompts))
+        self._rows = len(prompts)
+        self._next_position = max(map(len, [*prompts, *(contrast or ())]))
         self._slots = bucket_slots(self._next_position + max_new_tokens)
         max_rows = bucket_rows(max(max_rows, self._rows))
-        hidden = self.pair.prefill(prompts, self._slots - self._next_position, max_rows)
+        hidden = self.pair.prefill(prompts, self._slots - self._next_position, max_rows, contrast)
         if bucket_rows(self._rows) > self._rows:
             self.reorder(torch.arange(self._rows, device=self.device))
         self._order.end()

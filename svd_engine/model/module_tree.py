@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from svd_engine.model.adapter_layers import LoraParameter, for_second_half
+from svd_engine.model.adapter_layers import for_second_half
 from svd_engine.model.layers import attention, linear, longrope
 from svd_engine.model.peft_adapter import Adapter
 
@@ -23,7 +24,8 @@ def paired_tree(adapter: Adapter) -> PreTrainedModel:
 
     Only for an adapter without a `reason_not_paired`.
     """
-    return _tree(adapter, {x: for_second_half(copied) for x, copied in adapter.copies.items()})
+    bases = adapter.originals
+    return _tree(adapter, {x: for_second_half(bases[x], y) for x, y in adapter.copies.items()})
 
 
 def adapted_tree(adapter: Adapter) -> PreTrainedModel:
@@ -33,7 +35,7 @@ def adapted_tree(adapter: Adapter) -> PreTrainedModel:
 
 def base_tree(adapter: Adapter) -> PreTrainedModel:
     """Build the tree of the pre-trained model under the adapter."""
-    return _tree(adapter, _originals(adapter))
+    return _tree(adapter, adapter.originals)
 
 
 def plain_trees(
@@ -45,18 +47,13 @@ def plain_trees(
     eager, the one that defines an architecture; nothing is replaced by layers of ours.
     """
     adapted = clone_sharing_parameters(model, replacements, native=False)
-    base = clone_sharing_parameters(adapter.base_model, _originals(adapter), native=False)
+    base = clone_sharing_parameters(adapter.base_model, adapter.originals, native=False)
     for tree in (adapted, base):
         for module in tree.modules():
             if isinstance(module, PreTrainedModel):
                 module.set_attn_implementation("eager")
                 break
     return adapted, base
-
-
-def _originals(adapter: Adapter) -> dict[Any, nn.Module]:
-    layers = {layer: layer.get_base_layer() for layer in adapter.layers}
-    return layers | {x: x.original_module for x in adapter.wrappers}
 
 
 def _tree(adapter: Adapter, replacements: Replacements) -> PreTrainedModel:
@@ -74,18 +71,21 @@ def clone_sharing_parameters(
     native: also replace the layers that have a form of ours.
     """
     configs: dict[int, PretrainedConfig] = {}
-    clones: dict[int, nn.Module] = {}  # by id of the module in `root`, which keeps it alive
+    # By id of the module in `root`, which keeps it alive, and whether it is what a layer puts its
+    # parametrisation on in each pass.
+    clones: dict[tuple[int, bool], nn.Module] = {}
 
     def visit(found: nn.Module, above: nn.Module | None = None) -> nn.Module:
-        if id(found) in clones:
-            return clones[id(found)]
+        key = id(found), isinstance(above, ParamWrapper)
+        if key in clones:
+            return clones[key]
         module = replacements.get(found, found)
-        clone = clones[id(found)] = copy.copy(module)
+        clone = clones[key] = copy.copy(module)
         clone._parameters = dict(module._parameters)
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             setattr(clone, hooks, OrderedDict(getattr(module, hooks)))
         if native:
-            if type(clone) is nn.Linear and not isinstance(above, LoraParameter):
+            if type(clone) is nn.Linear and not key[1]:
                 clone.__class__ = linear.Linear
             longrope.choose_per_row(clone)
         clone._modules = {

@@ -28,7 +28,13 @@ class Decoder(Protocol):
     def overlaps_host(self) -> bool:
         """Whether the device may run a step while the host reads tokens."""
 
-    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel: ...
+    def prefill(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        contrast: Prompts | None = None,
+    ) -> PerModel: ...
     def step(self, tokens: Tensor) -> PerModel: ...
     def reorder(self, index: Tensor) -> None: ...
     def logits(self, hidden: Sequence[Tensor]) -> PerModel: ...
@@ -77,13 +83,20 @@ class PairedRunner:
         """Whether a captured step of some rows serves any lengths and room in the cache."""
         return self.runner.lengths_on_device
 
-    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
+    def prefill(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        contrast: Prompts | None = None,
+    ) -> PerModel:
         """Return hidden states of (adapted, base) at each prompt's last token, `[B, H]` each.
 
         The KV cache gets slots for `max_new_tokens` more tokens per row and, for `reorder`, at
-        least `max_rows` rows.
+        least `max_rows` rows. contrast: what the base reads in the place of the prompts.
         """
-        return _halves(self.runner.prefill([*prompts, *prompts], max_new_tokens, 2 * max_rows))
+        rows = [*(prompts if contrast is None else contrast), *prompts]
+        return _halves(self.runner.prefill(rows, max_new_tokens, 2 * max_rows))
 
     def extend(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         """Return hidden states of (adapted, base) after more tokens `[B, q]`, `[B, q, H]` each.
@@ -147,8 +160,18 @@ class SequentialRunner:
     def lengths_on_device(self) -> bool:
         return all(r.lengths_on_device for r in self.runners)
 
-    def prefill(self, prompts: Prompts, max_new_tokens: int = 0, max_rows: int = 0) -> PerModel:
-        return tuple(r.prefill(prompts, max_new_tokens, max_rows) for r in self.runners)
+    def prefill(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        contrast: Prompts | None = None,
+    ) -> PerModel:
+        read = [prompts] * len(self.runners)
+        if contrast is not None:
+            read[-1] = contrast
+        each = zip(self.runners, read, strict=True)
+        return tuple(r.prefill(rows, max_new_tokens, max_rows) for r, rows in each)
 
     def extend(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         return tuple(r.extend(tokens, kv_length) for r in self.runners)
@@ -189,16 +212,33 @@ def base_runner(adapter: Adapter, native: bool = True) -> ModelRunner:
 
 
 def pair_models(adapter: Adapter, pairing: str = "auto") -> ModelPair:
-    """Build both models; pairing is "auto", "paired" or "sequential". Raise ValueError."""
+    """Build both models; pairing is "auto", "paired" or "sequential". Raise ValueError.
+
+    "auto" pairs what can be paired, unless each model alone has a native step and the pair none.
+    """
     if pairing not in ("auto", "paired", "sequential"):
         raise ValueError(f"pairing must be 'auto', 'paired' or 'sequential'; got {pairing!r}.")
     reason = adapter.reason_not_paired
     if reason is None and pairing != "sequential":
         pair = PairedRunner(adapter)
         use_native_step(pair.runner, lambda: PairedRunner(adapter.short).runner)
-        return pair
+        return pair if pairing == "paired" else _native_models(adapter, pair) or pair
     if pairing == "paired":
         raise ValueError(f"pairing='paired' is not possible: {reason}. pairing='auto' decodes it.")
     if pairing == "auto":
         logger.warning("Two forward passes per token, because %s.", reason)
     return SequentialRunner(adapted_runner(adapter), base_runner(adapter))
+
+
+def _native_models(adapter: Adapter, pair: PairedRunner) -> SequentialRunner | None:
+    """Build a runner of each model, if both have a native step where the pair has none.
+
+    Two native steps take less time than one of the pair, module by module.
+    """
+    if pair.runner.native is not None or not adapter.layers:
+        return None
+    adapted = adapted_runner(adapter)
+    if adapted.native is None:
+        return None
+    base = base_runner(adapter)
+    return None if base.native is None else SequentialRunner(adapted, base)

@@ -1,5 +1,6 @@
 """PEFT models read into an `Adapter`, which holds all that the runners are built from."""
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from svd_engine.model import adapter_layers, peft_methods
+from svd_engine.model import adapter_terms, peft_methods
+from svd_engine.model.adapter_layers import goes_row_by_row
 from svd_engine.model.shared_state import UNDER, Modules, SharedState, is_put
 from svd_engine.model.shortened import shortened
 
@@ -27,7 +29,7 @@ class Adapter:
     """
 
     base_model: PreTrainedModel  # with PEFT's layers in it
-    name: str
+    name: str  # empty for a model without an adapter
     layers: tuple[BaseTunerLayer, ...]  # the adapted layers
     wrappers: tuple[AuxiliaryTrainingWrapper, ...]  # around modules that PEFT replaces as a whole
     reason_not_paired: str | None  # why the two models cannot share one batch; None if they can
@@ -78,15 +80,38 @@ class Adapter:
         _check_one_active(active)
         return cls._from_modules(model, active[0], model.peft_config, modules)
 
+    @classmethod
+    def none(cls, model: PreTrainedModel) -> "Adapter":
+        """Read a model that has no adapter. Raise ValueError if it has layers of PEFT."""
+        modules = list(model.named_modules())
+        for name, module in modules:
+            if type(module).__module__.startswith("peft."):
+                raise ValueError(
+                    f"model must have no adapter; {name or 'it'} is a {type(module).__name__} of "
+                    "PEFT. Give a PeftModel to SteeredEngine, or merge the adapter."
+                )
+        return cls(model, "", (), (), None, SharedState(modules, "", (), None))
+
     @functools.cached_property
     def copies(self) -> dict[Any, nn.Module]:
-        """Copies of what PEFT put into the base model, by what is copied; made once.
+        """What computes in the place of each module of PEFT's, for all rows; made once.
 
-        Where the models pair, each adapted layer is reduced to its arithmetic for all rows.
+        A layer is reduced to its arithmetic where it is known, else merged where that is exact,
+        else copied as it is, over the modules of the base model.
         """
-        if self.reason_not_paired is None:
-            return {x: adapter_layers.reduced(x, self.name) for x in self.layers}
-        return adapter_layers.copies(self.layers, self.wrappers)
+        known = {}
+        for layer in self.layers:
+            made = adapter_terms.reduced(layer, self.name) or adapter_terms.merged(layer, self.name)
+            if made is not None:
+                known[layer] = made
+        others: list[Any] = [x for x in (*self.layers, *self.wrappers) if x not in known]
+        shared = {id(module): module for module in self.originals.values()}
+        return known | dict(zip(others, copy.deepcopy(others, shared), strict=True))
+
+    @property
+    def originals(self) -> dict[Any, nn.Module]:
+        """The module of the base model under each module of PEFT's."""
+        return {x: _original(x) for x in (*self.layers, *self.wrappers)}
 
     @functools.cached_property
     def short(self) -> "Adapter":
@@ -110,9 +135,13 @@ class Adapter:
             name,
             layers=tuple(m for _, m in put if isinstance(m, BaseTunerLayer)),
             wrappers=tuple(m for _, m in put if isinstance(m, AuxiliaryTrainingWrapper)),
-            reason_not_paired=_reason_not_paired(configs[name].peft_type.value, put),
+            reason_not_paired=_reason_not_paired(put),
             state=SharedState(modules, name, configs.keys() - {name}, owner),
         )
+
+
+def _original(put: Any) -> nn.Module:
+    return put.get_base_layer() if isinstance(put, BaseTunerLayer) else put.original_module
 
 
 def _check_one_active(adapters: list[str]) -> None:
@@ -142,16 +171,12 @@ def _check_known(base_model: nn.Module, modules: Modules) -> None:
             )
 
 
-def _reason_not_paired(method: str, put: list[tuple[str, Any]]) -> str | None:
-    if method not in peft_methods.PAIRED:
-        return f"{method} has no paired form"
+def _reason_not_paired(put: list[tuple[str, Any]]) -> str | None:
     for name, module in put:
-        if not isinstance(module, BaseTunerLayer):
-            return f"{name} is replaced as a whole"
         if "experts" in name.split("."):
             return f"{name} is an expert, which sees the tokens routed to it and not whole halves"
-        if reason := adapter_layers.why_not(module):
-            return f"{name} {reason}"
+        if adapter_terms.reader(module) is None and not goes_row_by_row(_original(module)):
+            return f"{name} is more than a layer of one input, and adapted as a whole"
     return None
 
 
@@ -160,7 +185,7 @@ def _prompt(model: PeftModel) -> dict[str, Any]:
     """Return the fields of an adapter that only the prompt methods have."""
     config, prompt = model.active_peft_config, model.get_prompt(batch_size=1)
     fields: dict[str, Any] = {"virtual_tokens": config.num_virtual_tokens}
-    if config.peft_type.value != "PREFIX_TUNING":
+    if config.peft_type.value not in ("CARTRIDGE", "PREFIX_TUNING"):
         return fields | {"prompt_embeddings": prompt[0]}
     cache: Cache = prompt  # type: ignore[assignment]
     return fields | {"prefix": [(layer.keys[0], layer.values[0]) for layer in cache.layers]}  # type: ignore

@@ -1,4 +1,4 @@
-"""What PEFT can put on a model: what pairs, what takes two passes, and what is refused and why.
+"""What PEFT can put on a model: which methods are steered, and which are refused and why.
 
 Only what tests have compared to plain models is accepted; docs/limits.md lists it.
 """
@@ -7,18 +7,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-PROMPT_METHODS = "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
-PAIRED = "LORA", "IA3", *PROMPT_METHODS
-TWO_PASSES = (
-    "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD",
-    "GLORA", "GRALORA", "HIRA", "HRA", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT",
-    "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
+STEERED = (
+    "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA",
+    "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
+    "LORA", "MISS", "OFT", "OSF", "PEANUT", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA",
+    "P_TUNING", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
     "UNILORA", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
 REFUSED = {
     "ADAPTION_PROMPT": "puts modules into the attention from which the base cannot be taken",
-    "CARTRIDGE": "trains keys and values that PEFT puts into the cache itself",
-    "CPT": "computes its virtual tokens from labelled tokens",
     "LILY": "routes by the mean over all tokens that are read at once",
     "MULTITASK_PROMPT_TUNING": "computes its virtual tokens from the task of each row",
     "POLY": "mixes its matrices by the task of each row",
@@ -46,7 +43,7 @@ def check(configs: Mapping[str, Any]) -> None:
         method = config.peft_type.value
         if reason := REFUSED.get(method):
             raise ValueError(f"adapter {name!r} uses {method}, which {reason}: {_NOT_STEERED}")
-        if method not in PAIRED + TWO_PASSES:
+        if method not in STEERED:
             raise ValueError(f"adapter {name!r} uses {method}, which is not known: {_NOT_STEERED}")
         _check_base_is_kept(name, config)
         for option, reason in (OPTIONS | _unknown_variants(config)).items():

@@ -119,7 +119,7 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, tokens: Tensor, kv_length: int | None = None) -> Tensor:
         """Return logits `[rows, V]` after one more token per row, `[rows]`."""
-        if self._runs_natively(tokens):
+        if self._runs_natively(tokens) and self.native.plan.head is not None:  # type: ignore
             return self._scaled(self._native(tokens[:, None], with_logits=True)[:, 0])
         return self.logits(self.extend(tokens[:, None], kv_length)[:, 0])
 

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from peft import CPTEmbedding
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -44,7 +45,9 @@ class Slots:
         self.versions: list[int] = []
         self.addresses: list[int] = []
 
-    def add(self, name: str, owner: dict[str, Any], key: str, value: Any, counted: bool) -> None:
+    def add(
+        self, name: str, owner: dict[str, Any], key: str, value: Any, counted: bool, stays: bool
+    ) -> None:
         self.names.append(name)
         self.owners.append(owner)
         self.keys.append(key)
@@ -52,7 +55,7 @@ class Slots:
         if counted:
             self.counted[name] = value
             self.versions.append(value._version)
-        if type(value) in PLAIN:
+        if stays and type(value) in PLAIN:
             self.plain[name] = value
             self.addresses.append(value.data_ptr())
 
@@ -102,11 +105,12 @@ class SharedState:
     def identity(self) -> tuple[Any, ...]:
         """A value that differs where runners of this state and of another would differ.
 
-        Base weights that are written to in place are no difference: runners share them.
+        Base weights count, although runners share them: DoRA's norm and merged layers hold them.
         """
         ids = [*self._modules, *map(id, self._base.values), *map(id, self._own.values)]
         addresses = self._base.addresses + self._own.addresses
-        return self._adapter, ids, addresses, self._own.versions, self._scales
+        versions = self._base.versions + self._own.versions
+        return self._adapter, ids, addresses, versions, self._scales
 
     def check(self) -> None:
         """Raise ValueError if anything has changed."""
@@ -157,6 +161,8 @@ class SharedState:
         """Note the tensors of the base and of the adapter, and the adapter's modules by name."""
         # PEFT sets a parameter that an adapter targets to itself in every pass.
         reset = {id(x.get_param()) for x in self._layers if isinstance(x, ParamWrapper)}
+        # It gives these new memory, with the same values.
+        moved = {id(x.delta_embedding.weight) for _, x in modules if isinstance(x, CPTEmbedding)}
         found: dict[str, nn.Module | None] = {"": None}
         owned: dict[str, bool] = {"": False}  # by name: whether it belongs to an adapter
         for name, module in modules:
@@ -176,12 +182,13 @@ class SharedState:
             found[name], owned[name] = module, own
             tensors = list(_tensors(module))
             if in_container and above is not None and (tensors or module._modules):
-                self._own.add(name, above._modules, last, module, counted=False)
+                self._own.add(name, above._modules, last, module, counted=False, stays=True)
             slots = self._own if own else self._base
             for owner, key, tensor in tensors:
                 if not (own and key in others):
                     counted = id(tensor) not in reset and not tensor.is_inference()
-                    slots.add(f"{name}.{key}", owner, key, tensor, counted)
+                    stays = id(tensor) not in moved
+                    slots.add(f"{name}.{key}", owner, key, tensor, counted, stays)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[dict, str, Tensor]]:

@@ -94,14 +94,13 @@ def make_app(engine: SteeredEngine, settings: Settings) -> FastAPI:
 
 async def whole(stream: Stream, events: AsyncIterator[Event], form: Form) -> Response:
     """Wait for all events, and answer with one object."""
-    sequences = stream.request.sequences
-    by_row: list[list[Event]] = [[] for _ in sequences]
+    by_row: list[list[Event]] = [[] for _ in stream.request.sequences]
     try:
         async for event in events:
             by_row[event.row].append(event)
     except ClosedError as error:
         return errors.response(503, str(error))
-    return _json(form.whole(by_row, [sequence.completion() for sequence in sequences]))
+    return _json(form.whole(by_row, stream.finished()))
 
 
 async def sse(

@@ -100,14 +100,19 @@ class Form:
         self._offsets[row] = offset
         return dict(
             tokens=texts,
-            token_logprobs=[event.logprob for event in events],
-            top_logprobs=[{self._text(t): x for t, x in best} for best in listed],
+            token_logprobs=[_finite(event.logprob) for event in events],
+            top_logprobs=[{self._text(t): _finite(x) for t, x in best} for best in listed],
             text_offset=offsets,
         )
 
     def _token(self, token_id: int, logprob: float) -> dict:
         text = self._text(token_id)
-        return dict(token=text, logprob=max(logprob, -9999.0), bytes=list(text.encode()))
+        return dict(token=text, logprob=_finite(logprob), bytes=list(text.encode()))
 
     def _text(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id]))
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's API writes this number for it."""
+    return max(logprob, -9999.0)

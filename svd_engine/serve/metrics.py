@@ -33,7 +33,8 @@ class Metrics:
 
     async def watch(self, stream: Stream) -> AsyncIterator[Event]:
         """Yield the stream's events, and count them. Leaving it early cancels the request."""
-        latest, start, outcome = {}, time.perf_counter(), "cancelled"
+        latest: dict[int, float] = {}
+        start, outcome = time.perf_counter(), "cancelled"
         prompts = stream.request.sequences[:: stream.request.sampling.num_return_sequences]
         self._prompt.inc(sum(len(sequence.prompt_ids) for sequence in prompts))
         try:

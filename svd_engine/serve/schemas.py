@@ -1,12 +1,13 @@
 """What the endpoints take: OpenAI's fields that mean something here, and a few of ours."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Ids = list[int]
 Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]
 Stop = str | Annotated[list[str], Field(max_length=16)] | None
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]] | None
 
 
@@ -32,11 +33,19 @@ class Sampled(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     logit_bias: Bias = None
-    presence_penalty: Literal[0] = 0
-    frequency_penalty: Literal[0] = 0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
     user: str | None = None
     strength: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset(cls, values: Any) -> Any:
+        """Leave out what is null, as if it had not been given."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class CompletionRequest(Sampled):
@@ -47,7 +56,7 @@ class CompletionRequest(Sampled):
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
     role: str
     content: str | list[dict[str, Any]]
 

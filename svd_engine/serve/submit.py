@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from transformers import SequenceBiasLogitsProcessor
 
 from svd_engine.engine import MODELS, SteeredEngine
 from svd_engine.generation.scheduler import BusyError, ClosedError
@@ -34,10 +33,14 @@ def prompt_ids(engine: SteeredEngine, asked: Any) -> list[list[int]]:
     messages = getattr(asked, "messages", None)
     if messages is not None:
         return engine.inputs.prompts(None, [_message(message) for message in messages])
-    return engine.inputs.prompts(asked.prompt)
+    if not (found := engine.inputs.prompts(asked.prompt)):
+        raise ValueError("prompt is empty; give at least one.")
+    return found
 
 
 def _message(message: Message) -> dict[str, str]:
+    if unknown := [name for name, value in (message.model_extra or {}).items() if value]:
+        raise ValueError(f"messages may hold role and content; got {', '.join(unknown)}.")
     parts = message.content
     if isinstance(parts, str):
         return {"role": message.role, "content": parts}
@@ -61,24 +64,20 @@ def _options(
     options: dict[str, Any] = dict(
         max_new_tokens=_max_tokens(engine, settings, asked, prompts),
         temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k, min_p=asked.min_p,
-        repetition_penalty=asked.repetition_penalty, num_return_sequences=asked.n,
+        repetition_penalty=asked.repetition_penalty, presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty, logit_bias=asked.logit_bias,
+        num_return_sequences=asked.n,
         seed=secrets.randbits(62) if asked.seed is None else asked.seed,
         stop_strings=asked.stop or (), top_logprobs=_top_logprobs(asked),
     )  # fmt: skip
     if asked.strength is not None or asked.alpha is not None:
+        own = engine.steering.generation
+        if own is None and asked.strength is None:
+            raise ValueError("alpha needs a strength; the server has none of its own.")
         given = dict(strength=asked.strength, alpha=asked.alpha)
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        options["steering"] = replace(engine.steering or SteeringConfig(0.0), **changes)
-    if asked.logit_bias:
-        bias = {(_token(engine, token),): float(x) for token, x in asked.logit_bias.items()}
-        options["logits_processor"] = [SequenceBiasLogitsProcessor(bias)]
+        options["steering"] = replace(own or SteeringConfig(0.0), **changes)
     return options
-
-
-def _token(engine: SteeredEngine, token: str) -> int:
-    if not token.isdecimal() or int(token) >= engine.inputs.vocab_size:
-        raise ValueError(f"logit_bias has {token!r}, which is no token id.")
-    return int(token)
 
 
 def _max_tokens(

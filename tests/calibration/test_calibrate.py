@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from svd_engine import SteeredEngine, SteeringConfig, calibration
+from svd_engine import SteeredEngine, Steering, SteeringConfig, calibration
 from svd_engine.calibration import estimators, support_stats
 from svd_engine.calibration.calibrate import calibrate, fit
 from svd_engine.calibration.objectives import Answers
@@ -121,7 +121,7 @@ def test_exact_is_the_dense_optimum_of_the_likelihood(engine):
         if high - low < 1e-4:
             break
     assert report.strength == pytest.approx((low + high) / 2, rel=1e-3, abs=1e-3)
-    assert engine.steering.strength == report.strength
+    assert engine.steering.generation.strength == report.strength
 
 
 def test_preference_is_the_global_optimum_of_the_bracket(engine):
@@ -210,8 +210,8 @@ def test_every_estimator_is_that_of_the_right_answers_tokens(engine, estimator, 
     assert report.at_bracket == (abs(report.strength) > 63.9)
     low, high = report.interval
     assert -64 <= low <= high <= 64
-    assert engine.steering.strength == report.strength
-    assert engine.steering.estimator == estimator
+    assert engine.steering.generation.strength == report.strength
+    assert engine.steering.generation.estimator == estimator
     exact = engine.calibrate(examples)
     assert report.optimum == exact.strength and report.estimates == exact.estimates
 
@@ -238,7 +238,7 @@ def test_alpha_is_chosen_by_cross_validation(engine):
     report = engine.calibrate(examples, alpha=alphas)
     assert [alpha for alpha, _ in report.alpha_losses] == list(alphas)
     best = min(report.alpha_losses, key=lambda pair: pair[1])[0]
-    assert report.alpha == engine.steering.alpha == best
+    assert report.alpha == engine.steering.generation.alpha == best
     alone = engine.calibrate(examples, alpha=best)
     assert report.curve == alone.curve and report.strength == alone.strength
     assert dict(report.alpha_losses)[best] == alone.alpha_losses[0][1]
@@ -290,8 +290,8 @@ def of_tokens(right):
     return encode([dict(prompt=[3], completion=[int(t)]) for t in right], None)
 
 
-def calibrated(pair, right, **options):
-    answers = Answers(of_tokens(right))
+def calibrated(pair, right=(), examples=None, **options):
+    answers = Answers(encode(examples, None) if examples else of_tokens(right))
     return calibrate(pair, answers, CalibrationOptions.checked(answers, **options))
 
 
@@ -427,9 +427,9 @@ def test_held_out_figures_are_those_of_a_loop_over_folds(engine, objective, alph
 def test_strength_is_0_where_nothing_is_gained(engine):
     examples = answers(12, seed=5)
     report = engine.calibrate(examples, objective="preference")
-    assert engine.steering.strength == (report.strength if report.worthwhile else 0.0)
-    assert engine.steering.verdict == report.verdict
-    assert engine.steering.vocab_size == VOCAB
+    assert engine.steering.generation.strength == (report.strength if report.worthwhile else 0.0)
+    assert engine.steering.generation.verdict == report.verdict
+    assert engine.steering.generation.vocab_size == VOCAB
 
 
 def test_same_seed_same_report(engine):
@@ -454,7 +454,7 @@ def test_save_keeps_the_report_the_prompts_and_the_strength(engine, tmp_path):
     report = engine.calibrate(examples, force=True)
     path = calibration.save(tmp_path, report, engine.steering, examples)
     assert path == tmp_path / "steering_config.json"
-    assert SteeringConfig.from_pretrained(tmp_path) == engine.steering
+    assert SteeringConfig.from_pretrained(tmp_path) == engine.steering.generation
     assert json.loads((tmp_path / "calibration.json").read_text())["strength"] == report.strength
     with pytest.raises(ValueError, match="8 of 8 prompts were seen in calibration"):
         contamination.check(tmp_path, [example["prompt"] for example in examples])
@@ -465,7 +465,7 @@ def test_the_snippet_of_the_documentation(engine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(snippet, dict(engine=engine, examples=answers(8)))
-    assert SteeringConfig.from_pretrained("my-adapter") == engine.steering
+    assert SteeringConfig.from_pretrained("my-adapter") == engine.steering.generation
 
 
 def test_keywords_are_the_options():
@@ -483,6 +483,9 @@ BAD = {
     "examples is empty": ([], {}),
     "objective must be": (answers(6), dict(objective="both")),
     "no rejected answers": (answers(6, wrong=0), dict(objective="preference")),
+    "has no rejected answers to prefer": (answers(6, wrong=0), dict(use="ranking")),
+    "use must be one of generation, ranking": (answers(6), dict(use="both")),
+    "is no measure of texts": (answers(6), dict(use="generation", objective="ranking")),
     r"folds must lie in \[2, number of examples = 6\]": (answers(6), dict(folds=7)),
     "estimator must be one of exact, mean": (answers(6), dict(estimator="mode")),
     "hessian must be one of gauss-newton": (answers(6), dict(hessian="exact")),
@@ -502,7 +505,7 @@ def test_refusals(engine, message):
     examples, options = BAD[message]
     with pytest.raises(ValueError, match=message):
         engine.calibrate(examples, **options)
-    assert engine.steering == SteeringConfig(1.5)
+    assert engine.steering == Steering.of(SteeringConfig(1.5))
 
 
 def test_intervals_cover():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from svd_engine import SteeredEngine, SteeringConfig, SteeringLogitsProcessor
+from svd_engine import SteeredEngine, Steering, SteeringConfig, SteeringLogitsProcessor
 from svd_engine.calibration import support_stats
 from svd_engine.calibration.objectives import Answers
 from svd_engine.data.examples import encode
@@ -131,7 +131,7 @@ def test_calibration_finds_the_optimum_and_the_artefact_keeps_it(engine, tmp_pat
         dict(prompt=text(4), completion=text(3), rejected=[text(2), text(3)]) for _ in range(12)
     ]
     report = engine.calibrate(examples, objective="nll", direction="difference", force=True)
-    assert report.direction == engine.steering.direction == "difference"
+    assert report.direction == engine.steering.generation.direction == "difference"
 
     def nll(mu):
         total = 0.0
@@ -147,4 +147,4 @@ def test_calibration_finds_the_optimum_and_the_artefact_keeps_it(engine, tmp_pat
     best = nll(report.strength)
     assert best <= min(nll(mu) for mu in np.linspace(-64, 64, 65)) + 1e-3
     engine.steering.save_pretrained(tmp_path)
-    assert SteeringConfig.from_pretrained(tmp_path) == engine.steering
+    assert Steering.from_pretrained(tmp_path) == engine.steering

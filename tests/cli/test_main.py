@@ -34,9 +34,13 @@ def test_the_whole_path(run, tmp_path, tiny_folder):
     code, out, _ = run(*calibrate, "--allow-overlap", "--alpha", "0.1", "--alpha", "0.5")
     assert code == 0 and "Verdict: " in out and "preference loss, held out" in out
     code, out, _ = run(*calibrate, "--allow-overlap", "--direction", "difference")
-    assert code == 0 and "difference" in out
+    assert code == 0 and "difference" in out and "Distinct-1 and -2" in out
     kept = json.loads((tmp_path / "adapter" / "steering_config.json").read_text())
-    assert kept["direction"] == "difference"
+    assert kept["generation"]["direction"] == "difference"
+    code, out, _ = run(*calibrate, "--allow-overlap", "--use", "ranking", "--direction", "auto")
+    assert code == 0 and "Candidates" in out and "ranking a token" in out and "Texts" not in out
+    both = json.loads((tmp_path / "adapter" / "steering_config.json").read_text())
+    assert both["generation"] == kept["generation"] and "strength" in both["ranking"]
     names = {p.name for p in (tmp_path / "adapter").iterdir()}
     written = {"steering_config.json", "calibration.json", "seen_prompts.json"}
     assert written | {"adapter_config.json"} <= names
@@ -77,6 +81,19 @@ def test_generate_as_json_and_with_choices(run, tiny_folder):
     code, out, _ = run("generate", prompts[1], *options, "--beams", 3, "-n", 2)
     assert code == 0 and len(out.splitlines()) == 2
     check_error(run("generate", "w005", *options, "--beams", 2, "-n", 3), "at most num_beams = 2")
+
+    gone = ["--set", f"suppress_tokens={lines[2]['token_ids'][:1]}", "--set", "min_new_tokens=6"]
+    code, out, _ = run("generate", prompts[1], *options, *gone, "--json")
+    got = json.loads(out)["token_ids"]
+    assert code == 0 and lines[2]["token_ids"][0] not in got and len(got) == 6
+    for setting, message in {
+        "max_tokens=3": "'max_tokens' is max_new_tokens here",
+        "colour=3": "there is no option 'colour'",
+        "seed=3": "there is no option 'seed'",
+        "min_length": "--set takes NAME=VALUE",
+        "min_length=short": "min_length must be an integer",
+    }.items():
+        check_error(run("generate", "w005", *options, "--set", setting), message)
 
     template = tiny_folder / "base" / "chat_template.jinja"
     template.write_text("{% for m in messages %}w010 {{ m.content }} {% endfor %}w011")

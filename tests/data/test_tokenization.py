@@ -9,6 +9,7 @@ from svd_engine import SteeredEngine, SteeringConfig
 from svd_engine.data import examples
 from svd_engine.data.tokenization import encode_answers, encode_chat, encode_prompt
 from svd_engine.evaluate.truthfulqa import PLAIN
+from svd_engine.generation.passages import collect
 from svd_engine.training import trainer
 from tests import limits
 from tests.data import forms, tokenizer_cases
@@ -91,7 +92,7 @@ def test_score_is_that_of_plain_transformers_on_the_whole_text():
     assert labelled["labels"] == [-100] * own + [*ids[own:], 2]
     (example,) = examples.encode([dict(prompt=prompt, completion=answer)], tokenizer)
     assert (example.prompt, example.completion) == (ids[:own], ids[own:])
-    (passage,) = engine.inputs.passages(prompt, [answer])
+    (passage,) = collect(engine.inputs, prompt, [answer])
     assert passage == (ids[:own], ids[own:])
     assert engine.generate(prompt, max_new_tokens=1)[0].prompt_tokens == own
     question = PLAIN.format(question="Why?")

@@ -29,7 +29,9 @@ def engine(words):
 
 
 def journal(path, engine, overwrite=False, **more):
-    return Journal(path, settings.collect(engine, QUESTIONS, task="test", **more), overwrite)
+    return Journal(
+        path, settings.collect(engine, "ranking", QUESTIONS, task="test", **more), overwrite
+    )
 
 
 @torch.no_grad()
@@ -109,7 +111,7 @@ def test_other_settings_are_refused_or_start_anew(engine, tmp_path):
 
 def test_settings_tell_everything_apart(engine, words):
     def key(engine, questions=QUESTIONS, **more):
-        return json.dumps(settings.collect(engine, questions, **more))
+        return json.dumps(settings.collect(engine, "ranking", questions, **more))
 
     same = SteeredEngine(tiny_peft(), words, SteeringConfig(-3.0, alpha=0.05))
     assert key(engine) == key(same)

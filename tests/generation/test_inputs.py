@@ -44,9 +44,8 @@ def test_bad_inputs_are_refused_by_name(engine, what, monkeypatch):
         assert name.strip() in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_text_is_no_list_of_answers(engine):
-    with pytest.raises(ValueError, match="the answers must be a list; got ' Yes'"):
-        engine.score("a", " Yes")
+def test_a_text_is_one_answer_and_no_list_of_stop_strings(engine):
+    assert engine.score("a", " Yes") == engine.score("a", [" Yes"])
     with pytest.raises(ValueError, match="stop_strings must be a list; got 3"):
         engine.generate("a", stop_strings=3, max_new_tokens=2)
 

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 from svd_engine import SteeredEngine, SteeringConfig
 from svd_engine.generation.limits import Limits
 from svd_engine.generation.scheduler import BusyError, ClosedError
-from tests.tiny import PROMPTS, assert_same_tokens, tiny_peft, two_pass
+from tests.tiny import PROMPTS, assert_same_tokens, tiny_base, tiny_peft, two_pass
 
 LONG = [(7 * i) % 190 + 5 for i in range(60)]
 
@@ -50,13 +50,19 @@ def variety():
         dict(prompts=LONG, max_new_tokens=1, stop_strings="w0"),
         dict(prompts=PROMPTS[1], max_new_tokens=20, stop_strings="w1"),
         dict(prompts=PROMPTS[1], max_new_tokens=0),
+        dict(prompts=PROMPTS, max_new_tokens=8, presence_penalty=0.6, frequency_penalty=0.3),
+        dict(prompts=PROMPTS[0], max_new_tokens=9, logit_bias={7: 2.5}, no_repeat_ngram_size=2),
+        dict(prompts=LONG, max_new_tokens=9, min_new_tokens=5, suppress_tokens=[44]),
+        dict(prompts=PROMPTS[2], max_new_tokens=9, typical_p=0.8, temperature=0.9, top_k=20),
+        dict(prompts=PROMPTS[2], max_new_tokens=9, epsilon_cutoff=0.01, temperature=0.9, seed=2),
+        dict(prompts=PROMPTS[3], max_new_tokens=9, max_time=1000.0),
     ]
 
 
 def same(got, want):
     """Equal but for the last bits of log-probabilities."""
     for a, b in zip(got, want, strict=True):
-        assert (a.token_ids, a.text) == (b.token_ids, b.text)
+        assert (a.model, a.token_ids, a.text) == (b.model, b.token_ids, b.text)
         assert (a.finish_reason, a.stop_reason) == (b.finish_reason, b.stop_reason)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
         for one, other in zip(a.top_logprobs, b.top_logprobs, strict=True):
@@ -96,6 +102,33 @@ def test_two_passes_and_a_prefix(pairing):
     for prompt, stream in zip((*PROMPTS, LONG), streams, strict=True):
         same(stream.completions(), engine.generate(prompt, max_new_tokens=8))
     engine.close()
+
+
+def test_two_prompts_for_one_model(executor):
+    engine = SteeredEngine.from_model(tiny_base("llama"), steering=SteeringConfig(-1.5, alpha=0.0))
+    engine.limits = Limits(rows=3, chunk=8)
+    requests = [
+        dict(prompts=PROMPTS, contrast=[3]),
+        dict(prompts=PROMPTS[1], contrast=LONG),
+        dict(prompts=LONG, contrast=PROMPTS[2]),
+        dict(prompts=LONG, model="adapted"),
+    ]
+    streams = [engine.submit(**request, max_new_tokens=8) for request in requests]
+    for request, stream in zip(requests, streams, strict=True):
+        same(stream.completions(), engine.generate(**request, max_new_tokens=8))
+    engine.close()
+
+
+def test_the_time_of_a_request_is_its_own(engine):
+    """It ends what runs and what waits of the request, and nothing of its neighbours."""
+    engine.limits = Limits(rows=3)
+    other = engine.submit(PROMPTS[0], max_new_tokens=60, eos_token_id=[])
+    next(other)
+    short = engine.submit(PROMPTS * 2, max_new_tokens=100, eos_token_id=[], max_time=1e-6)
+    ended = short.completions()
+    assert {x.finish_reason for x in ended} == {"time"}
+    assert all(len(x.token_ids) <= 1 and x.seconds for x in ended)
+    same(other.completions(), engine.generate(PROMPTS[0], max_new_tokens=60, eos_token_id=[]))
 
 
 def test_a_long_prompt_stops_nobody(engine):
@@ -201,7 +234,7 @@ def test_what_is_not_finite_does_not_reach_the_next_sequence_there(model, words,
         before = weight[150].clone()
         weight.data[150] = float("nan")
     try:
-        engine._adapter.state.check = lambda: None
+        engine._models.adapted.state.check = lambda: None
         bad = engine.submit([9, 150, 9], max_new_tokens=5)
         with pytest.raises(ValueError, match="not finite"):
             bad.completions()

@@ -182,7 +182,9 @@ def found(architecture):
         )
     )
     is_paired = isinstance(engine.pair, PairedRunner)
-    reason = "" if is_paired else re.sub(r"[\w.]*\.", "", str(engine._adapter.reason_not_paired))
+    reason = (
+        "" if is_paired else re.sub(r"[\w.]*\.", "", str(engine._models.adapted.reason_not_paired))
+    )
     outcome = "paired" if is_paired else "two passes"
     return Found(name, outcome, reason, error, wrong, engine.step)
 

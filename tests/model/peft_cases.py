@@ -17,6 +17,7 @@ from peft.tuners.lora import config as lora
 
 from svd_engine import loading
 from svd_engine.model import peft_methods
+from svd_engine.model.adapter_layers import Halves
 from svd_engine.model.pair import PairedRunner, pair_models
 from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import PROMPTS, tiny_base
@@ -201,6 +202,9 @@ def clustering():
             del sys.modules[name]
 
 
+NATIVE_ALONE = "in float32 two native passes are faster, and the default"
+
+
 @functools.cache
 def found(index):
     """Try a case as it is loaded from a folder. Raise AssertionError where a model is wrong."""
@@ -216,8 +220,17 @@ def found(index):
         model.save_pretrained(f"{name}/adapter")
         with clustering():
             loaded = loading.load_adapter(tiny_base("llama"), f"{name}/adapter")
-        outcome = _compare(Adapter.read(loaded), loaded, model)
-        return Found(label(case), outcome, re.sub(r"\S+\.(\w+)", r"\1", reason))
+        adapter = Adapter.read(loaded)
+        chosen = pair_models(adapter)
+        _compare(chosen, adapter, loaded, model)
+        if reason:
+            return Found(label(case), "two passes", re.sub(r"\S+\.(\w+)", r"\1", reason))
+        if isinstance(chosen, PairedRunner):
+            return Found(label(case), "paired", _own_layers(chosen))
+        pair = pair_models(adapter, "paired")
+        _compare(pair, adapter, loaded, model)
+        told = _own_layers(pair)
+        return Found(label(case), "paired", f"{told + '; ' * bool(told)}{NATIVE_ALONE}")
 
 
 def _altered(case):
@@ -228,9 +241,16 @@ def _altered(case):
     return config
 
 
-def _compare(adapter, loaded, model):
+def _own_layers(pair):
+    """Which layers are read once for each half."""
+    named = pair.runner.model.named_modules()
+    names = {name.rpartition(".")[2]: None for name, x in named if isinstance(x, Halves)}
+    return f"each half has its own {', '.join(names)}" if names else ""
+
+
+def _compare(pair, adapter, loaded, model):
     """Compare both models with plain ones, several ragged prompts at once, a prefill and a step."""
-    pair, base = pair_models(adapter), tiny_base("llama")
+    base = tiny_base("llama")
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
     first = pair.logits(pair.prefill([prompt[:-1] for prompt in prompts], max_new_tokens=1))
     second = pair.step(torch.tensor([prompt[-1] for prompt in prompts]))
@@ -245,7 +265,6 @@ def _compare(adapter, loaded, model):
     assert apart > 0.1
     loaded(torch.tensor(prompts[:1]))
     adapter.state.check()  # a pass of PEFT's own changes nothing
-    return "paired" if isinstance(pair, PairedRunner) else "two passes"
 
 
 def _reason(error):

@@ -101,8 +101,12 @@ def test_logits_are_those_of_plain_transformers(architecture, monkeypatch):
             r=3, target_modules=["q_proj", "v_proj", "up_proj", "lm_head"], lora_bias=True,
             init_lora_weights=False, task_type="CAUSAL_LM",
         ),
+        LoraConfig(
+            r=3, target_modules=["q_proj", "down_proj"], use_dora=True, modules_to_save=["lm_head"],
+            task_type="CAUSAL_LM",
+        ),
     ],
-    ids=["ia3", "lora with biases"],
+    ids=["ia3", "lora with biases", "dora and a saved head"],
 )  # fmt: skip
 def test_adapters(config):
     model = one_layer(tiny_peft("llama", config))

@@ -1,20 +1,32 @@
 """What can be paired, what cannot and why; the PEFT model stays as it was found."""
 
 import copy
+import importlib
 import logging
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.model.adapter_layers import Halves
 from svd_engine.model.module_tree import paired_tree
 from svd_engine.model.pair import pair_models
 from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import (
     CONFIGS,
+    PROMPTS,
     assert_same_tokens,
     teacher_forced_two_pass,
     tiny_base,
@@ -27,15 +39,8 @@ IA3 = IA3Config(
     target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
 )
 NOT_PAIRED = {
-    "q_proj uses Dora": LoraConfig(use_dora=True, target_modules=["q_proj"], **LORA),
-    "ADALORA has no paired form": AdaLoraConfig(
-        target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM"
-    ),
-    "lm_head is replaced as a whole": LoraConfig(
-        target_modules=["q_proj"], modules_to_save=["lm_head"], **LORA
-    ),
-    "embed_tokens is replaced as a whole": LoraConfig(
-        target_modules=["q_proj"], trainable_token_indices=[5], **LORA
+    "mlp is more than a layer": LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["mlp"], **LORA
     ),
 }
 
@@ -102,6 +107,68 @@ def test_what_cannot_be_paired_says_why_and_decodes_in_sequence(reason, caplog):
         SteeredEngine(model)
     assert [reason in record.message for record in caplog.records] == [True]
     check_halves(model, tiny_base("llama"), "auto")
+
+
+# Those with arithmetic of their own, those whose halves each have a layer, and both together.
+MANY = {
+    "dora": LoraConfig(use_dora=True, target_modules=["q_proj", "down_proj", "lm_head"], **LORA),
+    "dora on embeddings": LoraConfig(use_dora=True, target_modules=["embed_tokens"], **LORA),
+    "adalora": AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM"),
+    "a saved head": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], **LORA),
+    "saved norms": LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"], **LORA),
+    "trained tokens": LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5], **LORA),
+    "vera": VeraConfig(target_modules=["q_proj"], r=8, task_type="CAUSAL_LM"),
+    "loha": LoHaConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM"),
+    "oft": OFTConfig(target_modules=["q_proj"], oft_block_size=4, task_type="CAUSAL_LM"),
+}
+WITH_BIASES = {"dora", "adalora", "vera", "loha", "oft"}  # in the layers of Qwen2
+
+
+@pytest.mark.parametrize("method", MANY)
+def test_many_methods_pair_and_steer_as_plain_peft_does(method):
+    architecture = "qwen2" if method in WITH_BIASES else "llama"
+    model = tiny_peft(architecture, MANY[method])
+    check_halves(model, tiny_base(architecture), "paired")
+    for walks in (False, True):
+        engine = SteeredEngine(model, steering=SteeringConfig(-2.0), pairing="paired")
+        if walks:
+            engine.pair.runner.native = None
+        for prompt, got in zip(PROMPTS, engine.generate(PROMPTS, max_new_tokens=6), strict=True):
+            truth = teacher_forced_two_pass(model, prompt, got.token_ids, -2.0)
+            assert_same_tokens(got.token_ids, truth, tie=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind", ["awq.AwqLoraLinear", "gptq.GPTQLoraLinear", "aqlm.AqlmLoraLinear"]
+)
+def test_peft_has_a_class_for_each_kind_of_quantised_layer(kind):
+    """They compute what the one for plain layers does; here over plain layers."""
+    module, name = kind.split(".")
+    cls = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name)
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], **LORA)
+    model = tiny_peft("llama", config)
+    want = model(PROMPT).logits
+    for layer in model.get_base_model().model.layers:
+        for parent, last in ((layer.self_attn, "q_proj"), (layer.mlp, "down_proj")):
+            old = getattr(parent, last)
+            new = cls(old.base_layer, "default", config=config, r=4, lora_alpha=8)
+            new.lora_A, new.lora_B = old.lora_A, old.lora_B
+            new.scaling = old.scaling
+            setattr(parent, last, new)
+    pair = pair_models(Adapter.read(model.eval()), "paired")
+    assert not any(isinstance(x, Halves) for x in pair.runner.model.modules())
+    adapted, base = pair.logits(pair.prefill(PROMPT.tolist()))
+    torch.testing.assert_close(adapted, want[:, -1], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(base, tiny_base("llama")(PROMPT).logits[:, -1], atol=1e-4, rtol=1e-5)
+
+
+def test_a_magnitude_of_zero_leaves_the_bias():
+    """Where DoRA's factor is 0, it cannot stand behind the sum with the bias."""
+    config = LoraConfig(use_dora=True, target_modules=["q_proj"], **LORA)
+    model = tiny_peft("qwen2", config)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_magnitude_vector["default"].weight.data[:3] = 0
+    check_halves(model, tiny_base("qwen2"), "paired")
 
 
 def test_a_wrong_name_of_a_form():
@@ -216,15 +283,13 @@ def test_adapters_on_tied_embeddings(what):
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_lora_on_parameters_of_dense_layers_takes_two_passes(architecture, saved):
+def test_lora_on_parameters_of_dense_layers(architecture, saved):
     names = ["q_proj.weight", "down_proj.weight"] if architecture == "llama" else ["c_fc.weight"]
     config = LoraConfig(target_modules=[], target_parameters=names, modules_to_save=saved, **LORA)
     model, base = tiny_peft(architecture, config), tiny_base(architecture)
     before = {name: id(weight) for name, weight in model.named_parameters()}
-    with pytest.raises(ValueError, match="is not possible"):
-        SteeredEngine(model, pairing="paired")
-    check_halves(model, base, "auto")
-    engine = SteeredEngine(model, steering=SteeringConfig(-2.0))
+    check_halves(model, base, "paired")
+    engine = SteeredEngine(model, steering=SteeringConfig(-2.0), pairing="paired")
     (got,) = engine.generate([5, 17, 40], max_new_tokens=6)
     truth = teacher_forced_two_pass(model, [5, 17, 40], got.token_ids, -2.0)
     assert_same_tokens(got.token_ids, truth, tie=1e-3)

@@ -37,17 +37,17 @@ def test_a_method_is_exact_or_refused(case):
     elif found.outcome == "refused":
         assert any(f"{name}=" in found.reason for name in options)
     else:
-        assert method in peft_methods.PAIRED + peft_methods.TWO_PASSES
+        assert method in peft_methods.STEERED
 
 
 def test_every_method_that_is_known_has_a_case():
-    known = {*peft_methods.PAIRED, *peft_methods.TWO_PASSES, *peft_methods.REFUSED}
+    known = {*peft_methods.STEERED, *peft_methods.REFUSED}
     assert {method for method, _ in CASES} == known
     assert set(PeftType.__members__) - known == set() or not limits.is_documented_peft()
 
 
 def test_a_method_that_is_not_known_is_refused(monkeypatch):
-    monkeypatch.setattr(peft_methods, "TWO_PASSES", ())
+    monkeypatch.setattr(peft_methods, "STEERED", ())
     config = peft_cases.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.HRA](task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="'mine' uses HRA, which is not known"):
         peft_methods.check({"mine": config})
@@ -55,7 +55,7 @@ def test_a_method_that_is_not_known_is_refused(monkeypatch):
 
 def test_a_module_of_peft_that_would_stay_in_the_base_is_refused(monkeypatch):
     monkeypatch.setattr(peft_methods, "REFUSED", {})
-    monkeypatch.setattr(peft_methods, "TWO_PASSES", ("ADAPTION_PROMPT",))
+    monkeypatch.setattr(peft_methods, "STEERED", ("ADAPTION_PROMPT",))
     config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_base("llama"), config)
     with pytest.raises(ValueError, match=r"AdaptedAttention of PEFT in .*self_attn"):

@@ -134,7 +134,7 @@ def test_a_wrong_pair_is_refused(monkeypatch, architecture, spoil, dtype):
     model = tiny_peft(architecture).to(dtype)
     spoil(monkeypatch)
     with pytest.raises(ValueError, match="cannot be decoded"):
-        SteeredEngine(model)
+        SteeredEngine(model, pairing="paired")
 
 
 def test_every_kind_of_layer_is_tried():

@@ -5,7 +5,15 @@ import re
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
 from transformers import LogitsProcessorList
 
 from svd_engine import SteeredEngine, SteeringConfig, SteeringLogitsProcessor, steered_generate
@@ -17,6 +25,7 @@ CONFIGS = {
     "lora": None,
     "lora on the embedding": LoraConfig(**LORA | dict(target_modules=["embed_tokens", "lm_head"])),
     "dora": LoraConfig(use_dora=True, **LORA),
+    "loha": LoHaConfig(**LORA),
     "saved modules": LoraConfig(modules_to_save=["lm_head"], trainable_token_indices=[5], **LORA),
     "a parameter": LoraConfig(
         target_modules=[], target_parameters=["v_proj.weight"], r=4, task_type="CAUSAL_LM"
@@ -27,6 +36,11 @@ CONFIGS = {
     ),
     "prompt": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "prefix": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "cartridge": CartridgeConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "cpt": CPTConfig(
+        cpt_token_ids=[5, 6, 7, 8], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 2, 3, 4],
+        task_type="CAUSAL_LM",
+    ),
 }  # fmt: skip
 CALLS = {
     "generate": lambda engine: engine.generate(PROMPT, max_new_tokens=2),
@@ -127,12 +141,12 @@ def test_a_change_is_an_error_that_names_it(what, tmp_path):
             call(engine)
 
 
-@pytest.mark.parametrize("config", ["prompt", "prefix"])
+@pytest.mark.parametrize("config", ["prompt", "prefix", "cartridge", "cpt"])
 def test_a_change_of_virtual_tokens_is_an_error(config):
     model = tiny_peft("llama", CONFIGS[config])
     engine = SteeredEngine(model)
     write(own_weights(model)[0])
-    with pytest.raises(ValueError, match=r"prompt_encoder.default.embedding.weight has changed"):
+    with pytest.raises(ValueError, match=r"prompt_encoder.default.*embedding.* has changed"):
         engine.generate(PROMPT, max_new_tokens=2)
 
 
@@ -168,7 +182,7 @@ def test_all_of_the_adapter_is_copied(config):
     for weight in own_weights(model):
         weight.data.mul_(1.5)
     steered = engine.pair.logits(engine.pair.prefill([PROMPT]))
-    alone = engine._decoded("adapted")[1]
+    alone = engine._decoded("generation", "adapted")[1]
     (adapted,) = alone.logits(alone.prefill([PROMPT]))
     truth = trained(torch.tensor([PROMPT])).logits[:, -1]
     torch.testing.assert_close(steered[0], truth, atol=1e-4, rtol=1e-5)
@@ -188,7 +202,9 @@ def test_an_adapter_that_was_merged_for_a_while():
     assert engine.generate(PROMPT, max_new_tokens=4)[0].token_ids == before
 
 
-@pytest.mark.parametrize("config", ["lora", "dora", "saved modules", "a parameter", "prefix"])
+@pytest.mark.parametrize(
+    "config", ["lora", "dora", "loha", "saved modules", "a parameter", "prefix"]
+)
 def test_generate_follows_a_change(config):
     model = tiny_peft("llama", CONFIGS[config])
     steered = dict(custom_generate=steered_generate, steering=SteeringConfig(-2.0))
@@ -208,6 +224,9 @@ def test_generate_follows_a_change(config):
         weight.data.mul_(1.5)
     check()
     replace(model.get_base_model().model.norm.weight)
+    check()
+    for layer in model.get_base_model().model.layers:
+        write(layer.mlp.down_proj.weight)
     check()
     model.get_base_model().model.norm.weight = torch.nn.Parameter(torch.full((32,), 0.7))
     check()

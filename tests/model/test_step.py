@@ -34,6 +34,14 @@ FORMS = {
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"],
         task_type="CAUSAL_LM",
     ),
+    "dora": LoraConfig(use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "dora on the head": LoraConfig(
+        use_dora=True, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM"
+    ),
+    "a saved head": LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"],
+        task_type="CAUSAL_LM",
+    ),
     "prompt": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "prefix": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
 }  # fmt: skip
@@ -165,8 +173,8 @@ def test_a_step_that_is_off_is_not_taken(monkeypatch):
 
 def test_the_engine_says_how_each_model_runs():
     assert SteeredEngine(tiny_peft("llama")).step == "one native call"
-    dora = LoraConfig(use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    told = SteeredEngine(tiny_peft("llama", dora)).step
+    saved = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    told = SteeredEngine(tiny_peft("llama", saved)).step
     assert told.startswith("adapted: module by module, because ")
     assert told.endswith("; base: one native call")
     half = SteeredEngine(tiny_peft("llama").to(torch.float16), probe=False).step

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 
+import httpx2
 import pytest
 
 from svd_engine import SteeredEngine, SteeringConfig
@@ -14,7 +15,6 @@ pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
 
 PROMPT = "w005 w017 w040 w009 w033"
 KEY = "sesame"
@@ -131,7 +131,8 @@ def test_options_reach_the_engine(client, engine):
         (400, dict(n=9, temperature=1)),
         (400, dict(extra_body=dict(strenght=1))),
         (400, dict(extra_body=dict(strength=1), model="base")),
-        (400, dict(presence_penalty=1)),
+        (400, dict(presence_penalty=2.5)),
+        (400, dict(extra_body=dict(tools=[1]))),
         (400, dict(echo=True, logprobs=1)),
         (400, dict(logit_bias={"x": 1})),
         (404, dict(model="gpt-4")),
@@ -148,15 +149,15 @@ def test_bad_requests_in_openais_form(client, status, options):
 def test_the_key_and_what_needs_none(url, client):
     with pytest.raises(openai.AuthenticationError):
         complete(openai.OpenAI(base_url=f"{url}/v1", api_key="sesamf", max_retries=0))
-    assert httpx.get(f"{url}/v1/models").status_code == 401
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"{url}/v1/models").status_code == 401
+    assert httpx2.get(f"{url}/health").json() == {"status": "ok"}
     assert [m.id for m in client.models.list()] == ["tiny", "steered", "adapted", "base"]
-    tokens = httpx.post(
+    tokens = httpx2.post(
         f"{url}/tokenize", json=dict(prompt=PROMPT), headers={"Authorization": f"Bearer {KEY}"}
     )
     assert tokens.json() == {"tokens": [5, 17, 40, 9, 33], "count": 5}
     complete(client, max_tokens=3)
-    shown = httpx.get(f"{url}/metrics").text
+    shown = httpx2.get(f"{url}/metrics").text
     assert "svd_engine_running 0.0" in shown and "time_between_tokens_seconds_bucket" in shown
 
 
@@ -166,13 +167,13 @@ def test_whoever_leaves_is_cancelled(url, engine):
     step = engine.scheduler._batch.step
     engine.scheduler._batch.step = lambda tokens: (time.sleep(0.02), step(tokens))[1]
     body = dict(prompt=[5], max_tokens=100, logit_bias={"2": -100}, alpha=0)
-    with httpx.stream(
+    with httpx2.stream(
         "POST", f"{url}/v1/completions", json={**body, "stream": True}, headers=headers
     ) as got:
         next(got.iter_lines())
         assert engine.scheduler.running == 1
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.3)
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.3)
     time.sleep(0.5)
     assert engine.scheduler.running == 0
     engine.scheduler._batch.step = step
@@ -193,7 +194,7 @@ def test_many_clients_some_of_which_leave(url, engine):
 
     async def all_of_them():
         headers = {"Authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
+        async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
             return await asyncio.gather(*(one(client, i) for i in want))
 
     for text, i in zip(asyncio.run(all_of_them()), want, strict=True):

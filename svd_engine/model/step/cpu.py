@@ -13,6 +13,7 @@ from svd_engine.ops import cpu
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MOST_TOKENS = 256  # 8 new tokens in 32 rows; a prompt is better read by PyTorch
+LINEAR_WORDS = 17  # of a linear layer
 Words = list[int]
 
 
@@ -50,6 +51,7 @@ class CpuStep:
         rows, length, _ = embedded.shape
         hidden, logits = torch.empty_like(embedded), None
         if with_logits:
+            assert self.plan.head is not None
             logits = embedded.new_empty(rows, length, len(self.plan.head.weight))
         cpu.decode(
             self._words, self._caches, embedded.contiguous(), positions, first_adapted_row, hidden,
@@ -95,7 +97,9 @@ class CpuStep:
         return [*words, _bits(x.scaling), _bits(x.softcap or 0.0), _bits(x.residual_scale)]
 
 
-def _linear(x: Linear) -> Words:
+def _linear(x: Linear | None) -> Words:
+    if x is None:
+        return [0] * LINEAR_WORDS
     out, fan_in = x.weight.shape
     down, up, up_bias = x.low_rank or (None, None, None)
     scale = x.input_scale if x.input_scale is not None else x.output_scale
@@ -151,7 +155,9 @@ def why_not(plan: Plan) -> str | None:
 
 
 def _parts(plan: Plan) -> Any:
-    yield from (plan.norm, plan.head)
+    yield plan.norm
+    if plan.head is not None:
+        yield plan.head
     for layer in plan.layers:
         yield from (x for x in vars(layer).values() if isinstance(x, Linear | Norm))
 

@@ -1,5 +1,6 @@
 """Runs a plan on a GPU by ten kernels per layer, which a CUDA graph can hold."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class CudaStep:
         norms = [*following, plan.norm]
         self._layers = [_layer(x, _norm(n)) for x, n in zip(plan.layers, norms, strict=True)]
         self._first_norm = _norm(plan.layers[0].attention_norm)
-        self._head = launch_linear.join([plan.head])
+        self._head = None if plan.head is None else _join(plan.head)
         self._slots = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._positions = 0  # of the tables
@@ -116,6 +117,7 @@ class CudaStep:
                 stream, normal,
             )  # fmt: skip
         if with_logits:
+            assert self._head is not None
             logits = stream.new_empty(rows, self._head.outputs)
             launch_linear.linear(normal, self._head, first, logits)
             return logits.view(sequences, new, -1)
@@ -137,12 +139,26 @@ def _layer(x: Layer, next_norm: "launch_step.Norm | None") -> _Layer:
         _norm(x.query_norm), _norm(x.key_norm),
     )  # fmt: skip
     return _Layer(
-        heads, x.rotary, launch_linear.join([x.query, x.key, x.value]),
-        launch_linear.join([x.output]), launch_linear.join([x.gate, x.up]),
-        launch_linear.join([x.down]), x.output.input_scale, x.down.input_scale,
-        _norm(x.attended_norm), _norm(x.feedforward_norm), _norm(x.fed_norm), next_norm,
-        x.activation == "gelu_tanh", x.residual_scale,
+        heads, x.rotary, _join(x.query, x.key, x.value),
+        _join(x.output), _join(x.gate, x.up), _join(x.down),
+        x.output.input_scale, x.down.input_scale, _norm(x.attended_norm),
+        _norm(x.feedforward_norm), _norm(x.fed_norm), next_norm, x.activation == "gelu_tanh",
+        x.residual_scale,
     )  # fmt: skip
+
+
+def _join(*layers: Linear) -> "launch_linear.Joined":
+    return launch_linear.join([_with_scale_in_adapter(x) for x in layers])
+
+
+def _with_scale_in_adapter(x: Linear) -> Linear:
+    """Scale the adapter's term: the kernels scale the base's alone."""
+    if x.low_rank is None or x.output_scale is None:
+        return x
+    down, up, up_bias = x.low_rank
+    up = up * x.output_scale[:, None]
+    up_bias = None if up_bias is None else up_bias * x.output_scale
+    return replace(x, low_rank=(down, up, up_bias))
 
 
 def _norm(x: Norm | None) -> "launch_step.Norm | None":
@@ -162,8 +178,6 @@ def why_not(plan: Plan) -> str | None:
     dtypes = {x.dtype for x in weights}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return f"the weights are {', '.join(sorted(str(x).split('.')[1] for x in dtypes))}"
-    if plan.head.input_scale is not None:
-        return "the input of its head is scaled"
     if any((x.query_norm is None) != (x.key_norm is None) for x in plan.layers):
         return "queries alone are normalised, or keys alone"
     return None

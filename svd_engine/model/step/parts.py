@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svd_engine.model.adapter_layers import AdaptedLayer, PairedIa3, PairedLoraLinear
+from svd_engine.model.adapter_layers import AdaptedLayer, AdaptedLinear, Halves
 from svd_engine.model.layers import linear as linear_layers
 from svd_engine.model.step import rms_norm
 from svd_engine.model.step.plan import Linear, Norm
@@ -35,6 +35,8 @@ class NotDescribed(Exception):  # noqa: N818
 
 def linear(module: Any) -> Linear:
     """Read a linear layer and its adapter."""
+    if isinstance(module, Halves):
+        raise NotDescribed("the halves have linear layers of their own")
     base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module
     weight: Any = getattr(base, "weight", None)
     bias = getattr(base, "bias", None)
@@ -47,13 +49,9 @@ def linear(module: Any) -> Linear:
     plain = Linear(weight.detach(), None if bias is None else bias.detach())
     if module is base:
         return plain
-    if isinstance(module, PairedLoraLinear):
-        return Linear(plain.weight, plain.bias, low_rank=module.low_rank)
-    if isinstance(module, PairedIa3):
-        scale = module.scale.contiguous()
-        if module.is_feedforward:
-            return Linear(plain.weight, plain.bias, input_scale=scale)
-        return Linear(plain.weight, plain.bias, output_scale=scale)
+    if isinstance(module, AdaptedLinear):
+        scales = module.input_scale, module.output_scale
+        return Linear(plain.weight, plain.bias, module.low_rank, *scales)
     raise NotDescribed(f"it has a {type(module).__name__}")
 
 
@@ -66,8 +64,8 @@ def joined(
             raise NotDescribed(f"it has no {', '.join(missing)}")
         return [linear(getattr(module, name)) for name in names]
     whole = linear(getattr(module, joint))
-    if whole.input_scale is not None or whole.output_scale is not None:
-        raise NotDescribed(f"{joint} is scaled")
+    if whole.input_scale is not None:
+        raise NotDescribed(f"the input of {joint} is scaled")
     sizes = sizes or [len(whole.weight) // len(names)] * len(names)
 
     def part(start: int, size: int) -> Linear:
@@ -78,7 +76,10 @@ def joined(
         if low_rank is not None:
             down, up, up_bias = low_rank
             low_rank = down, up[start : start + size], rows(up_bias)
-        return Linear(whole.weight[start : start + size], rows(whole.bias), low_rank)
+        return Linear(
+            whole.weight[start : start + size], rows(whole.bias), low_rank,
+            output_scale=rows(whole.output_scale),
+        )  # fmt: skip
 
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [part(start, size) for start, size in zip(starts, sizes, strict=True)]

@@ -13,7 +13,10 @@ Rotary = Callable[[int], tuple[Tensor, Tensor]]  # cos and sin [positions, rotar
 
 @dataclass(frozen=True)
 class Linear:
-    """W x + bias; for adapted rows plus up (down x) + up_bias, or with input or output scaled."""
+    """W x + bias, and for adapted rows (W y + bias + up (down y) + up_bias) * output_scale.
+
+    There y = x * input_scale. What is None is left out.
+    """
 
     weight: Tensor  # [out, in]
     bias: Tensor | None = None
@@ -61,10 +64,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decoder from the embeddings of new tokens to hidden states, and its head."""
+    """A decoder from the embeddings of new tokens to hidden states, and its head if it is known."""
 
     layers: tuple[Layer, ...]
     norm: Norm
-    head: Linear
+    head: Linear | None
     embedding_scale: float | Tensor | None
     rotaries: tuple[Rotary, ...]

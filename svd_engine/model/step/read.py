@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from svd_engine.model.layers import attention
 from svd_engine.model.step import parts, rotary
 from svd_engine.model.step.parts import NotDescribed
-from svd_engine.model.step.plan import Layer, Plan
+from svd_engine.model.step.plan import Layer, Linear, Plan
 
 if TYPE_CHECKING:
     from svd_engine.model.runner import ModelRunner
@@ -40,19 +40,25 @@ def read_plan(runner: "ModelRunner") -> Plan:
     first_input, calls = _record(model, layers[0])
     if len(calls) != len(layers):
         raise NotDescribed("its layers do not call attention once each")
-    head = parts.linear(model.get_output_embeddings())
-    if head.input_scale is not None:
-        raise NotDescribed("the input of its head is scaled")
     return Plan(
         layers=tuple(
             _layer(layer, call, rotary.which(angles, call.query, call.key, FAR))
             for layer, call in zip(layers, calls, strict=True)
         ),
         norm=parts.norm(decoder.norm),
-        head=head,
+        head=_head(model),
         embedding_scale=_embedding_scale(model, first_input),
         rotaries=tuple(map(rotary.table, angles)),
     )
+
+
+def _head(model: Any) -> Linear | None:
+    """Read the head; None if its module is to compute the logits."""
+    try:
+        head = parts.linear(model.get_output_embeddings())
+    except NotDescribed:
+        return None
+    return head if head.input_scale is None else None
 
 
 @torch.inference_mode()

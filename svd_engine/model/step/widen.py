@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from svd_engine.model.adapter_layers import AdaptedLayer
+from svd_engine.model.adapter_layers import AdaptedLayer, Halves
 
 VOCABULARY = 64  # tokens that are left: a trial reads no others
 
@@ -12,10 +12,13 @@ VOCABULARY = 64  # tokens that are left: a trial reads no others
 def widen(model: Any) -> None:
     """Widen a model whose modules share parameters with another, which stays as it is.
 
-    The head becomes a plain one of few tokens.
+    The head becomes a plain one of few tokens, and embeddings are the base's for both halves if
+    each has its own.
     """
     head: Any = _base(model.get_output_embeddings())
     embedding: Any = _base(model.get_input_embeddings())
+    if isinstance(model.get_input_embeddings(), Halves):
+        model.set_input_embeddings(embedding)
     few = nn.Linear(head.in_features, VOCABULARY, bias=False, device="meta")
     few._parameters["weight"] = _parameter(head.weight[:VOCABULARY])
     model.set_output_embeddings(few)
@@ -30,6 +33,8 @@ def widen(model: Any) -> None:
 
 
 def _base(module: nn.Module) -> nn.Module:
+    if isinstance(module, Halves):
+        return module.base
     return module.base_layer if isinstance(module, AdaptedLayer) else module
 
 
