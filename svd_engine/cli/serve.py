@@ -17,7 +17,9 @@ def serve(
     adapter: Adapter = ...,  # type: ignore[assignment]
     base: Base = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
     name: Annotated[str, typer.Option(help="Name of the model in the API.")] = "svd-engine",
     strength: Strength = None,
     alpha: Annotated[float | None, typer.Option(help="Replaces the calibrated alpha.")] = None,
@@ -47,15 +49,19 @@ def serve(
     from svd_engine.engine import SteeredEngine
     from svd_engine.generation.limits import Limits
     from svd_engine.serve.app import make_app
-    from svd_engine.serve.run import run
+    from svd_engine.serve.run import bound, run
     from svd_engine.serve.settings import Settings
 
+    limits = Limits(rows=rows, tokens=kv_tokens, chunk=chunk, waiting=waiting)
+    settings = Settings(name, key, max_tokens, max_body)
+    listener = bound(host, port)
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     if strength is not None or alpha is not None:
         engine.steering = steering_of(engine.steering.generation, strength, alpha)
-    engine.limits = Limits(rows=rows, tokens=kv_tokens, chunk=chunk, waiting=waiting)
-    settings = Settings(name, key, max_tokens, max_body, timeout)
-    terminal.say(f"{name} on http://{host}:{port}/v1{'' if key else ', open to all who reach it'}")
-    run(make_app(engine, settings), host, port, settings.timeout)
+    engine.limits = limits
+    url = f"http://{host}:{listener.getsockname()[1]}/v1"
+    note = "" if key else ", open to all who reach it"
+    app = make_app(engine, settings)
+    run(app, listener, timeout, lambda: terminal.say(f"{name} on {url}{note}"), engine.close)

@@ -24,7 +24,7 @@ class Stream:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.is_cancelled = False
+        self.is_cancelled = self.has_failed = False
         self.engine: object = None  # lives as long as its stream
         self._unfinished = sum(not sequence.is_finished for sequence in request.sequences)
         self._items: SimpleQueue[Event | Exception | None] = SimpleQueue()
@@ -61,6 +61,7 @@ class Stream:
 
     def end(self, error: Exception | None = None) -> None:
         """Let the reader stop, or raise the error, after the events that it has not read."""
+        self.has_failed |= error is not None
         self._items.put(error)
         self._wake()
 

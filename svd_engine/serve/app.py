@@ -1,23 +1,18 @@
 """The server: OpenAI's endpoints over an engine's scheduler."""
 
-import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from svd_engine.engine import MODELS, SteeredEngine
-from svd_engine.generation.outputs import Event
-from svd_engine.generation.scheduler import ClosedError
-from svd_engine.generation.stream import Stream
 from svd_engine.serve import errors
+from svd_engine.serve.answers import Events, whole
 from svd_engine.serve.forms import Form
 from svd_engine.serve.gate import Gate
 from svd_engine.serve.metrics import Metrics
@@ -47,9 +42,8 @@ def make_app(engine: SteeredEngine, settings: Settings) -> FastAPI:
         stream = await run_in_threadpool(submit, engine, settings, asked)
         form = Form(asked, stream.request, tokenizer, asked.model or settings.name)
         if asked.stream:
-            chunks = sse(asked, metrics.watch(stream), form)
-            return StreamingResponse(chunks, media_type="text/event-stream")
-        return await unless_gone(http, whole(stream, metrics.watch(stream), form))
+            return Events(stream, metrics, form)
+        return await whole(http, stream, metrics, form)
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, http: Request) -> Response:
@@ -90,60 +84,3 @@ def make_app(engine: SteeredEngine, settings: Settings) -> FastAPI:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
     return app
-
-
-async def whole(stream: Stream, events: AsyncIterator[Event], form: Form) -> Response:
-    """Wait for all events, and answer with one object."""
-    by_row: list[list[Event]] = [[] for _ in stream.request.sequences]
-    try:
-        async for event in events:
-            by_row[event.row].append(event)
-    except ClosedError as error:
-        return errors.response(503, str(error))
-    return _json(form.whole(by_row, stream.finished()))
-
-
-async def sse(
-    asked: ChatRequest | CompletionRequest, events: AsyncIterator[Event], form: Form
-) -> AsyncIterator[str]:
-    """Yield server-sent events. An error comes as the last of them."""
-    try:
-        async for event in events:
-            yield _data(form.chunk(event))
-    except Exception as error:
-        status = 503 if isinstance(error, ClosedError) else 500
-        yield _data(errors.body(status, str(error)))
-        return
-    finally:
-        await events.aclose()  # type: ignore[attr-defined]
-    if asked.stream_options is not None and asked.stream_options.include_usage:
-        yield _data(form.last_chunk())
-    yield "data: [DONE]\n\n"
-
-
-async def unless_gone(http: Request, work: Awaitable[Response]) -> Response:
-    """Await the work, but cancel it when the client disconnects."""
-
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        return Response(status_code=499)  # nobody reads it
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-def _json(value: dict) -> Response:
-    return Response(json.dumps(value), media_type="application/json")
-
-
-def _data(value: dict) -> str:
-    return f"data: {json.dumps(value)}\n\n"

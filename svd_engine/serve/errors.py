@@ -5,7 +5,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from svd_engine.generation.scheduler import ClosedError
+
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+def of(error: Exception) -> tuple[int, str]:
+    """Status and message of what ended a request."""
+    if isinstance(error, ClosedError):
+        return 503, "the server is shutting down."
+    return 500, f"{type(error).__name__}: {error}"
 
 
 def body(status: int, message: str, param: str | None = None) -> dict:
@@ -33,4 +42,4 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        return response(500, f"{type(error).__name__}: {error}")
+        return response(*of(error))

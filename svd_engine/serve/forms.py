@@ -30,6 +30,8 @@ class Form:
         )
         wanted: Any = asked.logprobs
         self._has_logprobs = wanted is not None and wanted is not False
+        options = asked.stream_options
+        self.has_usage = options is not None and options.include_usage
         self._begun: set[int] = set()
         self._offsets: dict[int, int] = {}
 

@@ -1,7 +1,8 @@
 """Prometheus metrics of a server."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -31,26 +32,29 @@ class Metrics:
             "svd_engine_time_between_tokens_seconds", "Per sequence", buckets=SECONDS, registry=to
         )
 
-    async def watch(self, stream: Stream) -> AsyncIterator[Event]:
-        """Yield the stream's events, and count them. Leaving it early cancels the request."""
-        latest: dict[int, float] = {}
-        start, outcome = time.perf_counter(), "cancelled"
-        prompts = stream.request.sequences[:: stream.request.sampling.num_return_sequences]
-        self._prompt.inc(sum(len(sequence.prompt_ids) for sequence in prompts))
+    @contextmanager
+    def counted(self, stream: Stream) -> Iterator[None]:
+        """Count the request by its outcome, in the end; cancel what is left of it."""
+        sequences = stream.request.sequences
+        firsts = sequences[:: stream.request.sampling.num_return_sequences]
+        self._prompt.inc(sum(len(sequence.prompt_ids) for sequence in firsts))
         try:
-            with stream:
-                async for event in stream:
-                    now = time.perf_counter()
-                    if event.row in latest:
-                        self._between.observe(now - latest[event.row])
-                    else:
-                        self._first.observe(now - start)
-                    latest[event.row] = now
-                    self._tokens.inc()
-                    yield event
-            outcome = "finished"
-        except Exception:
-            outcome = "failed"
-            raise
+            yield
         finally:
-            self._requests.labels(outcome).inc()
+            stream.cancel()
+            outcome = "finished" if all(x.is_finished for x in sequences) else "cancelled"
+            self._requests.labels("failed" if stream.has_failed else outcome).inc()
+
+    async def watch(self, stream: Stream) -> AsyncIterator[Event]:
+        """Yield the stream's events; count and time them."""
+        latest: dict[int, float] = {}
+        start = time.perf_counter()
+        async for event in stream:
+            now = time.perf_counter()
+            if event.row in latest:
+                self._between.observe(now - latest[event.row])
+            else:
+                self._first.observe(now - start)
+            latest[event.row] = now
+            self._tokens.inc()
+            yield event

@@ -11,4 +11,3 @@ class Settings:
     api_key: str | None = None
     max_tokens: int = 1024  # of one completion; what a chat gets that names none
     max_body: int = 1 << 20  # bytes
-    timeout: int = 30  # seconds that running requests have to finish at shutdown

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from svd_engine.engine import MODELS, SteeredEngine
 from svd_engine.generation.scheduler import BusyError, ClosedError
 from svd_engine.generation.stream import Stream
+from svd_engine.serve import errors
 from svd_engine.serve.schemas import ChatRequest, CompletionRequest, Message, Sampled
 from svd_engine.serve.settings import Settings
 from svd_engine.steering_config import SteeringConfig
@@ -25,7 +26,7 @@ def submit(engine: SteeredEngine, settings: Settings, asked: Sampled) -> Stream:
     except BusyError as error:
         raise HTTPException(429, str(error)) from error
     except ClosedError as error:
-        raise HTTPException(503, str(error)) from error
+        raise HTTPException(*errors.of(error)) from error
 
 
 def prompt_ids(engine: SteeredEngine, asked: Any) -> list[list[int]]:

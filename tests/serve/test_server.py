@@ -18,16 +18,11 @@ openai = pytest.importorskip("openai")
 
 PROMPT = "w005 w017 w040 w009 w033"
 KEY = "sesame"
-CHAT = "{% for m in messages %}{{ 'w010 ' + m['content'] + ' ' }}{% endfor %}w011"
 
 
 @pytest.fixture(scope="module")
-def engine(words):
-    import copy
-
-    tokenizer = copy.deepcopy(words)
-    tokenizer.chat_template = CHAT
-    engine = SteeredEngine(tiny_peft(), tokenizer, SteeringConfig(-4.0))
+def engine(chat_words):
+    engine = SteeredEngine(tiny_peft(), chat_words, SteeringConfig(-4.0))
     engine.limits = Limits(rows=4, waiting=40, chunk=16)
     return engine
 
