@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import httpx2
 import pytest
@@ -61,6 +60,17 @@ def client_of(url, timeout=60.0):
     return openai.AsyncOpenAI(
         base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=timeout
     ).completions
+
+
+async def until(url, running, waiting):
+    """Wait until the server says so; return its metrics."""
+    wanted = f"svd_engine_running {running}.0", f"svd_engine_waiting {waiting}.0"
+    for _ in range(200):
+        shown = await asyncio.to_thread(lambda: httpx2.get(f"{url}/metrics", timeout=30).text)
+        if all(line in shown for line in wanted):
+            return shown
+        await asyncio.sleep(0.05)
+    raise AssertionError(shown)
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +130,15 @@ def test_whoever_leaves_is_cancelled(url):
                 model="svd-engine", prompt=[5], max_tokens=CONTEXT - 1, **NEVER_ENDS
             )
 
-    asyncio.run(leave())
-    time.sleep(0.3)
-    shown = httpx2.get(f"{url}/metrics").text
-    assert "svd_engine_running 0.0" in shown and "svd_engine_waiting 0.0" in shown
+        return await until(url, running=0, waiting=0)
+
+    shown = asyncio.run(leave())
     assert 'svd_engine_requests_total{outcome="cancelled"} 2.0' in shown
 
 
 def test_the_end_loses_nothing_silently(folders):
     """SIGTERM lets requests finish, those that wait too; what is left then is told so."""
-    process, url = start(folders, "--rows", 2, "--kv-tokens", 2 * CONTEXT, "--timeout", 1)
+    process, url = start(folders, "--rows", 2, "--kv-tokens", 2 * CONTEXT, "--timeout", 4)
 
     async def stream(client, tokens):
         texts = []
@@ -147,21 +156,21 @@ def test_the_end_loses_nothing_silently(folders):
 
     async def terminated():
         client, requests = client_of(url), []
-        for request in (stream(client, CONTEXT - 1), stream(client, 50), stream(client, 20)):
+        for request in (
+            stream(client, CONTEXT - 1), stream(client, 400), stream(client, 20), whole(client)
+        ):  # fmt: skip
             requests.append(asyncio.create_task(request))
-            await asyncio.sleep(0.05)
-        requests.append(asyncio.create_task(whole(client)))
-        await asyncio.sleep(0.1)
+            await until(url, running=min(2, len(requests)), waiting=max(0, len(requests) - 2))
         process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1)
         with pytest.raises(openai.APIConnectionError):
             await client_of(url).create(model="svd-engine", prompt=[5])
         return await asyncio.gather(*requests, return_exceptions=True)
 
     ended, finished, waited, refused = asyncio.run(terminated())
-    assert finished[1] is None and len(finished[0]) == 50
+    assert finished[1] is None and len(finished[0]) == 400
     assert waited[1] is None and len(waited[0]) == 20
-    assert "shutting down" in str(ended[1]) and ended[0][:50] == finished[0]
+    assert "shutting down" in str(ended[1]) and ended[0][:400] == finished[0]
     assert isinstance(refused, openai.InternalServerError) and refused.status_code == 503
     assert process.wait(20) == -signal.SIGTERM
     assert process.stdout.read() == ""
