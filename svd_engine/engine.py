@@ -1,7 +1,9 @@
 """Steered generation: arguments in, completions, events, scores and a strength out."""
 
 import math
+import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +30,14 @@ from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
+from svd_engine.generation.limits import Limits
 from svd_engine.generation.options import GenerateOptions, SamplingOptions
 from svd_engine.generation.outputs import Completion, Event, Score
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.generation.scheduler import Scheduler
 from svd_engine.generation.speculation import Speculations
+from svd_engine.generation.stream import Stream
 from svd_engine.model import cuda_graphs
 from svd_engine.model.models import Models
 from svd_engine.model.pair import Decoder, ModelPair, PairedRunner
@@ -56,6 +61,7 @@ class SteeredEngine:
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
     cuda_graphs: on a GPU, replay decode steps from CUDA graphs.
+    limits: of the batch that `submit` decodes in; they may be set before its first call.
     probe: try a few tokens and raise ValueError unless both models give what they give without the
     engine.
     """
@@ -84,6 +90,9 @@ class SteeredEngine:
         self._speculations = Speculations(self.inputs)
         self._cuda_graphs = cuda_graphs
         self._lock = CallLock()
+        self.limits = Limits()
+        self._scheduler: Scheduler | None = None
+        self._starting = threading.Lock()
         self._steering = Steering()
         self.steering = steering
 
@@ -280,6 +289,37 @@ class SteeredEngine:
         """`stream` for coroutines: decode in a thread, and stop when the reader is cancelled."""
         return self._lock.astream(self._events(prompts, options))
 
+    def submit(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Stream:
+        """Decode beside what was submitted before; return at once, with a stream of the events.
+
+        The options are those of `stream`; each completion equals the one of the same call alone.
+        From any thread or coroutine. Raises ValueError before any work, and BusyError where too
+        many prompts wait.
+        """
+        request = self._stream_request(prompts, options)
+        stream = self.scheduler.submit(request)
+        stream.engine = self
+        return stream
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What decodes the requests of `submit`, started by the first of them."""
+        with self._starting:
+            if self._scheduler is None:
+                self._scheduler = Scheduler(
+                    self.pair, self._lock, self.limits, self.inputs.virtual_tokens
+                )
+                weakref.finalize(self, self._scheduler.close)
+            return self._scheduler
+
+    def close(self, finish: bool = False) -> None:
+        """End the requests of `submit`, or finish them first; it takes no more."""
+        self.scheduler.close(finish)
+
     def warmup(self, batch_sizes: Sequence[int] = (1,), max_length: int = 1024) -> None:
         """Compile and record, ahead of the first request, what steered or adapted decoding needs.
 
@@ -432,10 +472,13 @@ class SteeredEngine:
         return self._decoders[pair]
 
     def _events(self, prompts: Any, options: GenerateOptions) -> Generator[Event, None, None]:
+        return events(self._stream_request(prompts, options))
+
+    def _stream_request(self, prompts: Any, options: GenerateOptions) -> Request:
         request = self._request(prompts, True, **options)
         if request.sampling.num_beams > 1:
             raise ValueError("beams cannot be streamed; use generate, or leave out num_beams.")
-        return events(request)
+        return request
 
     def _request(
         self,

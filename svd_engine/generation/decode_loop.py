@@ -51,10 +51,8 @@ class Batch:
         if self._logits is None:
             self._logits = self._decoder.step(self._tokens)
         logits = self._logits
-        drawn_from = self._distribution(logits, self.rows)
-        self._tokens, logprob = self._sample(drawn_from, self._seeds, self._positions)
+        self._tokens, logprob, best = self._choose(logits)
         self._positions = self._positions + 1
-        best = self._best(logits, drawn_from)
         fetch = start_fetch(self._tokens, logprob)
         # A decoder that overlaps the host computes the next step while the host reads the tokens.
         if self._overlaps():
@@ -62,11 +60,27 @@ class Batch:
         else:
             self._logits = None
         tokens, logprobs = fetch()
-        if min(tokens) < 0:
-            raise not_finite(self.rows[tokens.index(min(tokens))].all_ids)
-        drawn = zip(self.rows, tokens, logprobs, best, strict=True)
         is_over = self._request.is_over
-        return [s.append(token, logprob, top, is_over) for s, token, logprob, top in drawn]
+        drawn = zip(self.rows, tokens, logprobs, best, strict=True)
+        return [self._append(*row, is_over) for row in drawn]
+
+    def _choose(self, logits: PerModel) -> tuple[Tensor, Tensor, list[TopLogprobs | None]]:
+        """Each row's token, its log-probability, and its best tokens if they are wanted."""
+        drawn_from = self._distribution(logits, self.rows)
+        tokens, logprob = self._sample(drawn_from, self._seeds, self._positions)
+        return tokens, logprob, self._best(logits, drawn_from)
+
+    def _append(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprob: float,
+        best: TopLogprobs | None,
+        is_over: bool,
+    ) -> Event:
+        if token < 0:
+            raise not_finite(sequence.all_ids)
+        return sequence.append(token, logprob, best, is_over)
 
     def _prefill(self) -> PerModel:
         copies = self._request.sampling.num_return_sequences
@@ -109,12 +123,13 @@ class Batch:
             )
         return distribution.unsteered(scores)
 
-    def _best(self, logits: PerModel, drawn_from: Distribution) -> list[TopLogprobs] | list[None]:
+    def _best(self, logits: PerModel, drawn_from: Distribution) -> list[TopLogprobs | None]:
         """The top_logprobs of each row, if they are asked for."""
         request = self._request
         if not request.sampling.top_logprobs:
             return [None] * len(logits[0])
-        return top_logprobs(request.sampling.top_logprobs, request.model, logits, drawn_from)
+        best = top_logprobs(request.sampling.top_logprobs, request.model, logits, drawn_from)
+        return [*best]
 
     def _sample(
         self, drawn_from: Distribution, seeds: Tensor, positions: Tensor

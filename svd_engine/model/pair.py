@@ -1,5 +1,6 @@
 """The adapted and the base model as one object: what a decoding loop and a scorer call."""
 
+import copy
 import logging
 from collections.abc import Hashable, Sequence
 from typing import Protocol
@@ -54,6 +55,16 @@ class PairedRunner:
             prompt_embeddings=adapter.prompt_embeddings,
             prefix=adapter.prefix,
         )
+
+    @property
+    def runners(self) -> tuple[ModelRunner, ...]:
+        return (self.runner,)
+
+    def fork(self) -> "PairedRunner":
+        """Return the same pair with a cache of its own."""
+        other = copy.copy(self)
+        other.runner = self.runner.fork()
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +151,10 @@ class SequentialRunner:
 
     def __init__(self, *runners: ModelRunner) -> None:
         self.runners = runners
+
+    def fork(self) -> "SequentialRunner":
+        """Return the same models with caches of their own."""
+        return SequentialRunner(*(runner.fork() for runner in self.runners))
 
     @property
     def device(self) -> torch.device:

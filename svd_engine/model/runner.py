@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,14 @@ class ModelRunner:
     cache: KVCache = field(default_factory=KVCache)
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [rows]
     _position_buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def fork(self) -> "ModelRunner":
+        """Return a runner of the same modules with a cache of its own."""
+        native = None if self.native is None else type(self.native)(self.native.plan)
+        empty = torch.empty(0, dtype=torch.int64, device=self.model.device)
+        return replace(
+            self, native=native, cache=KVCache(), positions=empty, _position_buffer=empty
+        )
 
     @torch.inference_mode()
     def prefill(

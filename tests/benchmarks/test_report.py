@@ -130,6 +130,8 @@ def root(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "method.md").write_text("".join(markers))
     (tmp_path / "docs" / "performance.md").write_text(PERFORMANCE)
+    serving = "<!-- figures:serving -->\n<!-- /figures -->\n"
+    (tmp_path / "docs" / "serving.md").write_text(serving)
     return tmp_path
 
 
