@@ -33,6 +33,7 @@ from svd_engine.generation.inputs import Inputs, Prompt
 from svd_engine.generation.limits import Limits
 from svd_engine.generation.options import GenerateOptions, SamplingOptions
 from svd_engine.generation.outputs import Completion, Event, Score
+from svd_engine.generation.prefix_cache import PrefixCache
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scheduler import Scheduler
@@ -88,6 +89,7 @@ class SteeredEngine:
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
         self._speculations = Speculations(self.inputs)
+        self._prefix_cache = PrefixCache()
         self._cuda_graphs = cuda_graphs
         self._lock = CallLock()
         self.limits = Limits()
@@ -238,6 +240,14 @@ class SteeredEngine:
     def step(self) -> str:
         """How a decode step runs: "one native call", or "module by module" and why."""
         return self._pair.how
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """The latest texts of `generate` and `stream`; prompts that begin like one go on from it.
+
+        It says hits, tokens and bytes, and takes `max_bytes`; 0 turns it off.
+        """
+        return self._prefix_cache
 
     @property
     def pair(self) -> ModelPair:
@@ -493,6 +503,7 @@ class SteeredEngine:
         logits_processor: Sequence[LogitsProcessor] | None = None,
         batch_size: int = 32,
         speculate: Any = None,
+        prefill_chunk: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Request:
         """Validate all arguments and build the request."""
@@ -517,5 +528,7 @@ class SteeredEngine:
             deadline=deadline,
             model=name,
             batch_size=batch_size,
+            prefix_cache=self._prefix_cache,
+            prefill_chunk=prefill_chunk,
             speculation=self._speculations.build(speculate, sampling, sequences, decoder, pair.how),
         )

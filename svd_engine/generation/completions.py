@@ -36,7 +36,9 @@ def events(request: Request) -> Generator[Event, None, None]:
             continue
         batch = (Batch if request.speculation is None else SpeculativeBatch)(request, group)
         while not batch.is_finished:
-            yield from batch.step()
+            found = batch.step()
+            batch.keep_finished()
+            yield from found
 
 
 def _decoded(request: Request) -> Iterator[Sequence]:

@@ -82,6 +82,12 @@ class Batch:
             raise not_finite(sequence.all_ids)
         return sequence.append(token, logprob, best, is_over)
 
+    def keep_finished(self) -> None:
+        """Keep what the sequences that the latest step finished have read."""
+        for row, sequence in enumerate(self.rows):
+            if sequence.is_finished:
+                self._request.keep(row, sequence, tuple(h[row] for h in self._hidden))
+
     def _prefill(self) -> PerModel:
         copies = self._request.sampling.num_return_sequences
         hidden = self._request.prefill(self.rows, len(self.rows))
@@ -90,6 +96,7 @@ class Batch:
             index = index.repeat_interleave(copies)
             self._decoder.reorder(index)
             hidden = tuple(h[index] for h in hidden)
+        self._hidden = hidden
         return self._decoder.logits(hidden)
 
     def _overlaps(self) -> bool:
@@ -105,6 +112,7 @@ class Batch:
         self._decoder.reorder(index)
         self._tokens, self._seeds = self._tokens[index], self._seeds[index]
         self._positions = self._positions[index]
+        self._hidden = tuple(h[index] for h in self._hidden)
         if self._logits is not None:
             self._logits = tuple(x[index] for x in self._logits)
         self.rows = [self.rows[row] for row in running]

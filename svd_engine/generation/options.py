@@ -59,3 +59,4 @@ class GenerateOptions(SamplingOptions, total=False):
     logits_processor: Sequence[LogitsProcessor] | None
     batch_size: int
     speculate: Any
+    prefill_chunk: int | None

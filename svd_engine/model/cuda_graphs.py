@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svd_engine.model.pair import Decoder, ModelPair, PerModel, Prompts
+from svd_engine.model.kept_rows import Beginning, KeptRow, PerModel
+from svd_engine.model.pair import Decoder, ModelPair, Prompts, room_beyond
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ class GraphedRunner:
         max_new_tokens: int = 0,
         max_rows: int = 0,
         contrast: Prompts | None = None,
+        chunk: int | None = None,
     ) -> PerModel:
         """Call the pair's, with rows and slots rounded up."""
         self._order.begin()
@@ -150,11 +152,40 @@ class GraphedRunner:
         self._next_position = max(map(len, [*prompts, *(contrast or ())]))
         self._slots = bucket_slots(self._next_position + max_new_tokens)
         max_rows = bucket_rows(max(max_rows, self._rows))
-        hidden = self.pair.prefill(prompts, self._slots - self._next_position, max_rows, contrast)
+        room = self._slots - self._next_position
+        hidden = self.pair.prefill(prompts, room, max_rows, contrast, chunk)
         if bucket_rows(self._rows) > self._rows:
             self.reorder(torch.arange(self._rows, device=self.device))
         self._order.end()
         return hidden
+
+    def resume(
+        self,
+        prompts: Prompts,
+        beginnings: Sequence[Beginning],
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        chunk: int | None = None,
+    ) -> PerModel:
+        """Call the pair's, with rows and slots rounded up."""
+        self._order.begin()
+        self._rows = len(prompts)
+        self._next_position = max(map(len, prompts))
+        padded = max(x.tokens for x in beginnings) + room_beyond(prompts, beginnings)
+        self._slots = bucket_slots(padded + max_new_tokens)
+        max_rows = bucket_rows(max(max_rows, self._rows))
+        hidden = self.pair.resume(prompts, beginnings, self._slots - padded, max_rows, chunk)
+        if bucket_rows(self._rows) > self._rows:
+            self.reorder(torch.arange(self._rows, device=self.device))
+        self._order.end()
+        return hidden
+
+    def take(self, row: int, tokens: int, hidden: PerModel) -> KeptRow:
+        """Call the pair's; the rows that are computed end with padding."""
+        self._order.begin()
+        kept = self.pair.take(row, tokens, hidden)
+        self._order.end()
+        return kept
 
     def logits(self, hidden: Sequence[Tensor]) -> PerModel:
         """Call the pair's."""

@@ -65,6 +65,19 @@ class KVCache:
         for buffer, new in zip(stored, (keys, values), strict=True):
             buffer[first_row:, :, end - new.shape[1] : end] = new
 
+    def take(self, row: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Copy the first `end` slots of a row, `[kv_heads, end, head_dim]` per layer."""
+        return [
+            (keys[row, :, :end].clone(), values[row, :, :end].clone())
+            for _, (keys, values) in sorted(self._layers.items())
+        ]
+
+    def put(self, row: int, end: int, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Store the first `end` slots of what was taken in the same slots of a row."""
+        for index, new in enumerate(layers):
+            for buffer, x in zip(self._layer(index, new[0][None], new[1][None]), new, strict=True):
+                buffer[row, :, :end] = x[:, :end]
+
     def reorder(self, index: Tensor, kv_length: int) -> None:
         """Copy the first `kv_length` slots of former row index[i] to row i. Raise ValueError."""
         if len(index) > self._max_rows:
