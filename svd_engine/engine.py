@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
-import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from svd_engine import hub, loading, ops
@@ -39,7 +38,9 @@ from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scheduler import Scheduler
 from svd_engine.generation.speculation import Speculations
 from svd_engine.generation.stream import Stream
+from svd_engine.loading import LoadOptions
 from svd_engine.model import cuda_graphs
+from svd_engine.model.layers import quantised
 from svd_engine.model.models import Models
 from svd_engine.model.pair import Decoder, ModelPair, PairedRunner
 from svd_engine.steering_config import Steering, SteeringConfig
@@ -84,6 +85,7 @@ class SteeredEngine:
         adapted, base = models.adapted, models.base
         self.inputs = Inputs(adapted.base_model, tokenizer, adapted.virtual_tokens, base.base_model)
         self._pair = models.pair(pairing)
+        quantised.check_steps(models.model, self._pair.most_new(1) > 1, self._pair.how)
         if probe:
             models.probe(self._pair)
         self._single: dict[str, ModelPair] = {}
@@ -105,22 +107,18 @@ class SteeredEngine:
         adapter: str | Path | None = None,
         *,
         steering: Steering | SteeringConfig | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "cpu",
         pairing: str = "auto",
         cuda_graphs: bool = True,
         probe: bool = True,
-        trust_remote_code: bool = False,
-        weights: str | None = None,
+        **options: Unpack[LoadOptions],
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
         `from_pretrained(adapter)`, or `(base, adapter)` for another base than the adapter names.
         Each is a folder or a Hub name, a base also "smollm2". Without steering the engine decodes
         the adapted model alone until `steering` is set. A tokenizer or chat template beside the
-        adapter is used where its vocabulary fits the base; the log says so. trust_remote_code: run
-        Python code that comes with the base. weights: "int8" or "int4" makes codes of the base's
-        weights, which a CPU reads faster. Raises ValueError.
+        adapter is used where its vocabulary fits the base; the log says so. options: dtype, device,
+        trust_remote_code and weights, as `loading.load_base` takes them. Raises ValueError.
         """
         given = [name for name in (base, adapter) if name is not None]
         if not given:
@@ -129,18 +127,11 @@ class SteeredEngine:
         base = loading.base_of(folder, given[0] if len(given) > 1 else None)
         if steering is None and loading.has_steering(folder):
             steering = Steering.from_pretrained(folder)
-        loading.check_no_saved_modules(weights, folder)
-        model, tokenizer = loading.load_base(
-            base,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            weights=weights,
-        )
+        loading.check_no_saved_modules(options.get("weights"), folder)
+        model, tokenizer = loading.load_base(base, **options)
         peft_model = loading.load_adapter(model, folder)
         tokenizer = loading.adapter_tokenizer(folder, model, tokenizer)
         engine = cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
-        loading.check_native(weights, engine._pair)
         engine._adapter_name = str(given[-1])
         return engine
 
@@ -159,12 +150,9 @@ class SteeredEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         steering: Steering | SteeringConfig | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "cpu",
         cuda_graphs: bool = True,
         probe: bool = True,
-        trust_remote_code: bool = False,
-        weights: str | None = None,
+        **options: Unpack[LoadOptions],
     ) -> "SteeredEngine":
         """Pair two models over one vocabulary, such as a full fine-tune and what it began from.
 
@@ -172,19 +160,14 @@ class SteeredEngine:
         default the adapted checkpoint's. Steering comes from beside it, unless given. Each token
         takes a pass of each model. Raises ValueError, for two vocabularies too.
         """
-        how: dict[str, Any] = dict(
-            dtype=dtype, device=device, trust_remote_code=trust_remote_code, weights=weights
-        )
-        adapted_model, own = loading.loaded("adapted", adapted, **how)
-        base_model, other = loading.loaded("base", base, **how)
+        adapted_model, own = loading.loaded("adapted", adapted, **options)
+        base_model, other = loading.loaded("base", base, **options)
         if own is not None and other is not None:
             loading.check_one_vocabulary(own, other, adapted_model)
         if steering is None and isinstance(adapted, str | Path) and loading.has_steering(adapted):
             steering = Steering.from_pretrained(adapted)
         models = Models.of_two(adapted_model, base_model)
-        engine = cls(models, tokenizer or own, steering, "auto", cuda_graphs, probe)
-        loading.check_native(weights, engine._pair)
-        return engine
+        return cls(models, tokenizer or own, steering, "auto", cuda_graphs, probe)
 
     @classmethod
     def from_model(
@@ -193,12 +176,9 @@ class SteeredEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         steering: Steering | SteeringConfig | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "cpu",
         cuda_graphs: bool = True,
         probe: bool = True,
-        trust_remote_code: bool = False,
-        weights: str | None = None,
+        **options: Unpack[LoadOptions],
     ) -> "SteeredEngine":
         """Steer one model by the difference between two prompts, which `generate` takes.
 
@@ -206,18 +186,8 @@ class SteeredEngine:
         as one batch, through each weight once. With `direction="difference"` and `alpha=0` in the
         steering this is classifier-free guidance, of scale 1 - strength. Raises ValueError.
         """
-        loaded, own = loading.loaded(
-            "model",
-            model,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            weights=weights,
-        )
-        models = Models.of_one(loaded)
-        engine = cls(models, tokenizer or own, steering, "auto", cuda_graphs, probe)
-        loading.check_native(weights, engine._pair)
-        return engine
+        loaded, own = loading.loaded("model", model, **options)
+        return cls(Models.of_one(loaded), tokenizer or own, steering, "auto", cuda_graphs, probe)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -310,8 +280,7 @@ class SteeredEngine:
         From any thread or coroutine. Raises ValueError before any work, and BusyError where too
         many prompts wait.
         """
-        request = self._stream_request(prompts, options)
-        stream = self.scheduler.submit(request)
+        stream = self.scheduler.submit(self._stream_request(prompts, options))
         stream.engine = self
         return stream
 
@@ -320,9 +289,8 @@ class SteeredEngine:
         """What decodes the requests of `submit`, started by the first of them."""
         with self._starting:
             if self._scheduler is None:
-                self._scheduler = Scheduler(
-                    self.pair, self._lock, self.limits, self.inputs.virtual_tokens
-                )
+                how = self._lock, self.limits, self.inputs.virtual_tokens
+                self._scheduler = Scheduler(self.pair, *how)
                 weakref.finalize(self, self._scheduler.close)
             return self._scheduler
 
@@ -344,11 +312,7 @@ class SteeredEngine:
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
             for rows in batch_sizes:
-                if isinstance(decoder, cuda_graphs.GraphedRunner):
-                    decoder.warmup(rows, max_length)
-                else:
-                    decoder.prefill([[0]] * rows, 1)
-                    decoder.step(torch.zeros(rows, dtype=torch.int64, device=decoder.device))
+                cuda_graphs.warmup(decoder, rows, max_length)
 
     @overload
     def score(

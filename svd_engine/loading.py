@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import safetensors
 import torch
@@ -24,7 +24,6 @@ from transformers import (
 from svd_engine import hub, steering_config
 from svd_engine.model import adapter_file, peft_methods
 from svd_engine.model.layers import quantised
-from svd_engine.model.pair import ModelPair
 from svd_engine.utils.files import read_object
 
 if TYPE_CHECKING:
@@ -38,6 +37,15 @@ JSON_FILES = (
 )  # fmt: skip
 WEIGHT_FILES = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")  # others are not loaded
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class LoadOptions(TypedDict, total=False):
+    """How `load_base` loads."""
+
+    dtype: str | torch.dtype
+    device: str | torch.device
+    trust_remote_code: bool
+    weights: str | None
 
 
 def smollm2_file() -> Path | None:
@@ -101,7 +109,7 @@ def load_base(
 
 
 def loaded(
-    what: str, model: str | Path | PreTrainedModel, **options: Any
+    what: str, model: str | Path | PreTrainedModel, **options: Unpack[LoadOptions]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Return a model as it is, without a tokenizer; load what has a name with `load_base`."""
     if isinstance(model, PreTrainedModel):
@@ -189,15 +197,6 @@ def check_no_saved_modules(weights: str | None, adapter: Path) -> None:
                 f"weights={weights!r} is not for an adapter with {name}, which holds weights of "
                 "the base's own kind. Leave weights out."
             )
-
-
-def check_native(weights: str | None, pair: ModelPair) -> None:
-    """Raise ValueError for quantised weights where steps go through the modules."""
-    if weights is not None and pair.most_new(1) < 2:
-        raise ValueError(
-            f"weights={weights!r} needs native decode steps, and with this model and adapter they "
-            f"run {pair.how}. Leave weights out."
-        )
 
 
 def _check_device(device: str | torch.device) -> None:

@@ -86,6 +86,11 @@ class Scheduler:
 
     def submit(self, request: Request) -> Stream:
         """Let a request wait for its turn. Raises ValueError for one that would never fit."""
+        if request.speculation is not None:
+            raise ValueError(
+                "speculate guesses in a batch of its own, and submit decodes beside other "
+                "requests. Leave it out, or call generate or stream."
+            )
         stream = Stream(request)
         arrivals = [*self._arrivals(stream)]
         for arrival in arrivals:

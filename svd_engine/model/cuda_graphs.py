@@ -275,3 +275,12 @@ class GraphedRunner:
 def decoder(pair: ModelPair) -> Decoder:
     """Return what decodes the pair fastest on its device."""
     return GraphedRunner(pair) if pair.device.type == "cuda" else pair
+
+
+def warmup(decoder: Decoder, rows: int, length: int) -> None:
+    """Do once what `rows` sequences of up to `length` tokens can need."""
+    if isinstance(decoder, GraphedRunner):
+        return decoder.warmup(rows, length)
+    decoder.prefill([[0]] * rows, 1)
+    decoder.step(torch.zeros(rows, dtype=torch.int64, device=decoder.device))
+    return None

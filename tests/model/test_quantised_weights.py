@@ -164,7 +164,7 @@ def held(engine):
         ("llama", {"weights": "int3"}, "weights must be int8 or int4; got 'int3'"),
         ("llama", {"weights": "int8", "device": "meta"}, "weights='int8' runs on the CPU"),
         ("saved", {"weights": "int8"}, "not for an adapter with modules_to_save"),
-        ("gpt2", {"weights": "int4"}, "needs native decode steps"),
+        ("gpt2", {"weights": "int4"}, "need native decode steps"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(folders, name, options, told):

@@ -28,6 +28,18 @@ def check(weights: str | None, device: str | torch.device) -> None:
         raise ValueError(f"weights={weights!r} needs the native CPU kernels: {reason}.")
 
 
+def check_steps(model: nn.Module, is_native: bool, how: str) -> None:
+    """Raise ValueError for codes where steps go through the modules, which unpack them each time.
+
+    how: how steps run.
+    """
+    if not is_native and any(isinstance(module, Codes) for module in model.modules()):
+        raise ValueError(
+            "weights of codes need native decode steps, and with this model and adapter they run "
+            f"{how}. Leave weights out."
+        )
+
+
 def quantise(weight: Tensor, bits: int) -> Tensor:
     """Return the codes of a weight `[out, in]`, uint8 `[out, bytes]`.
 
