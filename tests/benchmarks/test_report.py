@@ -33,6 +33,8 @@ PERFORMANCE = """<!-- figures:operators -->
 <!-- /figures -->
 <!-- figures:steps -->
 <!-- /figures -->
+<!-- figures:weights -->
+<!-- /figures -->
 <!-- figures:requests -->
 <!-- /figures -->
 <!-- figures:start -->
@@ -128,6 +130,8 @@ def root(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "method.md").write_text("".join(markers))
     (tmp_path / "docs" / "performance.md").write_text(PERFORMANCE)
+    serving = "<!-- figures:serving -->\n<!-- /figures -->\n"
+    (tmp_path / "docs" / "serving.md").write_text(serving)
     return tmp_path
 
 
@@ -165,6 +169,15 @@ def test_the_tables_of_a_step():
     cells = "30.0 (18.0 + 1.00 + 1.00) | 1.50"
     assert f"| batch 8 | {cells} | {cells} | {cells} |" in lines
     assert "| llama.cpp, un-steered | 21.0 | 1.05 | - | - | - | - |" in lines
+
+
+def test_the_table_of_codes():
+    times = {"int8, steered": 0.006, "int8, llama.cpp": 0.008, "int4, steered": 0.005}
+    contenders = {key: {"median": seconds} for key, seconds in times.items()}
+    case = {"held": {"int8": 135e6, "int4": 76e6}, "rounds": 7, "contenders": contenders}
+    lines = engine_tables.weights(ABOUT | {"cases": [case]}).splitlines()
+    assert "| int8 | 135 | 6.00 | 8.00 | 0.75 |" in lines
+    assert "| int4 | 76.0 | 5.00 | - | - |" in lines
 
 
 def test_the_gain_says_what_is_published():
