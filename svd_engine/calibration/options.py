@@ -143,8 +143,13 @@ class CalibrationOptions:
             checks.check_direction(options.direction)
         elif options.estimator != "exact":
             raise ValueError("direction='auto' compares exact optima; leave out estimator.")
-        if not alphas or not all(0 < a <= 1 for a in alphas):
+        if not alphas or not max(alphas) <= 1:
             raise ValueError(f"alpha must lie in (0, 1], one number or several; got {alpha}.")
+        if not min(alphas) > 0:
+            raise ValueError(
+                f"alpha must lie in (0, 1] to calibrate; got {min(alphas)}. A small one, such as "
+                "0.001, keeps nearly every token that matters."
+            )
         if objective != "nll":
             for i, rejected in enumerate(wrong):
                 if not rejected:
