@@ -374,7 +374,7 @@ class SteeredEngine:
         answers = Answers(example_files.encode(examples, self.tokenizer, self.inputs.vocab_size))
         places = [example_files.place(example, i) for i, example in enumerate(examples)]
         self.inputs.check_passages(answers.passages, [places[i] for i in answers.example_of()])
-        checked = CalibrationOptions.checked(answers, **options)
+        checked = CalibrationOptions.checked(answers.wrong, **options)
         with self._lock.hold():
             report = calibrate(self.pair, answers, checked, progress)
         config = report.to_steering_config(

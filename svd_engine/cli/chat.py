@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.generate import steering_of
+from svd_engine.cli.generate import steering_beside
 from svd_engine.cli.options import (
     Adapter,
     Base,
@@ -45,7 +45,11 @@ def chat(
     """Talk to the steered model: a line is a question, its answer is streamed. Ctrl-D ends it."""
     more = parse(settings or ())
     from svd_engine.engine import SteeredEngine
+    from svd_engine.generation.sampling_params import SamplingParams
 
+    options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more
+    SamplingParams.from_arguments(**options, seed=seed).seeds(1)
+    steering = steering_beside(adapter, strength, alpha)
     engine = SteeredEngine.from_pretrained(
         base,
         adapter,
@@ -54,8 +58,7 @@ def chat(
         trust_remote_code=trust_remote_code,
         weights=weights,
     )
-    engine.steering = steering_of(engine.steering.generation, strength, alpha)
-    options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more
+    engine.steering = steering
     messages = [] if system is None else [{"role": "system", "content": system}]
     for question in _questions():
         messages.append({"role": "user", "content": question})

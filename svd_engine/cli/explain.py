@@ -27,7 +27,7 @@ def explain(
 
     One HTML file with everything in it. In bfloat16 near ties may differ from the decoded text.
     """
-    from svd_engine.cli.generate import steering_of
+    from svd_engine.cli.generate import steering_beside
     from svd_engine.engine import SteeredEngine
     from svd_engine.explain import collect, write
     from svd_engine.utils.files import check_place
@@ -40,10 +40,11 @@ def explain(
     check_place(page)
     if page.is_dir():
         raise ValueError(f"{page} is a folder; name an HTML file in it.")
+    steering = collect.check(steering_beside(adapter, strength, alpha))
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    engine.steering = collect.check(steering_of(engine.steering.generation, strength, alpha))
+    engine.steering = steering
     write.write(
         engine, questions, page, max_new_tokens, adapter=adapter, progress=sys.stderr.isatty()
     )

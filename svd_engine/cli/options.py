@@ -36,7 +36,13 @@ Prompt = Annotated[
 SplitSeed = Annotated[int, typer.Option(help="Seed of the shuffle before the split.")]
 CalibrationSize = Annotated[int, typer.Option(help="Number of questions for calibration.")]
 Limit = Annotated[int | None, typer.Option(help="Evaluate only the first questions.")]
-Output = Annotated[Path, typer.Option(help="Folder of results; an interrupted run resumes there.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of results, by default one in runs/evaluate that is named by adapter and "
+        "settings. An interrupted run, and one with a larger --limit, goes on there."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard earlier results.")]
 AllowOverlap = Annotated[
     bool, typer.Option("--allow-overlap", help="Accept questions that the adapter has seen.")

@@ -48,12 +48,13 @@ const slider = byId("strength");
 const strengthNow = () => slider.valueAsNumber * data.step;
 const special = new Set(data.special);
 const spans = [], shown = [], answers = [];
+const alone = Array.from(token, (_, i) => choose(i, 0)), own = []; // choices that the slider leaves
 let current = -1;
 
 /** What an answer's own decoding takes at a position: its text parts where another is chosen. */
 function reference(model, i) {
   if (model === "base") return token[i];
-  return choose(i, model === "adapted" ? 0 : data.strength);
+  return model === "adapted" ? alone[i] : choose(i, data.strength);
 }
 
 function build() {
@@ -73,6 +74,7 @@ function build() {
         span.textContent = shown[i] = piece === "" ? "·" : piece;
         span.style.setProperty("--kl", Math.min(1, divergence[i] / 2).toFixed(3));
         spans.push(span);
+        own.push(reference(model, i));
         text.append(span);
       }
       answers.push({ model, first, end: i, parts, text, label });
@@ -93,19 +95,20 @@ function update() {
   slider.setAttribute("aria-valuetext", at);
   let changed = 0, kept = 0, written = 0;
   for (const { model, first, end, parts, text, label } of answers) {
-    let parted = -1;
+    let parted = -1, isNew = !text.hasAttribute("aria-label");
     for (let i = first; i < end; i++) {
-      const chosen = choose(i, strength), wanted = reference(model, i), span = spans[i];
-      const moved = chosen !== choose(i, 0), other = model === "steered" && chosen !== wanted;
-      span.className = "t" + (moved ? " changed" : "") + (other ? " other" : "") +
+      const chosen = choose(i, strength), wanted = own[i], span = spans[i];
+      const moved = chosen !== alone[i], other = model === "steered" && chosen !== wanted;
+      const classes = "t" + (moved ? " changed" : "") + (other ? " other" : "") +
         (parted >= 0 && model !== "base" ? " after" : "") +
         (special.has(other ? chosen : token[i]) ? " special" : "") + (i === current ? " current" : "");
+      if (span.className !== classes) span.className = classes;
       const piece = other ? data.vocabulary[chosen] || "·" : shown[i];
-      if (span.textContent !== piece) span.textContent = piece;
+      if (span.textContent !== piece) { span.textContent = piece; isNew = true; }
       if (parted < 0 && chosen !== wanted) parted = i;
       if (moved && model === "steered") changed++;
     }
-    text.setAttribute("aria-label", `${label}: ${text.textContent}`);
+    if (isNew) text.setAttribute("aria-label", `${label}: ${text.textContent}`);
     parts.textContent = parted < 0
       ? `Steered at ${at}, the text is the same to its end.`
       : `Steered at ${at}, the text parts at token ${parted - first + 1}: ${name(choose(parted, strength))} instead of ${name(token[parted])}.`;

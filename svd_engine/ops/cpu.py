@@ -26,7 +26,10 @@ def _load() -> SimpleNamespace | str:
     """Load the operators, or return why there are none."""
     found = sorted(Path(__file__).parents[1].glob("_cpu*.so"))
     if not found:
-        return "svd_engine._cpu was not built (see the output of pip install -v)"
+        return (
+            "svd_engine._cpu was not built; with a C++ compiler and torch in place: "
+            'pip install -v --no-build-isolation ".[gguf]" in the repository'
+        )
     try:
         torch.ops.load_library(str(found[0]))
         ops = torch.ops.svd_engine_cpu

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from svd_engine import ops
 from svd_engine.kernels import reference
 from svd_engine.ops import cpu, dispatch
 
@@ -342,3 +343,19 @@ def test_says_why_it_is_unavailable(monkeypatch, tmp_path):
         with pytest.raises(RuntimeError, match="failed to load"):
             cpu.capability()
     assert reload() is None
+
+
+def test_a_fallback_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "unavailable", lambda: "was not built")
+    dispatch.choose.cache_clear()
+    dispatch._tell.cache_clear()
+    rows = torch.randn(2, 3, 50)
+    try:
+        for _ in range(2):
+            ops.steer(*rows, -1.0)
+            ops.divergence(*rows)
+    finally:
+        dispatch.choose.cache_clear()
+        dispatch._tell.cache_clear()
+    (line,) = caplog.messages
+    assert "No native kernels for cpu, so decoding is slower (cpu: was not built)." in line

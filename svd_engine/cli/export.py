@@ -1,0 +1,51 @@
+"""`svd-engine export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svd_engine.cli import terminal
+from svd_engine.cli.options import Adapter, Base, DType, Strength, TrustRemoteCode
+
+TARGETS = ("transformers",)
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    adapter: Adapter,
+    base: Base = None,
+    target: Annotated[
+        str, typer.Option("--for", help=f"What will load the folder: {' or '.join(TARGETS)}.")
+    ] = "transformers",
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the base's weights instead of linking to them.")
+    ] = False,
+    strength: Strength = None,
+    alpha: Annotated[float | None, typer.Option(help="Replaces the calibrated alpha.")] = None,
+    dtype: DType = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a folder of base, adapter and steering that other programs load, and decode steered.
+
+    For transformers: transformers serve FOLDER --trust-remote-code.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"--for must be {' or '.join(TARGETS)}; got {target!r}.")
+    from dataclasses import replace
+
+    from svd_engine import hub, loading
+    from svd_engine.cli.generate import steering_of
+    from svd_engine.integrations import export
+    from svd_engine.steering_config import Steering
+
+    export.check(folder)
+    source = hub.adapter_folder(adapter)
+    has_steering = loading.has_steering(source)
+    steering = Steering.from_pretrained(source) if has_steering else Steering()
+    steering = replace(steering, generation=steering_of(steering.generation, strength, alpha))
+    export.export(
+        folder, loading.base_of(source, base), source, steering,
+        copy=copy, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    terminal.say(f"Written to {folder}: transformers serve {folder} --trust-remote-code")
