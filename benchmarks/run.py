@@ -19,6 +19,7 @@ SUITES = {
     "cpu_step": "engine/test_step.py",
     "cpu_methods": "engine/test_methods.py",
     "cpu_speculation": "engine/test_speculation.py",
+    "cpu_prefix": "engine/test_prefix.py",
 }
 QUICK = "test_token or test_step or test_start or test_batch or host_overhead or 151936-1- "
 QUICK += "or 151936-32-"
