@@ -54,7 +54,10 @@ class PrefixCache:
         self._texts, self.bytes = [], 0
 
     def find(self, decoder: Decoder, prompts: ListOf[list[int]]) -> list[Beginning] | None:
-        """Find how each prompt begins; None unless all of them begin like a text."""
+        """Find how each prompt begins; None unless each begins like a text for half its length.
+
+        A long rest is better read as a prompt, by attention that needs no mask.
+        """
         found = [self._find(decoder, prompt) for prompt in prompts]
         texts = [text for text in found if text is not None]
         if len(texts) < len(found):
@@ -65,10 +68,12 @@ class PrefixCache:
             if tokens == len(prompt) != text.prompt:
                 tokens -= 1  # hidden states after the last one are needed
             beginnings.append(Beginning(text.kept, tokens))
-            self._texts.remove(text)
-            self._texts.append(text)
-            self.tokens += tokens
+        total = sum(beginning.tokens for beginning in beginnings)
+        if 2 * total < sum(map(len, prompts)):
+            return None
+        self._texts = [x for x in self._texts if x not in texts] + [*dict.fromkeys(texts)]
         self.hits += len(prompts)
+        self.tokens += total
         return beginnings
 
     def keep(
