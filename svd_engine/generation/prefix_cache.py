@@ -67,13 +67,12 @@ class PrefixCache:
             tokens = _alike(text.token_ids, prompt)
             if tokens == len(prompt) != text.prompt:
                 tokens -= 1  # hidden states after the last one are needed
+            if 2 * tokens < len(prompt):
+                return None
             beginnings.append(Beginning(text.kept, tokens))
-        total = sum(beginning.tokens for beginning in beginnings)
-        if 2 * total < sum(map(len, prompts)):
-            return None
         self._texts = [x for x in self._texts if x not in texts] + [*dict.fromkeys(texts)]
         self.hits += len(prompts)
-        self.tokens += total
+        self.tokens += sum(beginning.tokens for beginning in beginnings)
         return beginnings
 
     def keep(
