@@ -37,7 +37,8 @@ def speculation(result: dict[str, Any]) -> str:
     head = ["text", *(cell for d in DTYPES for cell in (f"{d}, tokens a step", "speed"))]
     return (
         "CPU time of one thread, batch 1, against the same engine without guesses, in turns; texts "
-        f"are greedy, of up to 48 tokens, the prompt's reading included. {source(result, 'transformers', 'peft')}.\n\n"
+        "are greedy, of up to 48 tokens, the prompt's reading included. "
+        f"{source(result, 'transformers', 'peft')}.\n\n"
         f"{costs}\n\n{table(head, cells)}"
     )
 
