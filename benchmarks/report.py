@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from benchmarks.engine import fewer_steps
 from benchmarks.engine import tables as engine
 from benchmarks.gpu import published as gpu
 from benchmarks.kernels import tables as kernels
@@ -23,6 +24,7 @@ Form = Callable[[dict[str, Any]], str]
 TABLES: tuple[tuple[str, str, str, Form], ...] = (
     *kernels.TABLES,
     *engine.TABLES,
+    *fewer_steps.TABLES,
     *quality.TABLES,
     *gpu.TABLES,
     *serving.TABLES,
@@ -32,6 +34,8 @@ LATER = {  # figures of one machine
     "cpu_step": "`make bench`",
     "cpu_weights": "`make bench`",
     "cpu_serving": "`make bench`",
+    "cpu_speculation": "`make bench`",
+    "cpu_prefix": "`make bench`",
     "gpu": "`python -m benchmarks.gpu`",
 }
 

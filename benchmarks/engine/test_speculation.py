@@ -31,7 +31,9 @@ def engine(request: pytest.FixtureRequest) -> Iterator[SteeredEngine]:
     base, tokenizer = loading.load_base(loading.SMOLLM2, dtype=getattr(torch, request.param))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield SteeredEngine(random_adapter(base, random_lora()), tokenizer, SteeringConfig(-1.0))
+    engine = SteeredEngine(random_adapter(base, random_lora()), tokenizer, SteeringConfig(-1.0))
+    engine.prefix_cache.max_bytes = 0
+    yield engine
     torch.set_num_threads(threads)
 
 

@@ -54,7 +54,10 @@ class PrefixCache:
         self._texts, self.bytes = [], 0
 
     def find(self, decoder: Decoder, prompts: ListOf[list[int]]) -> list[Beginning] | None:
-        """Find how each prompt begins; None unless all of them begin like a text."""
+        """Find how each prompt begins; None unless each begins like a text for half its length.
+
+        A long rest is better read as a prompt, by attention that needs no mask.
+        """
         found = [self._find(decoder, prompt) for prompt in prompts]
         texts = [text for text in found if text is not None]
         if len(texts) < len(found):
@@ -64,11 +67,12 @@ class PrefixCache:
             tokens = _alike(text.token_ids, prompt)
             if tokens == len(prompt) != text.prompt:
                 tokens -= 1  # hidden states after the last one are needed
+            if 2 * tokens < len(prompt):
+                return None
             beginnings.append(Beginning(text.kept, tokens))
-            self._texts.remove(text)
-            self._texts.append(text)
-            self.tokens += tokens
+        self._texts = [x for x in self._texts if x not in texts] + [*dict.fromkeys(texts)]
         self.hits += len(prompts)
+        self.tokens += sum(beginning.tokens for beginning in beginnings)
         return beginnings
 
     def keep(

@@ -86,11 +86,13 @@ class Scheduler:
 
     def submit(self, request: Request) -> Stream:
         """Let a request wait for its turn. Raises ValueError for one that would never fit."""
-        if request.speculation is not None:
-            raise ValueError(
-                "speculate guesses in a batch of its own, and submit decodes beside other "
-                "requests. Leave it out, or call generate or stream."
-            )
+        alone = {"speculate": request.speculation, "prefill_chunk": request.prefill_chunk}
+        for name, value in alone.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is for a batch of its own, and submit decodes beside other requests. "
+                    "Leave it out, or call generate or stream."
+                )
         stream = Stream(request)
         arrivals = [*self._arrivals(stream)]
         for arrival in arrivals:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import records, report, run
+from benchmarks.engine import fewer_steps
 from benchmarks.engine import tables as engine_tables
 from benchmarks.kernels import tables as operator_tables
 from benchmarks.quality import tables as quality_tables
@@ -38,6 +39,10 @@ PERFORMANCE = """<!-- figures:operators -->
 <!-- figures:requests -->
 <!-- /figures -->
 <!-- figures:start -->
+<!-- /figures -->
+<!-- figures:speculation -->
+<!-- /figures -->
+<!-- figures:prefix -->
 <!-- /figures -->
 <!-- figures:gpu -->
 <!-- /figures -->
@@ -109,6 +114,52 @@ def steps():
             case("Qwen2.5-0.5B", "bfloat16"),
         ]
     }
+
+
+def test_the_tables_of_fewer_steps():
+    lines = fewer_steps.speculation(
+        ABOUT
+        | {
+            "cases": [
+                {
+                    "dtype": dtype,
+                    "contenders": {
+                        str(new): {"median": 0.01 * new, "ratio": 0.5 + 0.5 * new}
+                        for new in (1, 2, 5)
+                    },
+                }
+                for dtype in ("float32", "bfloat16")
+            ]
+            + [
+                {"dtype": dtype, "texts": "repeating", "contenders": texts}
+                for dtype in ("float32", "bfloat16")
+                for texts in [
+                    {
+                        "list": {"tokens": 48, "per step": 4.0, "speedup": 2.0},
+                        "poem": {"tokens": 48, "per step": 2.0, "speedup": 0.5},
+                        "one word": {"tokens": 1, "per step": 0.0, "speedup": 9.0},
+                    }
+                ]
+            ]
+        }
+    ).splitlines()
+    assert "| float32 | 10.0 | 1.50 | 3.00 |" in lines
+    assert "| list | 4.00 | 2.00x | 4.00 | 2.00x |" in lines
+    assert "| **repeating, mean** |  | **1.00x** |  | **1.00x** |" in lines
+    assert not any("one word" in line for line in lines)
+    text = fewer_steps.prefix(
+        ABOUT
+        | {
+            "cases": [
+                {
+                    "tokens": 992, "new_tokens": 16, "kept_bytes": 9e7, "dtype": "float32",
+                    "contenders": {"read on": {"median": 0.2}, "read anew": {"median": 9.0}},
+                }
+            ]
+        }
+    )  # fmt: skip
+    assert "after 0.20 s, and after 9.00 s where it is read anew: 45 times sooner" in text
+    assert "holds 90 MB" in text
 
 
 @pytest.fixture

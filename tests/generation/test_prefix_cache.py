@@ -120,6 +120,15 @@ def test_other_models_and_contrasts_read_their_own(lora):
     assert lora.prefix_cache.hits == 1
 
 
+def test_a_beginning_of_less_than_half_is_read_anew(lora, monkeypatch):
+    monkeypatch.setattr("svd_engine.generation.prefix_cache.LEAST", 8)
+    lora.generate(FIRST[:20], **OPTIONS)
+    lora.generate(FIRST[:20] + OTHER[:25], **OPTIONS)
+    assert lora.prefix_cache.hits == 0
+    lora.generate(FIRST[:20] + OTHER[:18], **OPTIONS)
+    assert lora.prefix_cache.hits == 1
+
+
 def test_texts_make_room_for_others(lora):
     cache = lora.prefix_cache
     lora.generate(FIRST, **OPTIONS)

@@ -211,6 +211,12 @@ def test_the_batch_makes_room_as_it_needs_it(model, words):
     engine.close()
 
 
+@pytest.mark.parametrize("option", [{"speculate": "prompt"}, {"prefill_chunk": 16}])
+def test_what_a_batch_of_its_own_does_is_refused(engine, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is for a batch of its own"):
+        engine.submit(PROMPTS[0], max_new_tokens=2, **option)
+
+
 def test_what_fails_in_one_request_fails_in_no_other(engine):
     class Breaks(LogitsProcessor):
         def __call__(self, ids, scores):
