@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "calibration": {"generation", "model", "ops", "kernels", "data", "utils", "steering_config"},
     "training": {"model", "data", "utils"},
     "engine": BELOW_ENGINE,
-    "integrations": BELOW_ENGINE - {"calibration", "kernels"} | {"engine"},
+    "integrations": BELOW_ENGINE | {"engine"},
     "evaluate": BELOW_ENGINE | {"engine"},
     "cli": BELOW_ENGINE | {"engine", "evaluate", "training", "integrations"},
 }

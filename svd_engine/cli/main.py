@@ -13,6 +13,7 @@ from svd_engine.cli import terminal
 from svd_engine.cli.calibrate import calibrate
 from svd_engine.cli.chat import chat
 from svd_engine.cli.evaluate import app as evaluate
+from svd_engine.cli.export import export
 from svd_engine.cli.generate import generate
 from svd_engine.cli.harness import SETTINGS as HARNESS
 from svd_engine.cli.harness import lm_eval
@@ -30,6 +31,7 @@ app.command("calibrate")(calibrate)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.add_typer(evaluate, name="evaluate")
+app.command("export")(export)
 app.command("lm-eval", add_help_option=False, context_settings=HARNESS)(lm_eval)
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
