@@ -5,9 +5,12 @@ import logging
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from svd_engine import Steering, SteeringConfig
 from svd_engine.integrations.vllm import engine_args, plugin
 from tests.vllm.conftest import SETTINGS
 
@@ -122,3 +125,43 @@ def test_a_steering_for_another_vocabulary_is_refused(vllm, arguments):
         json.dump({"strength": 1.0, "vocab_size": 5}, file)
     with pytest.raises(ValueError, match="calibrated for a vocabulary of 5"):
         configure(vllm, arguments)
+
+
+def test_model_runner_v2_keeps_choices_by_slot(vllm, monkeypatch):
+    """The runner of GPUs, which needs Triton, is replaced by what it tells a model's state."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    from svd_engine.integrations.vllm.model_state import SteeredModelState
+    from svd_engine.integrations.vllm.steering import ADAPTED, STEERED, SteeredLogits
+
+    def init(self, vllm_config, model, encoder_cache, device):
+        self.model, self.max_num_reqs = model, 4
+
+    monkeypatch.setattr(DefaultModelState, "__init__", init)
+    monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
+    monkeypatch.setattr(DefaultModelState, "prepare_inputs", lambda *_: {})
+    steered = SteeredLogits(Steering.of(SteeringConfig(-3.0)))
+    state = SteeredModelState(None, SimpleNamespace(steered=steered), None, "cpu")
+
+    def add(slot, **extra):
+        state.add_request(
+            slot, SimpleNamespace(sampling_params=vllm.SamplingParams(extra_args=extra))
+        )
+
+    def step(*slots):
+        batch = SimpleNamespace(expanded_idx_mapping=torch.tensor(slots))
+        assert state.prepare_inputs(batch, None) == {}
+        return steered.take()
+
+    add(2)
+    rows = step(2)
+    assert rows.strength == -3.0 and rows.model is None
+    add(0, strength=2.0)
+    add(3, model="adapted")
+    rows = step(3, 0, 2)
+    assert rows.strength[1:].tolist() == [2.0, -3.0]
+    assert rows.model.tolist() == [ADAPTED, STEERED, STEERED]
+    add(3)  # the slots are given to others
+    add(0)
+    rows = step(0, 3)
+    assert rows.strength == -3.0 and rows.model is None

@@ -19,9 +19,12 @@ def tensors(terms):
     return parts | {"in": terms.input_scale, "out": terms.output_scale}
 
 
-@pytest.mark.parametrize("architecture", [*models.CONFIGS, "head"])
-def test_terms(architecture, tmp_path):
-    model = models.build("llama" if architecture == "head" else architecture, architecture)
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    [*((name, name) for name in models.CONFIGS), ("llama", "head"), ("gemma2", "head")],
+)
+def test_terms(architecture, adapter, tmp_path):
+    model = models.build(architecture, adapter)
     models.save(model, tmp_path)
     base = model.get_base_model()
     read = AdapterTerms(base.config, tmp_path / "adapter")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -82,7 +83,7 @@ def _hollow(config: PretrainedConfig) -> Any:
     """Build a model whose weights are zeros that take no memory."""
     config = copy.deepcopy(config)
     config.architectures = None
-    with torch.device("meta"):
+    with init_empty_weights():  # of parameters alone: Gemma's scale of embeddings is a buffer
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for module in model.modules():
         for name, x in module._parameters.items():
