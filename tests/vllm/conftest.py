@@ -23,6 +23,7 @@ SETTINGS = dict(
 def vllm():
     """The package, with the plugin registered as its entry point would."""
     vllm = pytest.importorskip("vllm")
+    pytest.importorskip("vllm.exceptions")
     from vllm.model_executor.models import registry
 
     from svd_engine.integrations.vllm import plugin

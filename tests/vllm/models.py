@@ -54,6 +54,9 @@ def build(architecture: str, adapter: str | None = None) -> PeftModel:
     base = AutoModelForCausalLM.from_config(
         copy.deepcopy(CONFIGS[architecture]), dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    if architecture == "gemma2":  # or its embeddings would decide alone, being those of its head
+        base.model.embed_tokens.weight.data *= 0.1
+        base.model.norm.weight.data += 20
     config = copy.deepcopy(ADAPTERS[adapter or architecture])
     config.task_type = "CAUSAL_LM"
     model = get_peft_model(base, config).eval()
@@ -62,8 +65,8 @@ def build(architecture: str, adapter: str | None = None) -> PeftModel:
         if "magnitude" in name:
             parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
         elif parameter.requires_grad:
-            shift = 1.0 if "ia3" in name else 0.0
-            parameter.data = shift + 0.2 * torch.randn_like(parameter)
+            shift, spread = (1.0, 0.5) if "ia3" in name else (0.0, 0.2)
+            parameter.data = shift + spread * torch.randn_like(parameter)
     return model
 
 

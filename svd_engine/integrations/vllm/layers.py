@@ -179,10 +179,8 @@ class _Embedding(nn.Module):
         if not isinstance(terms, AdaptedEmbedding):
             raise ValueError(f"a {type(terms).__name__} is no change of an embedding.")
         device, norm = next(model.parameters()).device, terms.output_scale
-        # transformers may scale embeddings in the layer, as it read them; vLLM does after it.
-        up = terms.up / getattr(terms.base_layer, "embed_scale", 1.0)
         self.register_buffer("down", terms.down.to(device, dtype), persistent=False)
-        self.register_buffer("up", up.to(device, dtype), persistent=False)
+        self.register_buffer("up", terms.up.to(device, dtype), persistent=False)
         scale = None if norm is None else norm.to(device, dtype)
         self.register_buffer("output_scale", scale, persistent=False)
 
