@@ -5,6 +5,7 @@ import os
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from tests.vllm import models
 
@@ -49,6 +50,14 @@ def folder_of(tmp_path_factory, words):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Token ids; one prompt is longer than a batch of prefill may be."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = 5, 1, 9, 40, 70, 3
+    return [torch.randint(3, models.VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,9 @@ ADAPTERS = {
     "gemma2": IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
+    "all": LoraConfig(
+        r=4, lora_alpha=8, target_modules=[*ALL, "embed_tokens", "lm_head"], use_dora=True
+    ),
     "head": LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj", "lm_head"]),
 }
 

@@ -10,14 +10,7 @@ from tests.vllm import models
 
 NEW = 24
 TIE = 1e-4
-LENGTHS = 5, 1, 9, 40, 70, 3  # one prompt is longer than a batch of prefill may be
 REQUESTS = {}, {"strength": 2.0}, {"strength": 0.0}, {"model": "adapted"}, {}, {"model": "base"}
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, models.VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
 def generate(vllm, llm, prompts, requests=None, **params):
