@@ -22,14 +22,26 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("architecture", "adapter"), [("llama", "all"), ("gemma2", None)])
-def test_tensor_parallel(vllm, engine, folder_of, prompts, monkeypatch, architecture, adapter):
-    """Two processes: DoRA on every layer, embeddings and head, and IA3, cut as the weights are."""
+@pytest.fixture
+def two_processes(monkeypatch):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@pytest.mark.parametrize(("architecture", "adapter"), [("llama", "all"), ("gemma2", None)])
+def test_tensor_parallel(vllm, engine, folder_of, prompts, two_processes, architecture, adapter):
+    """DoRA on every layer, embeddings and head, and IA3, cut as the weights are."""
     root, model = folder_of(architecture, adapter)
     with engine(**engine_args(root / "base", root / "adapter"), tensor_parallel_size=2) as llm:
+        got = generate(vllm, llm, prompts, REQUESTS)
+    assert_equal(model, prompts, got, REQUESTS)
+
+
+def test_pipeline_parallel(vllm, engine, folder_of, prompts, two_processes):
+    """Both streams travel from one half of the layers to the other."""
+    root, model = folder_of("llama", "all")
+    with engine(**engine_args(root / "base", root / "adapter"), pipeline_parallel_size=2) as llm:
         got = generate(vllm, llm, prompts, REQUESTS)
     assert_equal(model, prompts, got, REQUESTS)
 
@@ -80,7 +92,7 @@ def test_server(server, folder_of):
     def ask(**extra):
         stream = client.completions.create(
             model="tiny", prompt=words, max_tokens=NEW, temperature=0, stream=True,
-            extra_body={"ignore_eos": True} | ({"vllm_xargs": extra} if extra else {}),
+            extra_body={"ignore_eos": True, "skip_special_tokens": False} | ({"vllm_xargs": extra} if extra else {}),
         )  # fmt: skip
         text = "".join(chunk.choices[0].text for chunk in stream)
         return [int(word) for word in text.replace("w", " ").split()]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from svd_engine.integrations.vllm.terms import Terms
 from svd_engine.model.adapter_layers import AdaptedEmbedding, AdaptedLinear
@@ -30,7 +31,9 @@ def attach(model: Any, found: dict[str, Terms], config: Any) -> None:
     if "lm_head" in rest:
         if config.head_dtype != dtype:
             raise ValueError("an adapted head needs the model's own dtype; leave out head_dtype.")
-        _put(head, [rest.pop("lm_head")], dtype)
+        terms = rest.pop("lm_head")
+        if not isinstance(head, PPMissingLayer):  # of another rank of a pipeline
+            _put(head, [terms], dtype)
     if "model.embed_tokens" in rest:
         model.doubled.embedding = _Embedding(rest.pop("model.embed_tokens"), model, dtype)
     packed = getattr(model, "packed_modules_mapping", {})
@@ -101,12 +104,11 @@ class _Cut:
     def buffers(self) -> dict[str, Tensor]:
         held = [part for part in self.parts if part is not None]
         found = {}
-        if ranks := [
-            0 if p is None or p.low_rank is None else len(p.low_rank[0]) for p in self.parts
-        ]:
-            if total := sum(ranks):
-                found["down"], found["up"] = self._low_rank(ranks, total)
-        biases = [p.low_rank[2] if p is not None and p.low_rank else None for p in self.parts]
+        pairs = [None if part is None else part.low_rank for part in self.parts]
+        ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
+        if total := sum(ranks):
+            found["down"], found["up"] = self._low_rank(ranks, total)
+        biases = [None if pair is None else pair[2] for pair in pairs]
         if any(x is not None for x in biases) and self._adds_bias():
             found["bias"] = self._outputs(biases, 0.0)
         scales = [None if p is None else p.output_scale for p in self.parts]
