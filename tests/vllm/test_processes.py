@@ -90,9 +90,10 @@ def test_server(server, folder_of):
     words = " ".join(f"w{token:03}" for token in prompt)
 
     def ask(**extra):
+        body = {"ignore_eos": True, "skip_special_tokens": False}
         stream = client.completions.create(
             model="tiny", prompt=words, max_tokens=NEW, temperature=0, stream=True,
-            extra_body={"ignore_eos": True, "skip_special_tokens": False} | ({"vllm_xargs": extra} if extra else {}),
+            extra_body=body | ({"vllm_xargs": extra} if extra else {}),
         )  # fmt: skip
         text = "".join(chunk.choices[0].text for chunk in stream)
         return [int(word) for word in text.replace("w", " ").split()]
