@@ -8,7 +8,7 @@ import typer
 from svd_engine.cli import terminal
 from svd_engine.cli.options import Adapter, Base, DType, Strength, TrustRemoteCode
 
-TARGETS = ("transformers",)
+TARGETS = ("transformers", "vllm")
 
 
 def export(
@@ -29,6 +29,7 @@ def export(
     """Write a folder of base, adapter and steering that other programs load, and decode steered.
 
     For transformers: transformers serve FOLDER --trust-remote-code.
+    For vLLM: vllm serve FOLDER, with svd-engine installed beside it.
     """
     if target not in TARGETS:
         raise ValueError(f"--for must be {' or '.join(TARGETS)}; got {target!r}.")
@@ -37,6 +38,7 @@ def export(
     from svd_engine import hub, loading
     from svd_engine.cli.generate import steering_of
     from svd_engine.integrations import export
+    from svd_engine.integrations.vllm.export import export_folder
     from svd_engine.steering_config import Steering
 
     export.check(folder)
@@ -44,8 +46,17 @@ def export(
     has_steering = loading.has_steering(source)
     steering = Steering.from_pretrained(source) if has_steering else Steering()
     steering = replace(steering, generation=steering_of(steering.generation, strength, alpha))
+    base = loading.base_of(source, base)
+    if target == "vllm":
+        if dtype != "auto" or trust_remote_code:
+            raise ValueError(
+                "--dtype and --trust-remote-code are for --for transformers; vllm serve takes its "
+                "own."
+            )
+        export_folder(folder, base, source, steering, copy=copy)
+        terminal.say(f"Written to {folder}: vllm serve {folder}")
+        return
     export.export(
-        folder, loading.base_of(source, base), source, steering,
-        copy=copy, dtype=dtype, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        folder, base, source, steering, copy=copy, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     terminal.say(f"Written to {folder}: transformers serve {folder} --trust-remote-code")
