@@ -212,7 +212,8 @@ def test_the_batch_makes_room_as_it_needs_it(model, words):
 
 
 @pytest.mark.parametrize("option", [{"speculate": "prompt"}, {"prefill_chunk": 16}])
-def test_what_a_batch_of_its_own_does_is_refused(engine, option):
+def test_what_a_batch_of_its_own_does_is_refused(model, words, option):
+    engine = SteeredEngine(model, words, SteeringConfig(-4.0))
     with pytest.raises(ValueError, match=f"{next(iter(option))} is for a batch of its own"):
         engine.submit(PROMPTS[0], max_new_tokens=2, **option)
 
