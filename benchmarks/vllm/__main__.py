@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from svd_engine.integrations.vllm import engine_args
-
 PROMPT = 32  # tokens
 
 
@@ -19,6 +17,8 @@ def engines(adapter: str, base: str | None, dtype: str, share: float) -> dict[st
     """Return functions of (batch, new tokens) that decode with each engine."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+
+    from svd_engine.integrations.vllm import engine_args
 
     common: dict[str, Any] = dict(
         dtype=dtype, max_model_len=512, gpu_memory_utilization=share, enable_prefix_caching=False

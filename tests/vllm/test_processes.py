@@ -38,14 +38,6 @@ def test_tensor_parallel(vllm, engine, folder_of, prompts, two_processes, archit
     assert_equal(model, prompts, got, REQUESTS)
 
 
-def test_pipeline_parallel(vllm, engine, folder_of, prompts, two_processes):
-    """Both streams travel from one half of the layers to the other."""
-    root, model = folder_of("llama", "all")
-    with engine(**engine_args(root / "base", root / "adapter"), pipeline_parallel_size=2) as llm:
-        got = generate(vllm, llm, prompts, REQUESTS)
-    assert_equal(model, prompts, got, REQUESTS)
-
-
 @pytest.fixture(scope="module")
 def server(vllm, folder_of, tmp_path_factory):
     """The address of a server that was given an exported folder and no flag about steering."""
@@ -107,4 +99,6 @@ def test_server(server, folder_of):
     unsteered = teacher_forced_two_pass(model, prompt, tokens, 0.0, generation.alpha)
     assert [token for token, _ in unsteered] != tokens
     with pytest.raises(openai.BadRequestError, match="strength must be a number"):
-        ask(strength="x")
+        client.completions.create(
+            model="tiny", prompt=words, extra_body={"vllm_xargs": {"strength": "x"}}
+        )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.utils import PPMissingLayer
 
 from svd_engine.integrations.vllm.terms import Terms
 from svd_engine.model.adapter_layers import AdaptedEmbedding, AdaptedLinear
@@ -31,9 +30,7 @@ def attach(model: Any, found: dict[str, Terms], config: Any) -> None:
     if "lm_head" in rest:
         if config.head_dtype != dtype:
             raise ValueError("an adapted head needs the model's own dtype; leave out head_dtype.")
-        terms = rest.pop("lm_head")
-        if not isinstance(head, PPMissingLayer):  # of another rank of a pipeline
-            _put(head, [terms], dtype)
+        _put(head, [rest.pop("lm_head")], dtype)
     if "model.embed_tokens" in rest:
         model.doubled.embedding = _Embedding(rest.pop("model.embed_tokens"), model, dtype)
     packed = getattr(model, "packed_modules_mapping", {})
@@ -44,16 +41,8 @@ def attach(model: Any, found: dict[str, Terms], config: Any) -> None:
         names = [f"{parent}.{part}" for part in packed.get(last, [last])]
         if rest.keys() & set(names):
             _put(module, [rest.pop(part, None) for part in names], dtype)
-    if others := [name for name in rest if not _is_elsewhere(model, name)]:
-        raise ValueError(f"the adapter has terms for {others[0]}, which vLLM's model has not.")
-
-
-def _is_elsewhere(model: Any, name: str) -> bool:
-    """Whether a layer belongs to another rank of a pipeline."""
-    inner, parts = model.model, name.split(".")
-    if parts[:2] == ["model", "layers"]:
-        return not inner.start_layer <= int(parts[2]) < inner.end_layer
-    return False
+    for name in rest:
+        raise ValueError(f"the adapter has terms for {name}, which vLLM's model has not.")
 
 
 def _put(layer: Any, parts: Sequence[Any], dtype: torch.dtype) -> None:

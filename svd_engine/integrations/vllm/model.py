@@ -8,19 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.distributed import get_pp_group
-from vllm.sequence import IntermediateTensors
 
 from svd_engine.integrations.vllm import arguments, attention, layers, ledger, plugin
 from svd_engine.integrations.vllm.steering import SteeredLogits
 from svd_engine.integrations.vllm.terms import AdapterTerms
 
 
-@support_torch_compile(
-    dynamic_arg_dims={
-        "input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0,
-    }
-)  # fmt: skip
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
 class Doubled(nn.Module):
     """N rows in, and `[N, 2H]` out: the inner model's rows of both models, side by side.
 
@@ -36,39 +30,17 @@ class Doubled(nn.Module):
         self,
         input_ids: Tensor | None,
         positions: Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
-        if get_pp_group().is_first_rank:
-            if inputs_embeds is None:
-                inputs_embeds = self.model.embed_input_ids(input_ids)
-            adapted = inputs_embeds
-            if self.embedding is not None:
-                adapted = self.embedding(input_ids, inputs_embeds)
-            inputs_embeds = torch.cat((inputs_embeds, adapted))
-        else:
-            intermediate_tensors = _each(_under_one_another, intermediate_tensors)
+    ) -> Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_input_ids(input_ids)
+        adapted = inputs_embeds
+        if self.embedding is not None:
+            adapted = self.embedding(input_ids, inputs_embeds)
+        inputs_embeds = torch.cat((inputs_embeds, adapted))
         positions = torch.cat((positions, positions), -1)
-        out = self.model(None, positions, intermediate_tensors, inputs_embeds)
-        if isinstance(out, IntermediateTensors):
-            return _each(_side_by_side, out)
-        return _side_by_side(out)
-
-
-def _side_by_side(rows: Tensor) -> Tensor:
-    return torch.cat(rows.chunk(2), -1)
-
-
-def _under_one_another(rows: Tensor) -> Tensor:
-    return torch.cat(rows.chunk(2, -1))
-
-
-def _twice(rows: Tensor) -> Tensor:
-    return torch.cat((rows, rows), -1)
-
-
-def _each(change: Any, tensors: Any) -> IntermediateTensors:
-    return IntermediateTensors({name: change(x) for name, x in tensors.tensors.items()})
+        out = self.model(None, positions, None, inputs_embeds)
+        return torch.cat(out.chunk(2), -1)
 
 
 class Steered:
@@ -95,8 +67,6 @@ class Steered:
         self.model_config = config
         doubled = Doubled(vllm_config=vllm_config, prefix=prefix, model=self.model)  # type: ignore
         self.__dict__["doubled"] = doubled  # no submodule: parameters keep their names
-        one = self.make_empty_intermediate_tensors  # type: ignore[has-type]
-        self.make_empty_intermediate_tensors = lambda *shape: _each(_twice, one(*shape))
         self.steered = SteeredLogits(arguments.steering_of(values, Path(values["adapter"])))
         if not vllm_config.use_v2_model_runner:
             ledger.connect(vllm_config, self.steered)
@@ -105,11 +75,11 @@ class Steered:
         self, input_ids: Any, positions: Any, intermediate_tensors: Any = None,
         inputs_embeds: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        return self.doubled(input_ids, positions, intermediate_tensors, inputs_embeds)
+        return self.doubled(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         rows = self.steered.take()
-        both = _under_one_another(hidden_states)
+        both = torch.cat(hidden_states.chunk(2, -1))
         logits = super().compute_logits(both, *args, **kwargs)  # type: ignore[misc]
         if logits is None:  # another rank gathers
             return None
