@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 PACKAGE = "svd_engine.integrations.vllm"
-OLDEST, NEWEST = "0.32", "0.33"  # releases of vLLM whose interfaces this is written against
+SUPPORTED = "0.32"  # releases of vLLM whose interfaces this is written against
 PREFIX = "Steered"
 # Architectures, and the modules of vLLM that hold their classes.
 ARCHITECTURES = {
@@ -49,10 +49,8 @@ class _LazyConfig:
 
 def check_version(version: str) -> None:
     """Raise ValueError for a release of vLLM that this is not written against."""
-    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    first, last = (tuple(map(int, end.split("."))) for end in (OLDEST, NEWEST))
-    if not first <= release <= last:
+    if version.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
         raise ValueError(
-            f"vLLM {version} is not supported: svd-engine steers in {OLDEST} to {NEWEST}. Install "
-            f'one of these: pip install "vllm>={OLDEST},<={NEWEST}.99".'
+            f"vLLM {version} is not supported: svd-engine steers in {SUPPORTED}. Install it: "
+            f'pip install "vllm=={SUPPORTED}.*".'
         )
