@@ -346,16 +346,19 @@ def test_says_why_it_is_unavailable(monkeypatch, tmp_path):
 
 
 def test_a_fallback_is_told_once(monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "unavailable", lambda: "was not built")
-    dispatch.choose.cache_clear()
-    dispatch._tell.cache_clear()
+    def forget():
+        for remembers in (dispatch.unavailable, dispatch.choose, dispatch._tell):
+            remembers.cache_clear()
+
     rows = torch.randn(2, 3, 50)
     try:
-        for _ in range(2):
-            ops.steer(*rows, -1.0)
-            ops.divergence(*rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "unavailable", lambda: "was not built")
+            forget()
+            for _ in range(2):
+                ops.steer(*rows, -1.0)
+                ops.divergence(*rows)
     finally:
-        dispatch.choose.cache_clear()
-        dispatch._tell.cache_clear()
+        forget()
     (line,) = caplog.messages
     assert "No native kernels for cpu, so decoding is slower (cpu: was not built)." in line
