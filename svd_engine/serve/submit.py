@@ -33,6 +33,8 @@ def prompt_ids(engine: SteeredEngine, asked: Any) -> list[list[int]]:
     """Token ids of the prompts, or of the conversation by the chat template."""
     messages = getattr(asked, "messages", None)
     if messages is not None:
+        if not messages:
+            raise ValueError("messages is empty; give at least one.")
         return engine.inputs.prompts(None, [_message(message) for message in messages])
     if not (found := engine.inputs.prompts(asked.prompt)):
         raise ValueError("prompt is empty; give at least one.")

@@ -12,7 +12,7 @@ hypothesis = pytest.importorskip("hypothesis")
 MODES = list(schemathesis.GenerationMode)  # valid and invalid
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def schema(chat_words):
     from svd_engine.serve.app import make_app
     from svd_engine.serve.settings import Settings

@@ -141,6 +141,14 @@ def test_bad_requests_in_openais_form(client, status, options):
     assert caught.value.body["message"] and caught.value.body["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("path", ["tokenize", "v1/chat/completions"])
+def test_no_messages_are_refused(url, path):
+    answer = httpx2.post(
+        f"{url}/{path}", json=dict(messages=[]), headers={"Authorization": f"Bearer {KEY}"}
+    )
+    assert answer.status_code == 400 and "messages is empty" in answer.text
+
+
 def test_the_key_and_what_needs_none(url, client):
     with pytest.raises(openai.AuthenticationError):
         complete(openai.OpenAI(base_url=f"{url}/v1", api_key="sesamf", max_retries=0))
