@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.generate import steering_of
+from svd_engine.cli.generate import steering_beside
 from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -54,12 +54,14 @@ def serve(
 
     limits = Limits(rows=rows, tokens=kv_tokens, chunk=chunk, waiting=waiting)
     settings = Settings(name, key, max_tokens, max_body)
+    changed = strength is not None or alpha is not None
+    steering = steering_beside(adapter, strength, alpha) if changed else None
     listener = bound(host, port)
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    if strength is not None or alpha is not None:
-        engine.steering = steering_of(engine.steering.generation, strength, alpha)
+    if steering is not None:
+        engine.steering = steering
     engine.limits = limits
     url = f"http://{host}:{listener.getsockname()[1]}/v1"
     note = "" if key else ", open to all who reach it"

@@ -128,6 +128,20 @@ def test_several_tokens_at_once_have_the_bits_of_one_at_a_time(bits, dtype):
         assert torch.equal(whole, torch.cat(parts, 1))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda model: model.half(), "computes in float32 or bfloat16, and the base is float16"),
+        (lambda model: model.lm_head.weight.data.fill_(torch.nan), "lm_head holds weights that"),
+    ],
+)
+def test_weights_that_no_code_stands_for(change, told):
+    model = tiny_base("llama")
+    change(model)
+    with pytest.raises(ValueError, match=told):
+        quantised.quantise_linears(model, "int8")
+
+
 @pytest.fixture
 def folders(tmp_path, words):
     """Checkpoints and adapters by name."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from svd_engine.ops import cpu
 
+DTYPES = (torch.float32, torch.bfloat16)  # that csrc/cpu computes in
 BITS = {"int8": 8, "int4": 4}
 BLOCK = {8: 32, 4: 64}  # elements
 GROUP = 4  # words of a block with one scale, of int4
@@ -142,6 +143,15 @@ def quantise_linears(model: Any, weights: str) -> None:
         raise ValueError(
             f"weights={weights!r} quantises nn.Linear layers, and {type(model).__name__} has none."
         )
+    for name, module in found:
+        if module.weight.dtype not in DTYPES:
+            kind = str(module.weight.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"weights={weights!r} computes in float32 or bfloat16, and the base is {kind}; "
+                "give dtype."
+            )
+        if not module.weight.isfinite().all():
+            raise ValueError(f"weights={weights!r}: {name} holds weights that are not finite.")
     for name, module in found:
         layer = QuantisedLinear(quantise(module.weight, bits), bits, module)
         model.set_submodule(name, layer)
