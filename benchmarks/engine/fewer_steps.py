@@ -34,7 +34,7 @@ def speculation(result: dict[str, Any]) -> str:
             for d in DTYPES
         ]
         cells.append([f"**{kind}, mean**", "", f"**{means[0]:.2f}x**", "", f"**{means[1]:.2f}x**"])
-    head = ["text", *(cell for d in DTYPES for cell in (f"{d}, tokens a step", "speed"))]
+    head = ["text", *(cell for d in DTYPES for cell in (f"{d}, tokens per step", "speed"))]
     return (
         "CPU time of one thread, batch 1, against the same engine without guesses, in turns; texts "
         "are greedy, of up to 48 tokens, the prompt's reading included. "

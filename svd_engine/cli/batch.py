@@ -54,7 +54,7 @@ def read(path: Path) -> list[Request]:
             options |= {k: line[k] for k in ("model", "seed") if k in line}
             requests.append(Request(f"{path}:{number}", line, asked, options))
     if not requests:
-        raise ValueError(f"{path} holds no requests. Write one JSON object a line.")
+        raise ValueError(f"{path} holds no requests. Write one JSON object per line.")
     return requests
 
 

@@ -81,8 +81,8 @@ def generate(
     speculate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Verify guesses, several tokens a step: prompt (what followed the latest words "
-            "before), an assistant model, the most guesses a step; repeatable."
+            help="Verify guesses, several tokens per step: prompt (what followed the latest words "
+            "before), an assistant model, the most guesses per step; repeatable."
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
@@ -173,7 +173,7 @@ def _prompts(prompts: list[str] | None, file: Path | None, whole: bool) -> list[
         if sys.stdin is None:  # closed
             raise ValueError("no prompts came; give them as arguments or with --file.")
         if sys.stdin.isatty():
-            what = "The prompt" if whole else "Prompts, one a line,"
+            what = "The prompt" if whole else "Prompts, one per line,"
             hint = f"{what} from standard input; end with Ctrl-D."
             terminal.errors.print(hint, style="dim")
         prompts = text_files.lines(sys.stdin.buffer.read(), "standard input")

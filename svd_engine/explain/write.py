@@ -31,7 +31,7 @@ def read(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"not JSON: {error}") from error
             questions.append(_question(line))
     if not questions:
-        raise ValueError(f"{path} holds no prompts. Write one JSON object a line.")
+        raise ValueError(f"{path} holds no prompts. Write one JSON object per line.")
     return questions
 
 

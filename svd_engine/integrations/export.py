@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,26 +64,20 @@ def export(
     check(folder)
     source = hub.adapter_folder(adapter)
     model, tokenizer = loading.load_base(base, **options)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing.") as temporary:
-        made = Path(temporary) / folder.name
-        made.mkdir()
+    with writing(folder) as made:
         files = _files(base) if options.get("dtype", "auto") == "auto" else []
         if any(path.suffix == ".safetensors" for path in files):
             for path in files:
-                _put(path, made / path.name, copy)
+                put(path, made / path.name, copy)
         else:
             model.save_pretrained(made)
         peft_model = loading.load_adapter(model, source)
         tokenizer = loading.adapter_tokenizer(source, model, tokenizer)
         SteeredEngine(peft_model, tokenizer, steering)  # refuses what would not be decoded exactly
         tokenizer.save_pretrained(made)
-        for path in _matching(source, OF_ADAPTER):
-            _put(path, made / ADAPTER / path.name, copy=True)
-        steering.save_pretrained(made / ADAPTER)
+        put_adapter(source, steering, made)
         write_text(made / "custom_generate" / "generate.py", GENERATE)
         write_text(made / "README.md", README.format(name=folder.name))
-        made.rename(folder)  # over an empty folder at most
     return folder
 
 
@@ -92,14 +88,33 @@ def _files(base: str) -> list[Path]:
     folder = Path(base)
     if not folder.is_dir():
         folder = Path(snapshot_download(base, allow_patterns=OF_BASE, local_files_only=True))
-    return _matching(folder, OF_BASE)
+    return matching(folder, OF_BASE)
 
 
-def _matching(folder: Path, patterns: list[str]) -> list[Path]:
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes its place when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing.") as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        yield made
+        made.rename(folder)  # over an empty folder at most
+
+
+def put_adapter(source: Path, steering: Steering, folder: Path) -> None:
+    """Copy an adapter into an exported folder, and its steering if there is one."""
+    for path in matching(source, OF_ADAPTER):
+        put(path, folder / ADAPTER / path.name, copy=True)
+    if steering.uses():
+        steering.save_pretrained(folder / ADAPTER)
+
+
+def matching(folder: Path, patterns: list[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
-def _put(path: Path, target: Path, copy: bool) -> None:
+def put(path: Path, target: Path, copy: bool) -> None:
     target.parent.mkdir(exist_ok=True)
     if copy:
         shutil.copy(path, target)

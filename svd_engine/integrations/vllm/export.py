@@ -1,9 +1,6 @@
 """A folder that `vllm serve` runs without flags: base, adapter, steering and one configuration."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +9,13 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer
 
 from svd_engine import hub, loading
+from svd_engine.integrations.custom_generate import ADAPTER
+from svd_engine.integrations.export import check, matching, put, put_adapter, writing
 from svd_engine.integrations.vllm import arguments
 from svd_engine.steering_config import Steering
-from svd_engine.utils.files import check_place, write_text
+from svd_engine.utils.files import write_text
 
-ADAPTER = "adapter"  # its folder in the one that is written
 OF_BASE = ["generation_config.json", "*quant*_config.json", "model*.safetensors*"]
-OF_ADAPTER = ["adapter_config.json", "adapter_model.*", "seen_prompts.json"]
 
 
 def export_folder(
@@ -35,30 +32,20 @@ def export_folder(
     when it starts. Raises ValueError, and for a folder that exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another.")
-    check_place(folder)
+    check(folder)
     source = hub.adapter_folder(adapter)
     arguments.check_adapter(source)
     if base != loading.SMOLLM2:
         arguments.steered_architecture(arguments.base_config(base))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing.") as temporary:
-        made = Path(temporary) / folder.name
-        made.mkdir()
+    with writing(folder) as made:
         config, tokenizer = _put_base(made, base, copy)
         steering.check_vocabulary(config["vocab_size"])
         model: Any = SimpleNamespace(config=AutoConfig.for_model(**config))
         loading.adapter_tokenizer(source, model, tokenizer).save_pretrained(made)
-        (made / ADAPTER).mkdir()
-        for path in _matching(source, OF_ADAPTER):
-            shutil.copy(path, made / ADAPTER / path.name)
-        if steering.uses():
-            steering.save_pretrained(made / ADAPTER)
+        put_adapter(source, steering, made)
         config["architectures"] = [arguments.steered_architecture(config)]
         config[arguments.KEY] = {"adapter": ADAPTER}
         write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
-        made.rename(folder)  # over an empty folder at most
     return folder
 
 
@@ -72,16 +59,9 @@ def _put_base(folder: Path, base: str, copy: bool) -> tuple[dict[str, Any], Any]
     if not source.is_dir():
         patterns = [*OF_BASE, "config.json", "tokenizer*", "*.model", "vocab*", "merges.txt"]
         source = Path(snapshot_download(base, allow_patterns=patterns))
-    files = _matching(source, OF_BASE)
+    files = matching(source, OF_BASE)
     if not any(path.suffix == ".safetensors" for path in files):
         raise ValueError(f"base {base!r} has no safetensors files, which the folder would link to.")
     for path in files:
-        if copy:
-            shutil.copy(path, folder / path.name)
-        else:
-            os.symlink(path.resolve(), folder / path.name)
+        put(path, folder / path.name, copy)
     return arguments.base_config(str(source)), AutoTokenizer.from_pretrained(source)
-
-
-def _matching(folder: Path, patterns: list[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
