@@ -242,7 +242,7 @@ class SteeredEngine:
         and do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p,
         min_p, seed, num_beams, stop_strings, ... logits_processor=: applied to the steered logits.
         batch_size=: rows decoded at once (32). A prompt gets the same tokens alone or in a batch.
-        speculate="prompt", an assistant model, the most guesses per step, or a list of these:
+        speculate="prompt", "adapted", an assistant model, the most guesses per step, or several:
         verify several guessed tokens in one step; the tokens stay the same.
         Raises ValueError before any work. One call runs at a time; other threads wait.
         """

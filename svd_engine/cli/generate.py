@@ -82,7 +82,7 @@ def generate(
         list[str] | None,
         typer.Option(
             help="Verify guesses, several tokens per step: prompt (what followed the latest words "
-            "before), an assistant model, the most guesses per step; repeatable."
+            "before), adapted, an assistant model, the most guesses per step; repeatable."
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
@@ -215,11 +215,11 @@ def steering_of(
 
 
 def _source(engine: "SteeredEngine", text: str, dtype: str, trust_remote_code: bool) -> Any:
-    """Read a value of --speculate: "prompt", a number of guesses, or an assistant, loaded."""
+    """Read a value of --speculate: a word, a number of guesses, or an assistant, loaded."""
     from svd_engine import loading
     from svd_engine.data.tokenization import located
 
-    if text == "prompt" or text.isdecimal():
+    if text in ("prompt", "adapted") or text.isdecimal():
         return int(text) if text.isdecimal() else text
     with located(f"--speculate {text}"):
         model, tokenizer = loading.load_base(

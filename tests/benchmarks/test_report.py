@@ -152,6 +152,10 @@ def test_the_tables_of_fewer_steps():
         | {
             "cases": [
                 {
+                    "tokens": 512, "ratio": 1.875, "dtype": "float32",
+                    "contenders": {"steered": {"median": 3.0}, "adapted": {"median": 1.6}},
+                },
+                {
                     "tokens": 992, "new_tokens": 16, "kept_bytes": 9e7, "dtype": "float32",
                     "contenders": {"read on": {"median": 0.2}, "read anew": {"median": 9.0}},
                 }
@@ -160,6 +164,8 @@ def test_the_tables_of_fewer_steps():
     )  # fmt: skip
     assert "after 0.20 s, and after 9.00 s where it is read anew: 45 times sooner" in text
     assert "holds 90 MB" in text
+    assert "after 3.00 s if both models read it, and after 1.60 s if" in text
+    assert "alone: 1.88 times the time" in text
 
 
 @pytest.fixture
