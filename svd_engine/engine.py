@@ -28,6 +28,7 @@ from svd_engine.generation import (
 from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
+from svd_engine.generation.grammar import Grammars
 from svd_engine.generation.inputs import Inputs, Prompt
 from svd_engine.generation.limits import Limits
 from svd_engine.generation.options import GenerateOptions, SamplingOptions
@@ -92,6 +93,7 @@ class SteeredEngine:
         self._decoders: dict[ModelPair, Decoder] = {}
         self._speculations = Speculations(self.inputs)
         self._prefix_cache = PrefixCache()
+        self._grammars = Grammars(tokenizer, self.inputs.vocab_size)
         self._cuda_graphs = cuda_graphs
         self._lock = CallLock()
         self.limits = Limits()
@@ -481,14 +483,14 @@ class SteeredEngine:
         deadline = (
             math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
         )
-        decoder = self._decoder(pair)
+        decoder, grammar = self._decoder(pair), self._grammars.build(sampling.form, sequences)
         return Request(
             decoder=decoder,
             steering=config,
             sampling=sampling,
             sequences=sequences,
             process_logits=logits_processors.build(logits_processor, sampling.repetition_penalty),
-            constrain=constrained.build(sampling, sequences),
+            constrain=constrained.build(sampling, sequences, grammar),
             deadline=deadline,
             model=name,
             batch_size=batch_size,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from svd_engine.engine import SteeredEngine
 
 SIZE = 32  # requests decoded at once
+FORMS = {"regex", "json_schema"}  # a request's own replaces that of the command
 OWN = {"prompt", "messages", "id", "strength", "alpha", "model", "seed"}
 
 
@@ -65,7 +66,9 @@ def check(requests: list[Request], defaults: Mapping[str, Any]) -> None:
 
     for request in requests:
         with located(request.where):
-            request.options = {**defaults, **request.options}
+            left_out = FORMS if FORMS & request.options.keys() else ()
+            kept = {k: v for k, v in defaults.items() if k not in left_out}
+            request.options = {**kept, **request.options}
             if "max_length" in request.options:
                 request.options.pop("max_new_tokens", None)
             names = SamplingOptions.__annotations__.keys() & request.options.keys()

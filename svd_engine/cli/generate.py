@@ -21,6 +21,7 @@ from svd_engine.cli.options import (
     Weights,
 )
 from svd_engine.cli.settings import parse
+from svd_engine.utils.files import read_object
 
 if TYPE_CHECKING:
     from svd_engine import SteeredEngine, SteeringConfig
@@ -69,6 +70,12 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; repeatable.")
     ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="A regular expression that the completion has to match.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with the JSON schema of the completion.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -96,6 +103,9 @@ def generate(
 ) -> None:
     """Complete prompts, steered, streamed to the terminal or as JSON lines."""
     more = parse(settings or ())
+    form: dict[str, Any] = {} if regex is None else {"regex": regex}
+    if json_schema is not None:
+        form["json_schema"] = read_object(json_schema, "a JSON schema")
     if (requests is None) != (output is None):
         raise ValueError("--input and --output belong together; give both.")
     if requests is not None and (prompts or file or whole or compare or chat or as_json):
@@ -112,7 +122,7 @@ def generate(
         min_p=min_p, num_beams=beams, length_penalty=length_penalty,
         repetition_penalty=repetition_penalty, num_return_sequences=n,
         stop_strings=[_newlines(text) for text in stop or ()],
-    ) | more  # fmt: skip
+    ) | form | more  # fmt: skip
     if "max_length" in more:
         del options["max_new_tokens"]
     if requests is None:

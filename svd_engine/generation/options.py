@@ -40,6 +40,8 @@ class SamplingOptions(TypedDict, total=False):
     sequence_bias: Mapping[tuple[int, ...], float] | Sequence[Any] | None
     logit_bias: Mapping[int, float] | None
     prefix_allowed_tokens_fn: AllowedTokens | None
+    regex: str | None
+    json_schema: Mapping[str, Any] | str | None
     typical_p: float | None
     epsilon_cutoff: float | None
     eta_cutoff: float | None

@@ -64,7 +64,7 @@ class PrefixCache:
             return None
         beginnings = []
         for text, prompt in zip(texts, prompts, strict=True):
-            tokens = _alike(text.token_ids, prompt)
+            tokens = alike(text.token_ids, prompt)
             if tokens == len(prompt) != text.prompt:
                 tokens -= 1  # hidden states after the last one are needed
             if 2 * tokens < len(prompt):
@@ -97,7 +97,7 @@ class PrefixCache:
         best, longest = None, LEAST - 1
         for text in self._texts:
             if text.decoder is decoder and prompt[:LEAST] == text.token_ids[:LEAST]:
-                tokens = _alike(text.token_ids, prompt) + (text.prompt == len(prompt))
+                tokens = alike(text.token_ids, prompt) + (text.prompt == len(prompt))
                 if tokens > longest:
                     best, longest = text, tokens
         return best
@@ -111,7 +111,7 @@ class PrefixCache:
         self.bytes -= text.kept.bytes
 
 
-def _alike(a: list[int], b: list[int]) -> int:
+def alike(a: list[int], b: list[int]) -> int:
     """Return how many tokens two texts begin with alike."""
     low, high = 0, min(len(a), len(b))
     while low < high:

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from svd_engine.engine import MODELS, SteeredEngine
 from svd_engine.generation.scheduler import BusyError, ClosedError
 from svd_engine.generation.stream import Stream
-from svd_engine.serve import errors
+from svd_engine.serve import errors, structured
 from svd_engine.serve.schemas import ChatRequest, CompletionRequest, Message, Sampled
 from svd_engine.serve.settings import Settings
 from svd_engine.steering_config import SteeringConfig
@@ -72,6 +72,7 @@ def _options(
         num_return_sequences=asked.n,
         seed=secrets.randbits(62) if asked.seed is None else asked.seed,
         stop_strings=asked.stop or (), top_logprobs=_top_logprobs(asked),
+        **structured.options(asked),
     )  # fmt: skip
     if asked.strength is not None or asked.alpha is not None:
         own = engine.steering.generation
