@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svd_engine.cli import options, split, terminal
+from svd_engine.cli import engines, options, split, terminal
 from svd_engine.cli.options import (
     RUNS,
     Adapter,
@@ -239,13 +239,11 @@ def _engine(
 ) -> "SteeredEngine":
     from dataclasses import replace
 
-    from svd_engine import SteeredEngine, SteeringConfig
+    from svd_engine import SteeringConfig
 
     if strength is not None:
         SteeringConfig(strength)  # refused now rather than after the model is loaded
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code)
     if strength is not None:
         config = engine.steering.uses().get(use, SteeringConfig(0.0))
         engine.steering = replace(config, strength=strength)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svd_engine.cli import terminal
+from svd_engine.cli import engines, terminal
 from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
 
 
@@ -27,8 +27,6 @@ def explain(
 
     One HTML file with everything in it. In bfloat16 near ties may differ from the decoded text.
     """
-    from svd_engine.cli.generate import steering_beside
-    from svd_engine.engine import SteeredEngine
     from svd_engine.explain import collect, write
     from svd_engine.utils.files import check_place
 
@@ -40,11 +38,8 @@ def explain(
     check_place(page)
     if page.is_dir():
         raise ValueError(f"{page} is a folder; name an HTML file in it.")
-    steering = collect.check(steering_beside(adapter, strength, alpha))
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
-    engine.steering = steering
+    steering = collect.check(engines.steering_beside(adapter, strength, alpha))
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, steering=steering)
     write.write(
         engine, questions, page, max_new_tokens, adapter=adapter, progress=sys.stderr.isatty()
     )

@@ -3,14 +3,14 @@
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.rule import Rule
 
-from svd_engine.cli import batch, terminal
+from svd_engine.cli import batch, engines, terminal
 from svd_engine.cli.options import (
     Adapter,
     Base,
@@ -24,7 +24,7 @@ from svd_engine.cli.settings import parse
 from svd_engine.utils.files import read_object
 
 if TYPE_CHECKING:
-    from svd_engine import SteeredEngine, SteeringConfig
+    from svd_engine import SteeredEngine
 
 
 def generate(
@@ -114,7 +114,6 @@ def generate(
         )
     lines = [] if requests is None else batch.read(requests)
     texts = _prompts(prompts, file, whole) if requests is None else []
-    from svd_engine.engine import SteeredEngine
     from svd_engine.generation.sampling_params import SamplingParams
 
     options: dict[str, Any] = dict(
@@ -129,12 +128,8 @@ def generate(
         SamplingParams.from_arguments(**options, seed=seed).seeds(len(texts))
     else:
         batch.check(lines, dict(options, seed=seed))
-    steering = steering_beside(adapter, strength, alpha)
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-        weights=weights,
-    )  # fmt: skip
-    engine.steering = steering
+    steering = engines.steering_beside(adapter, strength, alpha)
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     guesses = [_source(engine, text, dtype, trust_remote_code) for text in speculate or ()]
     options["speculate"] = guesses or None
     for request in lines:
@@ -195,33 +190,6 @@ def _prompts(prompts: list[str] | None, file: Path | None, whole: bool) -> list[
     for text in texts:
         check_unicode(text)
     return texts
-
-
-def steering_beside(adapter: Path, strength: float | None, alpha: float | None) -> "SteeringConfig":
-    """The steering of generation in an adapter's folder, but for what options replace."""
-    from svd_engine import hub, loading
-    from svd_engine.steering_config import Steering
-
-    folder = hub.adapter_folder(adapter)
-    found = Steering.from_pretrained(folder) if loading.has_steering(folder) else Steering()
-    return steering_of(found.generation, strength, alpha)
-
-
-def steering_of(
-    config: "SteeringConfig | None", strength: float | None, alpha: float | None
-) -> "SteeringConfig":
-    """The calibrated steering, but for what options replace; ValueError without a strength."""
-    from svd_engine.steering_config import SteeringConfig
-
-    if config is None and strength is None:
-        raise ValueError(
-            "the adapter has no steering_config.json with a strength for generation; run "
-            "svd-engine calibrate or give --strength."
-        )
-    config = config or SteeringConfig(0.0)
-    if strength is not None:
-        config = replace(config, strength=strength)
-    return config if alpha is None else replace(config, alpha=alpha)
 
 
 def _source(engine: "SteeredEngine", text: str, dtype: str, trust_remote_code: bool) -> Any:
