@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from svd_engine.cli import engines, terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode, Weights
 
 
 def explain(
@@ -20,6 +20,7 @@ def explain(
     strength: Strength = None,
     alpha: Annotated[float | None, typer.Option(help="Replaces the calibrated alpha.")] = None,
     dtype: DType = "float32",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -39,7 +40,7 @@ def explain(
     if page.is_dir():
         raise ValueError(f"{page} is a folder; name an HTML file in it.")
     steering = collect.check(engines.steering_beside(adapter, strength, alpha))
-    engine = engines.load(adapter, base, dtype, device, trust_remote_code, steering=steering)
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     write.write(
         engine, questions, page, max_new_tokens, adapter=adapter, progress=sys.stderr.isatty()
     )

@@ -135,7 +135,8 @@ def generate(
     for request in lines:
         request.options["speculate"] = options["speculate"]
     if output is not None:
-        batch.run(engine, lines, output)
+        made = [x for x in (dtype, weights) if x not in ("auto", None)]
+        batch.run(engine, lines, output, made)
         return
     chats = [[{"role": "user", "content": text}] for text in texts]
     names = ("base", "adapted", "steered") if compare else ("steered",)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from svd_engine.cli import engines, terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode, Weights
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -36,6 +36,7 @@ def serve(
         int, typer.Option(min=0, help="Seconds that requests have to finish at shutdown.")
     ] = 30,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -55,7 +56,7 @@ def serve(
     changed = strength is not None or alpha is not None
     steering = engines.steering_beside(adapter, strength, alpha) if changed else None
     listener = bound(host, port)
-    engine = engines.load(adapter, base, dtype, device, trust_remote_code, steering=steering)
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     engine.limits = limits
     url = f"http://{host}:{listener.getsockname()[1]}/v1"
     note = "" if key else ", open to all who reach it"
