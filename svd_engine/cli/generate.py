@@ -128,9 +128,10 @@ def generate(
         SamplingParams.from_arguments(**options, seed=seed).seeds(len(texts))
     else:
         batch.check(lines, dict(options, seed=seed))
+    sources = [_source(text) for text in speculate or ()]
     steering = engines.steering_beside(adapter, strength, alpha)
     engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
-    guesses = [_source(engine, text, dtype, trust_remote_code) for text in speculate or ()]
+    guesses = [_guesser(engine, source, dtype, trust_remote_code) for source in sources]
     options["speculate"] = guesses or None
     for request in lines:
         request.options["speculate"] = options["speculate"]
@@ -193,16 +194,37 @@ def _prompts(prompts: list[str] | None, file: Path | None, whole: bool) -> list[
     return texts
 
 
-def _source(engine: "SteeredEngine", text: str, dtype: str, trust_remote_code: bool) -> Any:
-    """Read a value of --speculate: "prompt", a number of guesses, or an assistant, loaded."""
+def _source(text: str) -> int | str:
+    """Read a value of --speculate: "prompt", a number of guesses, or the name of an assistant."""
     from svd_engine import loading
     from svd_engine.data.tokenization import located
+    from svd_engine.generation.arguments import count
+    from svd_engine.generation.speculation import PROMPT
 
-    if text == "prompt" or text.isdecimal():
-        return int(text) if text.isdecimal() else text
+    if text == PROMPT:
+        return text
     with located(f"--speculate {text}"):
+        try:
+            number = int(text) if text.isdecimal() else float(text)
+        except ValueError:
+            loading.check_base(text)
+            return text
+        return count("the number of guesses", number, 1)
+
+
+def _guesser(
+    engine: "SteeredEngine", source: int | str, dtype: str, trust_remote_code: bool
+) -> Any:
+    """A source of guesses; an assistant is loaded."""
+    from svd_engine import loading
+    from svd_engine.data.tokenization import located
+    from svd_engine.generation.speculation import PROMPT
+
+    if source == PROMPT or isinstance(source, int):
+        return source
+    with located(f"--speculate {source}"):
         model, tokenizer = loading.load_base(
-            text, dtype=dtype, device=engine.model.device, trust_remote_code=trust_remote_code
+            source, dtype=dtype, device=engine.model.device, trust_remote_code=trust_remote_code
         )
         if engine.tokenizer is not None and tokenizer is not None:
             if tokenizer.get_vocab() != engine.tokenizer.get_vocab():
