@@ -19,19 +19,14 @@ from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptio
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
 from svd_engine.data.tokenization import as_list
-from svd_engine.generation import (
-    constrained,
-    logits_processors,
-    passages,
-    scoring,
-)
+from svd_engine.generation import constrained, logits_processors, passages, scoring
 from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.grammar import Grammars
 from svd_engine.generation.inputs import Inputs, Prompt
 from svd_engine.generation.limits import Limits
-from svd_engine.generation.options import GenerateOptions, SamplingOptions
+from svd_engine.generation.options import GenerateOptions, SamplingOptions, ScoreOptions
 from svd_engine.generation.outputs import Completion, Event, Score
 from svd_engine.generation.prefix_cache import PrefixCache
 from svd_engine.generation.request import Request
@@ -306,25 +301,23 @@ class SteeredEngine:
         batch_sizes: rows of the requests to come; max_length: their tokens, prompt and completion.
         """
         _, pair, _ = self._decoded("generation", None)
-        batch_sizes = [
-            count("batch_sizes", rows, 1) for rows in as_list(batch_sizes, "batch_sizes")
-        ]
+        sizes = [count("batch_sizes", n, 1) for n in as_list(batch_sizes, "batch_sizes")]
         count("max_length", max_length, 1)
         with self._lock.hold():
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
-            for rows in batch_sizes:
+            for rows in sizes:
                 cuda_graphs.warmup(decoder, rows, max_length)
 
     @overload
     def score(
-        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
-        penalty: float = 0.0, model: str | None = None, details: Literal[False] = False,
+        self, prompts: Any = None, continuations: Any = None, *,
+        details: Literal[False] = False, **options: Unpack[ScoreOptions],
     ) -> list[float]: ...  # fmt: skip
     @overload
     def score(
-        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
-        penalty: float = 0.0, model: str | None = None, details: Literal[True],
+        self, prompts: Any = None, continuations: Any = None, *,
+        details: Literal[True], **options: Unpack[ScoreOptions],
     ) -> list[Score]: ...  # fmt: skip
     def score(
         self,
@@ -334,6 +327,8 @@ class SteeredEngine:
         messages: Any = None,
         penalty: float = 0.0,
         model: str | None = None,
+        steering: Steering | SteeringConfig | None = None,
+        top_logprobs: int = 0,
         details: bool = False,
     ) -> list[float] | list[Score]:
         """log P of continuations, in nats, with the strength for ranking.
@@ -341,19 +336,23 @@ class SteeredEngine:
         prompts: one, with one continuation or several; or a list, with one continuation for each.
         messages=: a conversation or several, in their place. Without continuations, the prompts
         themselves are scored after their first token. penalty 0 leaves tokens off the support as
-        they are, so that an answer is not ranked by how many of its tokens fall outside. details:
-        return `Score`s: token ids, their log-probabilities, and whether greedy decoding would
-        write them. Raises ValueError before any work.
+        they are, so that an answer is not ranked by how many of its tokens fall outside. steering:
+        instead of the engine's. details: return `Score`s: token ids, their log-probabilities, the
+        `top_logprobs` best tokens in the place of each, and whether greedy decoding would write
+        them. Raises ValueError before any work.
         """
         found = passages.collect(self.inputs, prompts, continuations, messages)
-        name, pair, steering = self._decoded("ranking", model)
+        name, pair, config = self._decoded("ranking", model, steering)
         if name == "steered":
             self._refuse_one("score")
-        replace(steering, penalty=penalty)  # checks it
+        replace(config, penalty=penalty)  # checks it
+        self.inputs.check_top_logprobs(top_logprobs)
+        if top_logprobs and not details:
+            raise ValueError("top_logprobs needs details=True.")
         with self._lock.hold():
             if details:
-                return scoring.detailed(pair, found, steering, penalty)
-            return scoring.score(pair, found, steering, penalty)
+                return scoring.detailed(pair, found, config, penalty, top_logprobs)
+            return scoring.score(pair, found, config, penalty)
 
     def calibrate(
         self,

@@ -1,4 +1,4 @@
-"""Typed keyword arguments of `generate`, `stream` and `astream`."""
+"""Typed keyword arguments of `generate`, `stream`, `astream` and `score`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
@@ -62,3 +62,13 @@ class GenerateOptions(SamplingOptions, total=False):
     batch_size: int
     speculate: Any
     prefill_chunk: int | None
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Options of `score`."""
+
+    messages: Any
+    penalty: float
+    model: str | None
+    steering: Steering | SteeringConfig | None
+    top_logprobs: int
