@@ -210,7 +210,7 @@ class SteeredEngine:
 
     @property
     def prefix_cache(self) -> PrefixCache:
-        """The latest texts of `generate` and `stream`; prompts that begin like one go on from it.
+        """The latest texts that were decoded; prompts that begin like one go on from it.
 
         It says hits, tokens and bytes, and takes `max_bytes`; 0 turns it off.
         """
@@ -286,8 +286,8 @@ class SteeredEngine:
         """What decodes the requests of `submit`, started by the first of them."""
         with self._starting:
             if self._scheduler is None:
-                how = self._lock, self.limits, self.inputs.virtual_tokens
-                self._scheduler = Scheduler(self.pair, *how)
+                how = self._lock, self.limits, self.inputs.virtual_tokens, self._prefix_cache
+                self._scheduler = Scheduler(self.pair, self._decoder(self._pair), *how)
                 weakref.finalize(self, self._scheduler.close)
             return self._scheduler
 
