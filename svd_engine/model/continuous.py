@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from svd_engine.model.cuda_graphs import Recordings, bucket_rows
+from svd_engine.model.kept_rows import KeptRow, Layers
 from svd_engine.model.kv_cache import KVCache
 from svd_engine.model.pair import ModelPair, PairedRunner, PerModel
 from svd_engine.model.runner import ModelRunner
@@ -89,6 +90,12 @@ class Places:
             self.runner._position_buffer[min(first, last) : max(first, last) + 1] = 0
         self._show(rows)
 
+    def take(self, place: int, tokens: int) -> list[Layers]:
+        """Copy keys and values of the first tokens of a sequence, of each of its rows."""
+        rows = self._rows(place)
+        virtual = [0] * (len(rows) - 1) + [self.runner.virtual_tokens]
+        return [self.cache.take(r, tokens + v) for r, v in zip(rows, virtual, strict=True)]
+
     def clear(self, place: int) -> None:
         for row in self._rows(place):
             self.cache.clear_row(row)
@@ -152,6 +159,12 @@ class ContinuousBatch:
                 places.clear(place)
             places.vacate(place, self.size)
         self.size -= 1
+
+    @torch.inference_mode()
+    def take(self, place: int, tokens: int, hidden: PerModel) -> KeptRow:
+        """Keep the first tokens of a sequence's text. hidden: after its prompt, `[H]` each."""
+        taken = (layers for places in self._places for layers in places.take(place, tokens))
+        return KeptRow(tuple(taken), hidden)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> PerModel:
