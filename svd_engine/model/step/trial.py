@@ -19,7 +19,7 @@ PROMPTS = [[5, 3, 11, 7], [2, 9]]  # any tokens
 TEXTS = torch.tensor([[4, 12, 8, 6], [13, 1, 10, 3]])  # that follow them
 SIZES = 3, 1  # of the steps that read them
 MANY = 10  # copies of both: more rows than a tile has
-FAR = 1100  # slots from prompt to text: more than one block of keys for each part of attention
+FAR = 100, 1100  # slots from prompt to text: in several parts of attention, a block each or more
 LONGEST_WINDOW = 1 << 13  # that is tried
 # Of the norm of hidden states or logits: rounding in two layers or more. Tiny random models have
 # 1e-6 and 3e-2.
@@ -38,7 +38,7 @@ def check(runner: "ModelRunner", step: CpuStep | CudaStep) -> None:
     with attention.recorded() as calls:
         runner.prefill(PROMPTS * models)
     windows = {call.window for call in calls if call.window is not None}
-    far = {x for x in windows if x <= LONGEST_WINDOW} | {FAR}
+    far = {x for x in windows if x <= LONGEST_WINDOW} | {*FAR}
     for copies, gap in [(MANY, 0), *((1, gap) for gap in sorted(far))]:
         runner.prefill(PROMPTS * copies * models, gap + sum(SIZES))
         if gap:
