@@ -214,7 +214,7 @@ def test_recorded_steps(monkeypatch, options):
     prompts = [LOOP, *PROMPTS]
     want = engine.generate(prompts, max_new_tokens=30, **options)
     assert graphed.generate(prompts, max_new_tokens=30, speculate=4, **options) == want
-    assert {key[1] for key in decoder._steps} == {1, 5}
+    assert {key[1] for key in decoder._recordings._steps} == {1, 5}
 
 
 def test_memory_does_not_grow(engines):
