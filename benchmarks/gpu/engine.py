@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.baselines import ALPHA, STRENGTH
@@ -169,7 +170,7 @@ def equality(run: Run) -> dict[str, Any]:
     return results
 
 
-def against_transformers(engine: SteeredEngine, model: PreTrainedModel) -> list[str]:
+def against_transformers(engine: SteeredEngine, model: PeftModel) -> list[str]:
     """Say where the adapted model's texts differ from PEFT's own, after many long prompts."""
     prompts = [[(7 * i + 13 * row) % 190 + 5 for i in range(90 + 3 * row)] for row in range(20)]
     options: dict[str, Any] = {"model": "adapted", "max_new_tokens": 16, "eos_token_id": []}
