@@ -76,13 +76,17 @@ def _batches(passages: Sequence[Passage]) -> Iterator[list[int]]:
     for i, passage in enumerate(passages):
         by_prompt.setdefault(tuple(passage.prompt), []).append(i)
     batch: list[int] = []
-    most = 0  # tokens of the longest completion in the batch; prompts are sorted by length
-    for prompt in sorted(by_prompt, key=len):
+    prompt_length = length = 0  # tokens of the longest prompt and completion in the batch
+    # Most passages share their prompt, so that the completions' padding is what counts.
+    for longest, prompt in sorted(
+        (max(len(passages[i].completion) for i in group), prompt)
+        for prompt, group in by_prompt.items()
+    ):
         for i in by_prompt[prompt]:
-            most = max(most, len(passages[i].completion))
-            if batch and (len(batch) + 1) * (len(prompt) + most) > BATCH_TOKENS:
+            prompt_length, length = max(prompt_length, len(prompt)), max(length, longest)
+            if batch and (len(batch) + 1) * (prompt_length + length) > BATCH_TOKENS:
                 yield batch
-                batch, most = [], len(passages[i].completion)
+                batch, prompt_length, length = [], len(prompt), longest
             batch.append(i)
     if batch:
         yield batch
