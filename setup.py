@@ -18,6 +18,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.modified import newer_group
 
 BuildExtension: Any = build_ext
@@ -62,6 +63,14 @@ class Build(BuildExtension):
             shutil.copy(library, target)
         except Exception as error:
             skip("CUDA", error, "See what nvcc said with pip install -v, or set SVD_CUDA=0.")
+
+
+class Modules(build_py):
+    def run(self) -> None:
+        # What an earlier build left there would go into the wheel: `build` does not clean up.
+        for library in Path(self.build_lib, "svd_engine").glob("_c*.so"):
+            library.unlink()
+        super().run()
 
 
 def compile_cuda(sources: list[str]) -> Path:
@@ -117,6 +126,6 @@ def cuda_extension() -> Extension | None:
 extensions = [extension for extension in (cuda_extension(), cpu_extension()) if extension]
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": Modules},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {},
 )

@@ -11,22 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from benchmarks.engine import fewer_steps
 from benchmarks.engine import tables as engine
 from benchmarks.gpu import published as gpu
 from benchmarks.kernels import tables as kernels
 from benchmarks.quality import tables as quality
 from benchmarks.records import ROOT
+from benchmarks.serving import tables as serving
 
 Form = Callable[[dict[str, Any]], str]
 # (document, figures, where they come from, their table)
 TABLES: tuple[tuple[str, str, str, Form], ...] = (
     *kernels.TABLES,
     *engine.TABLES,
+    *fewer_steps.TABLES,
     *quality.TABLES,
     *gpu.TABLES,
+    *serving.TABLES,
 )
 
-LATER = {"cpu_step": "`make bench`", "gpu": "`python -m benchmarks.gpu`"}  # figures of one machine
+LATER = {  # figures of one machine
+    "cpu_step": "`make bench`",
+    "cpu_weights": "`make bench`",
+    "cpu_serving": "`make bench`",
+    "cpu_speculation": "`make bench`",
+    "cpu_prefix": "`make bench`",
+    "gpu": "`python -m benchmarks.gpu`",
+}
 
 
 def put(text: str, document: str, name: str, figures: str) -> str:

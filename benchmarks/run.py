@@ -18,6 +18,10 @@ SUITES = {
     "cpu_engine": "engine/test_engine.py",
     "cpu_step": "engine/test_step.py",
     "cpu_methods": "engine/test_methods.py",
+    "cpu_speculation": "engine/test_speculation.py",
+    "cpu_weights": "engine/test_weights.py",
+    "cpu_serving": "serving/test_serving.py",
+    "cpu_prefix": "engine/test_prefix.py",
 }
 QUICK = "test_token or test_step or test_start or test_batch or host_overhead or 151936-1- "
 QUICK += "or 151936-32-"

@@ -1,13 +1,14 @@
 """Steered generation: arguments in, completions, events, scores and a strength out."""
 
 import math
+import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
-import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from svd_engine import hub, loading, ops
@@ -28,11 +29,18 @@ from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.inputs import Inputs, Prompt
+from svd_engine.generation.limits import Limits
 from svd_engine.generation.options import GenerateOptions, SamplingOptions
 from svd_engine.generation.outputs import Completion, Event, Score
+from svd_engine.generation.prefix_cache import PrefixCache
 from svd_engine.generation.request import Request
 from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.generation.scheduler import Scheduler
+from svd_engine.generation.speculation import Speculations
+from svd_engine.generation.stream import Stream
+from svd_engine.loading import LoadOptions
 from svd_engine.model import cuda_graphs
+from svd_engine.model.layers import quantised
 from svd_engine.model.models import Models
 from svd_engine.model.pair import Decoder, ModelPair, PairedRunner
 from svd_engine.steering_config import Steering, SteeringConfig
@@ -55,6 +63,7 @@ class SteeredEngine:
     pairing: "paired" runs both models as one batch through shared weights, "sequential" one after
     the other, "auto" pairs them where the PEFT method allows it.
     cuda_graphs: on a GPU, replay decode steps from CUDA graphs.
+    limits: of the batch that `submit` decodes in; they may be set before its first call.
     probe: try a few tokens and raise ValueError unless both models give what they give without the
     engine.
     """
@@ -76,12 +85,18 @@ class SteeredEngine:
         adapted, base = models.adapted, models.base
         self.inputs = Inputs(adapted.base_model, tokenizer, adapted.virtual_tokens, base.base_model)
         self._pair = models.pair(pairing)
+        quantised.check_steps(models.model, self._pair.most_new(1) > 1, self._pair.how)
         if probe:
             models.probe(self._pair)
         self._single: dict[str, ModelPair] = {}
         self._decoders: dict[ModelPair, Decoder] = {}
+        self._speculations = Speculations(self.inputs)
+        self._prefix_cache = PrefixCache()
         self._cuda_graphs = cuda_graphs
         self._lock = CallLock()
+        self.limits = Limits()
+        self._scheduler: Scheduler | None = None
+        self._starting = threading.Lock()
         self._steering = Steering()
         self.steering = steering
 
@@ -92,20 +107,18 @@ class SteeredEngine:
         adapter: str | Path | None = None,
         *,
         steering: Steering | SteeringConfig | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "cpu",
         pairing: str = "auto",
         cuda_graphs: bool = True,
         probe: bool = True,
-        trust_remote_code: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> "SteeredEngine":
         """Load a base model, a PEFT adapter and, unless given, the steering beside the adapter.
 
         `from_pretrained(adapter)`, or `(base, adapter)` for another base than the adapter names.
         Each is a folder or a Hub name, a base also "smollm2". Without steering the engine decodes
         the adapted model alone until `steering` is set. A tokenizer or chat template beside the
-        adapter is used where its vocabulary fits the base; the log says so. trust_remote_code: run
-        Python code that comes with the base. Raises ValueError.
+        adapter is used where its vocabulary fits the base; the log says so. options: dtype, device,
+        trust_remote_code and weights, as `loading.load_base` takes them. Raises ValueError.
         """
         given = [name for name in (base, adapter) if name is not None]
         if not given:
@@ -114,9 +127,8 @@ class SteeredEngine:
         base = loading.base_of(folder, given[0] if len(given) > 1 else None)
         if steering is None and loading.has_steering(folder):
             steering = Steering.from_pretrained(folder)
-        model, tokenizer = loading.load_base(
-            base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+        loading.check_no_saved_modules(options.get("weights"), folder)
+        model, tokenizer = loading.load_base(base, **options)
         peft_model = loading.load_adapter(model, folder)
         tokenizer = loading.adapter_tokenizer(folder, model, tokenizer)
         engine = cls(peft_model, tokenizer, steering, pairing, cuda_graphs, probe)
@@ -138,11 +150,9 @@ class SteeredEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         steering: Steering | SteeringConfig | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "cpu",
         cuda_graphs: bool = True,
         probe: bool = True,
-        trust_remote_code: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> "SteeredEngine":
         """Pair two models over one vocabulary, such as a full fine-tune and what it began from.
 
@@ -150,9 +160,8 @@ class SteeredEngine:
         default the adapted checkpoint's. Steering comes from beside it, unless given. Each token
         takes a pass of each model. Raises ValueError, for two vocabularies too.
         """
-        how: dict[str, Any] = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        adapted_model, own = loading.loaded("adapted", adapted, **how)
-        base_model, other = loading.loaded("base", base, **how)
+        adapted_model, own = loading.loaded("adapted", adapted, **options)
+        base_model, other = loading.loaded("base", base, **options)
         if own is not None and other is not None:
             loading.check_one_vocabulary(own, other, adapted_model)
         if steering is None and isinstance(adapted, str | Path) and loading.has_steering(adapted):
@@ -167,11 +176,9 @@ class SteeredEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         steering: Steering | SteeringConfig | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "cpu",
         cuda_graphs: bool = True,
         probe: bool = True,
-        trust_remote_code: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> "SteeredEngine":
         """Steer one model by the difference between two prompts, which `generate` takes.
 
@@ -179,9 +186,7 @@ class SteeredEngine:
         as one batch, through each weight once. With `direction="difference"` and `alpha=0` in the
         steering this is classifier-free guidance, of scale 1 - strength. Raises ValueError.
         """
-        loaded, own = loading.loaded(
-            "model", model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+        loaded, own = loading.loaded("model", model, **options)
         return cls(Models.of_one(loaded), tokenizer or own, steering, "auto", cuda_graphs, probe)
 
     def __reduce__(self) -> NoReturn:
@@ -207,6 +212,14 @@ class SteeredEngine:
         return self._pair.how
 
     @property
+    def prefix_cache(self) -> PrefixCache:
+        """The latest texts of `generate` and `stream`; prompts that begin like one go on from it.
+
+        It says hits, tokens and bytes, and takes `max_bytes`; 0 turns it off.
+        """
+        return self._prefix_cache
+
+    @property
     def pair(self) -> ModelPair:
         """The adapted and the base model. Raise ValueError if one has changed."""
         self._models.check()
@@ -229,6 +242,8 @@ class SteeredEngine:
         and do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p,
         min_p, seed, num_beams, stop_strings, ... logits_processor=: applied to the steered logits.
         batch_size=: rows decoded at once (32). A prompt gets the same tokens alone or in a batch.
+        speculate="prompt", an assistant model, the most guesses per step, or a list of these:
+        verify several guessed tokens in one step; the tokens stay the same.
         Raises ValueError before any work. One call runs at a time; other threads wait.
         """
         request = self._request(prompts, False, **options)
@@ -254,6 +269,35 @@ class SteeredEngine:
         """`stream` for coroutines: decode in a thread, and stop when the reader is cancelled."""
         return self._lock.astream(self._events(prompts, options))
 
+    def submit(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Stream:
+        """Decode beside what was submitted before; return at once, with a stream of the events.
+
+        The options are those of `stream`; each completion equals the one of the same call alone.
+        From any thread or coroutine. Raises ValueError before any work, and BusyError where too
+        many prompts wait.
+        """
+        stream = self.scheduler.submit(self._stream_request(prompts, options))
+        stream.engine = self
+        return stream
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What decodes the requests of `submit`, started by the first of them."""
+        with self._starting:
+            if self._scheduler is None:
+                how = self._lock, self.limits, self.inputs.virtual_tokens
+                self._scheduler = Scheduler(self.pair, *how)
+                weakref.finalize(self, self._scheduler.close)
+            return self._scheduler
+
+    def close(self, finish: bool = False) -> None:
+        """End the requests of `submit`, or finish them first; it takes no more."""
+        self.scheduler.close(finish)
+
     def warmup(self, batch_sizes: Sequence[int] = (1,), max_length: int = 1024) -> None:
         """Compile and record, ahead of the first request, what steered or adapted decoding needs.
 
@@ -268,11 +312,7 @@ class SteeredEngine:
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
             for rows in batch_sizes:
-                if isinstance(decoder, cuda_graphs.GraphedRunner):
-                    decoder.warmup(rows, max_length)
-                else:
-                    decoder.prefill([[0]] * rows, 1)
-                    decoder.step(torch.zeros(rows, dtype=torch.int64, device=decoder.device))
+                cuda_graphs.warmup(decoder, rows, max_length)
 
     @overload
     def score(
@@ -334,7 +374,7 @@ class SteeredEngine:
         answers = Answers(example_files.encode(examples, self.tokenizer, self.inputs.vocab_size))
         places = [example_files.place(example, i) for i, example in enumerate(examples)]
         self.inputs.check_passages(answers.passages, [places[i] for i in answers.example_of()])
-        checked = CalibrationOptions.checked(answers, **options)
+        checked = CalibrationOptions.checked(answers.wrong, **options)
         with self._lock.hold():
             report = calibrate(self.pair, answers, checked, progress)
         config = report.to_steering_config(
@@ -406,10 +446,13 @@ class SteeredEngine:
         return self._decoders[pair]
 
     def _events(self, prompts: Any, options: GenerateOptions) -> Generator[Event, None, None]:
+        return events(self._stream_request(prompts, options))
+
+    def _stream_request(self, prompts: Any, options: GenerateOptions) -> Request:
         request = self._request(prompts, True, **options)
         if request.sampling.num_beams > 1:
             raise ValueError("beams cannot be streamed; use generate, or leave out num_beams.")
-        return events(request)
+        return request
 
     def _request(
         self,
@@ -423,6 +466,8 @@ class SteeredEngine:
         steering: Steering | SteeringConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         batch_size: int = 32,
+        speculate: Any = None,
+        prefill_chunk: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Request:
         """Validate all arguments and build the request."""
@@ -436,8 +481,9 @@ class SteeredEngine:
         deadline = (
             math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
         )
+        decoder = self._decoder(pair)
         return Request(
-            decoder=self._decoder(pair),
+            decoder=decoder,
             steering=config,
             sampling=sampling,
             sequences=sequences,
@@ -446,4 +492,7 @@ class SteeredEngine:
             deadline=deadline,
             model=name,
             batch_size=batch_size,
+            prefix_cache=self._prefix_cache,
+            prefill_chunk=prefill_chunk,
+            speculation=self._speculations.build(speculate, sampling, sequences, decoder, pair.how),
         )

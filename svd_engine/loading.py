@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import safetensors
 import torch
@@ -23,6 +23,7 @@ from transformers import (
 
 from svd_engine import hub, steering_config
 from svd_engine.model import adapter_file, peft_methods
+from svd_engine.model.layers import quantised
 from svd_engine.utils.files import read_object
 
 if TYPE_CHECKING:
@@ -36,6 +37,15 @@ JSON_FILES = (
 )  # fmt: skip
 WEIGHT_FILES = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")  # others are not loaded
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class LoadOptions(TypedDict, total=False):
+    """How `load_base` loads."""
+
+    dtype: str | torch.dtype
+    device: str | torch.device
+    trust_remote_code: bool
+    weights: str | None
 
 
 def smollm2_file() -> Path | None:
@@ -52,14 +62,17 @@ def load_base(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    weights: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a folder, a Hub name or "smollm2".
 
     dtype "auto" keeps the checkpoint's own. For smollm2 it is bfloat16, but float32 on a CPU
     without bfloat16 products, which are some ten times slower there. trust_remote_code: run Python
-    code that comes with the checkpoint. Raises ValueError.
+    code that comes with the checkpoint. weights: "int8" or "int4" turns the linear layers' weights
+    into codes, on a CPU. Raises ValueError.
     """
     _check_dtype(dtype)
+    quantised.check(weights, device)
     _check_device(device)
     check_base(name)
     arguments: dict = {"dtype": dtype}
@@ -88,16 +101,23 @@ def load_base(
     except Exception as error:  # of any kind, where a value in the files is wrong
         reason = f"it is not here, and the Hub does not give it: {away}" if away else _reason(error)
         raise ValueError(f"base {str(name)!r} cannot be loaded: {reason}") from error
+    if weights is not None:
+        quantised.quantise_linears(model, weights)
     model.name_or_path = str(name)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
 
 def loaded(
-    what: str, model: str | Path | PreTrainedModel, **options: Any
+    what: str, model: str | Path | PreTrainedModel, **options: Unpack[LoadOptions]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Return a model as it is, without a tokenizer; load what has a name with `load_base`."""
     if isinstance(model, PreTrainedModel):
+        if options.get("weights") is not None:
+            raise ValueError(
+                f"weights={options['weights']!r} is for what is loaded, and {what} is a model "
+                "already; give its folder or Hub name."
+            )
         return model, None
     if not isinstance(model, str | Path):
         raise ValueError(
@@ -164,6 +184,19 @@ def _check_dtype(dtype: str | torch.dtype) -> None:
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     if name not in ("auto", *DTYPES):
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {str(dtype)!r}.")
+
+
+def check_no_saved_modules(weights: str | None, adapter: Path) -> None:
+    """Raise ValueError for an adapter with whole layers of its own over quantised weights."""
+    if weights is None:
+        return
+    config = read_object(adapter / "adapter_config.json", "the configuration of an adapter")
+    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if config.get(name):
+            raise ValueError(
+                f"weights={weights!r} is not for an adapter with {name}, which holds weights of "
+                "the base's own kind. Leave weights out."
+            )
 
 
 def _check_device(device: str | torch.device) -> None:

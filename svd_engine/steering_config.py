@@ -150,12 +150,17 @@ class Steering:
             raise ValueError(f"{path} does not exist. Write it with `svd-engine calibrate`.")
         values = read_object(path, "a steering configuration")
         try:
-            if values.keys() & set(USES):
-                return cls(**{use: _config(values[use]) for use in USES if use in values})
-            config = _config(values)
-            return cls(None if config.objective == "ranking" else config, config)
+            return cls.from_values(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a steering configuration: {error}") from error
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "Steering":
+        """Read what `to_json` writes, parsed. Raises TypeError or ValueError."""
+        if values.keys() & set(USES):
+            return cls(**{use: _config(values[use]) for use in USES if use in values})
+        config = _config(values)
+        return cls(None if config.objective == "ranking" else config, config)
 
 
 def _plain(config: SteeringConfig) -> dict[str, Any]:

@@ -37,6 +37,13 @@ def test_the_engine_decodes(words, capsys):
     assert len(names["best"]) == 4 and capsys.readouterr().out
 
 
+def test_the_engine_takes_requests_beside_each_other(words, capsys):
+    engine = SteeredEngine(tiny_peft(), words, SteeringConfig(-2.0))
+    exec(*snippets("docs/serving.md"), dict(engine=engine, prompts=["w005", "w017 w040"]))
+    engine.close()
+    assert capsys.readouterr().out
+
+
 def test_the_three_loops_agree():
     names = {}
     for snippet in snippets("docs/own-loop.md"):

@@ -102,7 +102,10 @@ def test_a_failed_native_build_is_one_line_and_no_failure(wheel):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel[0]).namelist()
-    for name in ("kernels/reference.py", "kernels/launch.py", "py.typed", "cli/almanac.json"):
+    for name in (
+        "kernels/reference.py", "kernels/launch.py", "py.typed", "cli/almanac.json",
+        "explain/page.html", "explain/page.css", "explain/page.js",
+    ):  # fmt: skip
         assert f"svd_engine/{name}" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"svd_engine"}
 
@@ -115,6 +118,16 @@ def test_installed_from_the_wheel(wheel, kernels, checkout, tmp_path):
         assert str(site) in python(PROBE, tmp_path / "elsewhere", site, *beside)
     # From the repository's root the checkout comes first, and works too.
     assert str(checkout) in python(PROBE, checkout, site, kernels)
+
+
+def test_libraries_of_an_earlier_build_stay_out(checkout, tmp_path):
+    old = tmp_path / "lib" / "svd_engine" / "_cuda.abi3.so"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"of an earlier build")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path / "lib"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (old.parent / "engine.py").is_file() and not old.exists()
 
 
 def test_strict_build_fails(checkout, tmp_path):

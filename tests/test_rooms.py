@@ -25,9 +25,11 @@ MAY_IMPORT = {
     "calibration": {"generation", "model", "ops", "kernels", "data", "utils", "steering_config"},
     "training": {"model", "data", "utils"},
     "engine": BELOW_ENGINE,
-    "integrations": {"generation", "model", "ops", "data", "steering_config", "engine"},
+    "integrations": BELOW_ENGINE | {"engine"},
     "evaluate": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"engine", "evaluate", "training", "integrations"},
+    "explain": BELOW_ENGINE | {"engine"},
+    "serve": {"engine", "generation", "steering_config"},
+    "cli": BELOW_ENGINE | {"engine", "evaluate", "explain", "serve", "training", "integrations"},
 }
 KNOW_PEFT = {"model", "training", "integrations"}
 

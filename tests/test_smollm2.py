@@ -68,6 +68,20 @@ def test_tokens_equal_two_plain_passes(engine):
     assert any(a.token_ids != s.token_ids for a, s in zip(adapted, completions, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.7, seed=3)], ids=["greedy", "sampled"])
+def test_guesses_change_no_bit(engine, options):
+    """Of texts that repeat and texts that do not, with look-up and with the base as assistant."""
+    week = "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, "
+    prompts = [week * 3, *PROMPTS[:2]]
+    want = engine.generate(prompts, max_new_tokens=24, eos_token_id=[], **options)
+    plain, _ = loading.load_base(loading.SMOLLM2, dtype=torch.float32)
+    for source in ("prompt", [plain, 4]):
+        got = engine.generate(
+            prompts, max_new_tokens=24, eos_token_id=[], speculate=source, **options
+        )
+        assert got == want
+
+
 def test_calibration_on_real_text(engine):
     report = engine.calibrate(almanac.build()["calibration"][:6], folds=3, force=True)
     assert report.objective == "preference"

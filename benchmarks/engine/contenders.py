@@ -50,7 +50,8 @@ def hugging_face(
 
 
 def generate(engine: SteeredEngine, prompts: Prompts, new: int, **options: Any) -> list[int]:
-    """Decode with the engine. Prompts may differ in length."""
+    """Decode with the engine, which has read nothing before. Prompts may differ in length."""
+    engine.prefix_cache.clear()
     return engine.generate(prompts, max_new_tokens=new, eos_token_id=[], **options)[0].token_ids
 
 

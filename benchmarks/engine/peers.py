@@ -20,7 +20,8 @@ source, target, kind, threads = sys.argv[1], *sys.argv[2:4], int(sys.argv[4])
 if not os.path.exists(target):
     options = llama_cpp.llama_model_quantize_default_params()
     types = {
-        "float32": llama_cpp.LLAMA_FTYPE_ALL_F32, "bfloat16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16
+        "float32": llama_cpp.LLAMA_FTYPE_ALL_F32, "bfloat16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
+        "int8": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "int4": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
     }
     options.ftype, options.allow_requantize = types[kind], True
     llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(options))
@@ -40,7 +41,7 @@ for line in sys.stdin:
 
 
 class LlamaCpp:
-    """SmolLM2-135M in llama.cpp, un-steered: the same weights in one dtype."""
+    """SmolLM2-135M in llama.cpp, un-steered: the same weights, of one kind."""
 
     def __init__(self, dtype: str, folder: Path) -> None:
         source, target = str(loading.smollm2_file()), str(folder / f"{dtype}.gguf")

@@ -205,11 +205,28 @@ STEPS = {
 
 
 # (document, figures, where they come from, their table)
+def weights(result: dict[str, Any]) -> str:
+    """Format milliseconds of a step over codes, beside llama.cpp."""
+    (case,) = result["cases"]
+    rows = []
+    for kind, size in case["held"].items():
+        ours, llama = (case["contenders"].get(f"{kind}, {who}") for who in ("steered", "llama.cpp"))
+        ratio = "-" if llama is None else f"{ours['median'] / llama['median']:.2f}"
+        rows.append([kind, number(size / 1e6), milliseconds(ours), milliseconds(llama), ratio])
+    head = ["weights", "MB held", "steered, ms", "llama.cpp, un-steered, ms", "ratio"]
+    return (
+        f"Milliseconds per step, medians of {case['rounds']} rounds in which the contenders take "
+        "turns. SmolLM2-135M with a LoRA on all linear layers, batch 1; llama.cpp's weights are "
+        f"bfloat16, Q8_0 and Q4_0. {source(result)}.\n\n{table(head, rows)}"
+    )
+
+
 TABLES = (
     ("README.md", "summary", "cpu_engine", summary),
     ("README.md", "step", "cpu_step", beside),
     ("docs/performance.md", "engine", "cpu_engine", engine),
     ("docs/performance.md", "steps", "cpu_step", steps),
+    ("docs/performance.md", "weights", "cpu_weights", weights),
     ("docs/performance.md", "requests", "cpu_engine", requests),
     ("docs/performance.md", "start", "cpu_start", start),
 )

@@ -60,7 +60,7 @@ def overhead(adapter: Path, rows: Rows) -> dict[str, float]:
     tokens = np.cumsum([sum(map(len, (e.completion, *e.accepted, *e.rejected))) for e in examples])
     examples = examples[: int(np.searchsorted(tokens, TOKENS)) + 1]
     answers = Answers(examples)
-    options = CalibrationOptions.checked(answers)
+    options = CalibrationOptions.checked(answers.wrong)
 
     def forward() -> None:
         for _ in scoring.predictions(engine.pair, answers.passages):

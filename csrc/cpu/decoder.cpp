@@ -43,8 +43,9 @@ struct Step {
   const LinearKernel& linear;
   const StepKernel& kernel;
   Dtype dtype;
+  Dtype packed;         // the dtype beside which inputs are packed
   int64_t size;         // bytes of an element
-  bool repacks;         // some adapter has another dtype than the weights
+  bool repacks;         // some adapter has another dtype than that
   char* residual;       // [tokens, hidden_size]
   char* buffers[kJoined];  // [tokens, widest], outputs of joined layers
   char* attended;          // [tokens, widest]
@@ -157,9 +158,9 @@ class Worker {
 
   void pack(int64_t token, const char* x, int64_t size) const {
     const int64_t row_bytes = packed_row_bytes(size);
-    s.linear.pack(s.dtype, size, x, s.dtype, s.x + token * row_bytes);
+    s.linear.pack(s.dtype, size, x, s.packed, s.x + token * row_bytes);
     if (s.repacks && token >= s.first_adapted)
-      s.linear.pack(s.dtype, size, x, other_than(s.dtype),
+      s.linear.pack(s.dtype, size, x, other_than(s.packed),
                     s.other + (token - s.first_adapted) * row_bytes);
   }
 
@@ -179,8 +180,8 @@ class Worker {
     for (const LinearPlan* p : plans) {
       Product& product = products[count];
       const int64_t x_row_bytes = packed_row_bytes(p->in);
-      product.x = {s.x, x_row_bytes, s.linear.packs_bfloat16(s.dtype, s.dtype)};
-      product.weight = {at(p->weight), p->row_bytes, p->out, p->in, s.dtype};
+      product.x = {s.x, x_row_bytes, s.linear.packs_bfloat16(s.dtype, s.packed)};
+      product.weight = {at(p->weight), p->row_bytes, p->out, p->in, s.dtype, Format(s.plan.format)};
       product.bias = {at(p->bias), p->bias_stride, s.dtype};
       product.rows = product.first_adapted = s.tokens();
       product.out = out ? out : s.buffers[count];
@@ -189,7 +190,7 @@ class Worker {
       if (p->down && s.adapted() > 0) {
         const Dtype low = Dtype(p->low_rank_dtype);
         Product& down = downs[count];
-        down.x = low == s.dtype
+        down.x = low == s.packed
                      ? product.x.from(s.first_adapted)
                      : Packed{s.other, x_row_bytes, s.linear.packs_bfloat16(s.dtype, low)};
         down.weight = {at(p->down), p->down_row_bytes, p->rank, p->in, low};
@@ -329,13 +330,14 @@ void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inpu
             logits ? static_cast<char*>(logits->data_ptr()) : nullptr, linear_in_use(),
             step_in_use()};
   s.dtype = dtype;
+  s.packed = Format(plan.format) == Format::kPlain ? dtype : Dtype::kFloat32;
   s.size = size_of(dtype);
   int64_t rank = 0;
   s.widest = plan.hidden_size;
   each_linear(plan, [&](const LinearPlan& p) {
     if (&p != &plan.head) s.widest = std::max({s.widest, p.in, p.out});
     rank = std::max(rank, p.rank);
-    s.repacks |= p.down && Dtype(p.low_rank_dtype) != dtype;
+    s.repacks |= p.down && Dtype(p.low_rank_dtype) != s.packed;
   });
   const int64_t tokens = s.tokens(), adapted = std::max<int64_t>(0, s.adapted());
   const int64_t phases = plan.layers * kPhasesPerLayer + kPhasesPerLayer;

@@ -31,6 +31,7 @@ struct LayerPlan {
 
 struct DecoderPlan {
   int64_t dtype, layers, hidden_size;
+  int64_t format;  // of all weights; see codes.h
   NormPlan norm;
   LinearPlan head;
   LayerPlan layer[];

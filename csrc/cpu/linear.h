@@ -3,10 +3,11 @@
 // any number of rows, outputs and threads.
 #pragma once
 
+#include "codes.h"
 #include "kernels.h"
 
 // Rows of x as a variant reads them beside weights of one dtype, padded with zeros to a multiple of
-// 32 elements.
+// 64 elements.
 struct Packed {
   const char* data;
   int64_t row_bytes;
@@ -15,13 +16,14 @@ struct Packed {
   Packed from(int64_t row) const { return {data + row * row_bytes, row_bytes, bfloat16}; }
 };
 
-constexpr int64_t packed_row_bytes(int64_t in) { return (in + 31) / 32 * 32 * 4; }
+constexpr int64_t packed_row_bytes(int64_t in) { return (in + 63) / 64 * 64 * 4; }
 
 struct Weight {  // [out, in]
   const char* data;
   int64_t row_bytes;
   int64_t out, in;
   Dtype dtype;
+  Format format = Format::kPlain;  // codes are multiplied by rows packed as float32
 };
 
 struct Bias {  // [out]

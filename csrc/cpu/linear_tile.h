@@ -14,6 +14,7 @@ constexpr int64_t kNear = 24 << 10;  // bytes of weights that further rows of x 
 // How a line of a weight is multiplied: in parts of one vector, each by `kFactors` vectors of x.
 // One reading of the line serves at most kRows rows of x, whose sums fill the registers.
 struct Float32Line {
+  static constexpr Format kFormat = Format::kPlain;
   typedef Vec Part;
   static constexpr int kRows = kLanes == 16 ? 6 : 2;
   static constexpr int kSize = 4, kFactors = 1, kRowSize = 4;
@@ -24,6 +25,7 @@ struct Float32Line {
 // A vector of bfloat16 pairs is two vectors of floats, the even and the odd elements, without a
 // shuffle; x is packed to match.
 struct BFloat16Line {
+  static constexpr Format kFormat = Format::kPlain;
   typedef Bits Part;
   static constexpr int kRows = kLanes == 16 ? 6 : 2;
   static constexpr int kSize = 2, kFactors = 2, kRowSize = 4;
@@ -36,6 +38,7 @@ struct BFloat16Line {
 
 #ifdef SVD_BFLOAT16_PAIRS
 struct BFloat16PairsLine {
+  static constexpr Format kFormat = Format::kPlain;
   typedef Vec Part;
   static constexpr int kRows = 6;
   static constexpr int kSize = 2, kFactors = 1, kRowSize = 2;
@@ -50,12 +53,12 @@ void pack(Dtype dtype, int64_t in, const char* x, Dtype weight, char* to) {
 #ifdef SVD_BFLOAT16_PAIRS
   if (dtype == Dtype::kBFloat16 && weight == Dtype::kBFloat16) {
     std::memcpy(to, x, in * 2);
-    std::memset(to + in * 2, 0, (in + 31) / 32 * 64 - in * 2);
+    std::memset(to + in * 2, 0, (in + 63) / 64 * 128 - in * 2);
     return;
   }
 #endif
   constexpr int kPair = 2 * kLanes;
-  const int64_t padded = (in + 31) / 32 * 32;
+  const int64_t padded = (in + 63) / 64 * 64;
   for (int64_t k = 0; k < padded; k += kPair) {
     float wide[kPair];
     for (int half = 0; half < kPair; half += kLanes) {
@@ -130,6 +133,8 @@ SVD_HD void add_products(Vec (&sum)[R][kStreams], const Packed& x,
     line[o] = static_cast<char*>(std::memcpy(rest[o], w[o] + at, (in - k) * W::kSize));
   add_line<W>(sum, row, x.row_bytes, line);
 }
+
+#include "codes_tile.h"
 
 // The outputs [begin, end) as streams of `length` each: output i of stream o is begin + o * length
 // + i. The last streams may be shorter or empty.
@@ -228,7 +233,10 @@ void tile(const Product& p, int64_t row, const Streams& streams, int64_t i) {
   const char* w[kStreams];
   rows_of(p.weight, streams, i, w);
   Vec sum[R][kStreams] = {};
-  add_products<W, R, kPrefetches>(sum, p.x.from(row), w, p.weight.in);
+  if constexpr (W::kFormat == Format::kPlain)
+    add_products<W, R, kPrefetches>(sum, p.x.from(row), w, p.weight.in);
+  else
+    multiply_codes<W::kFormat, R, kPrefetches>(sum, p.x.from(row), w, p.weight.in);
   const char* up[kStreams];
   if (row + R > p.first_adapted) rows_of(p.up, streams, i, up);
 #pragma GCC unroll 8
@@ -261,7 +269,7 @@ SVD_HD void tile_of(int64_t rows, const Product& p, int64_t row, const Streams& 
 
 template <class W>
 void outputs_of(const Product& p, const Streams& streams) {
-  const int64_t bytes = kStreams * p.weight.in * W::kSize;
+  const int64_t bytes = kStreams * p.weight.row_bytes;
   const int64_t near = p.rows <= W::kRows || bytes >= kNear ? 1 : kNear / (bytes + 1);
   for (int64_t begin = 0; begin < streams.length; begin += near)
     for (int64_t row = 0; row < p.rows; row += W::kRows)
@@ -271,6 +279,8 @@ void outputs_of(const Product& p, const Streams& streams) {
 
 void outputs(const Product& p, int64_t begin, int64_t end) {
   const Streams streams(begin, end);
+  if (p.weight.format == Format::kInt8) return outputs_of<CodesLine<Format::kInt8>>(p, streams);
+  if (p.weight.format == Format::kInt4) return outputs_of<CodesLine<Format::kInt4>>(p, streams);
   if (p.weight.dtype == Dtype::kFloat32) return outputs_of<Float32Line>(p, streams);
 #ifdef SVD_BFLOAT16_PAIRS
   if (p.x.bfloat16) return outputs_of<BFloat16PairsLine>(p, streams);

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from svd_engine.calibration.estimators import ESTIMATORS, HESSIANS
-from svd_engine.calibration.objectives import OBJECTIVES, Answers
+from svd_engine.calibration.objectives import OBJECTIVES
 from svd_engine.ops import checks
 from svd_engine.steering_config import USES
 
@@ -101,26 +101,27 @@ class CalibrationOptions:
     @classmethod
     def checked(
         cls,
-        answers: Answers,
+        wrong: Sequence[Sequence[Any]],
         use: str | None = None,
         objective: str | None = None,
         alpha: float | Sequence[float] | None = None,
         **kept: Unpack[_Kept],
     ) -> "CalibrationOptions":
-        """Check the options against the answers to calibrate on. Raises ValueError.
+        """Check the options against the examples to calibrate on. Raises ValueError.
 
-        use: None is generation, or ranking if that is the objective. objective: None is ranking
-        for ranking; for generation preference if any example has rejected answers, otherwise nll;
-        with direction="auto" and rejected answers it is "auto". alpha: None is 0.1, or several to
-        choose from with direction="auto".
+        wrong: the rejected answers of each example, in any form. use: None is generation, or
+        ranking if that is the objective. objective: None is ranking for ranking; for generation
+        preference if any example has rejected answers, otherwise nll; with direction="auto" and
+        rejected answers it is "auto". alpha: None is 0.1, or several to choose from with
+        direction="auto".
         """
         is_auto = kept.get("direction") == AUTO
         if use is None:
             use = "ranking" if objective == "ranking" else "generation"
         if objective is None:
-            objective = "preference" if any(answers.wrong) else "nll"
+            objective = "preference" if any(wrong) else "nll"
             objective = "ranking" if use == "ranking" else objective
-            objective = AUTO if is_auto and any(answers.wrong) else objective
+            objective = AUTO if is_auto and any(wrong) else objective
         if alpha is None:
             alpha = AUTO_ALPHAS if is_auto else 0.1
         alphas = tuple(float(a) for a in ([alpha] if isinstance(alpha, int | float) else alpha))
@@ -144,9 +145,14 @@ class CalibrationOptions:
             raise ValueError("direction='auto' compares exact optima; leave out estimator.")
         if not alphas or not max(alphas) <= 1:
             raise ValueError(f"alpha must lie in (0, 1], one number or several; got {alpha}.")
+        if not min(alphas) > 0:
+            raise ValueError(
+                f"alpha must lie in (0, 1] to calibrate; got {min(alphas)}. A small one, such as "
+                "0.001, keeps nearly every token that matters."
+            )
         if objective != "nll":
-            for i, wrong in enumerate(answers.wrong):
-                if not wrong:
+            for i, rejected in enumerate(wrong):
+                if not rejected:
                     raise ValueError(f"examples[{i}] has no rejected answers to prefer against.")
         if options.length_normalised and objective == AUTO:
             raise ValueError("objective='auto' chooses it; leave out length_normalised.")
@@ -154,9 +160,8 @@ class CalibrationOptions:
             raise ValueError("length_normalised compares answers; objective='nll' does not.")
         if not isinstance(options.seed, int) or options.seed < 0:
             raise ValueError(f"seed must be an integer >= 0; got {options.seed!r}.")
-        examples = len(answers.right)
-        if not 2 <= options.folds <= examples:
+        if not 2 <= options.folds <= len(wrong):
             raise ValueError(
-                f"folds must lie in [2, number of examples = {examples}]; got {options.folds}."
+                f"folds must lie in [2, number of examples = {len(wrong)}]; got {options.folds}."
             )
         return options

@@ -96,8 +96,8 @@ class SupportStats:
     def merged(self) -> "SupportStats":
         """Merge the entries of large supports that have nearly the same delta; targets stay.
 
-        What comes of it has at most MERGED entries a token, so that flat distributions cost little
-        more than peaked ones, and is for log-probabilities: sums of p and of p * delta are exact.
+        The result has at most MERGED entries per token, so that flat distributions cost little more
+        than peaked ones. It is for log-probabilities: sums of p and of p * delta are exact.
         """
         large = self.support_sizes() > MERGED
         entries = large[self.position] & ~self.on_target

@@ -54,14 +54,27 @@ def read(path: Path) -> list[Request]:
             options |= {k: line[k] for k in ("model", "seed") if k in line}
             requests.append(Request(f"{path}:{number}", line, asked, options))
     if not requests:
-        raise ValueError(f"{path} holds no requests. Write one JSON object a line.")
+        raise ValueError(f"{path} holds no requests. Write one JSON object per line.")
     return requests
 
 
-def run(
-    engine: "SteeredEngine", requests: list[Request], output: Path, defaults: Mapping[str, Any]
-) -> None:
-    """Decode the requests that the output does not hold yet, and append their completions.
+def check(requests: list[Request], defaults: Mapping[str, Any]) -> None:
+    """Complete the requests' options; ValueError for one that no model could be asked with."""
+    from svd_engine.generation.options import SamplingOptions
+    from svd_engine.generation.sampling_params import SamplingParams
+
+    for request in requests:
+        with located(request.where):
+            request.options = {**defaults, **request.options}
+            if "max_length" in request.options:
+                request.options.pop("max_new_tokens", None)
+            names = SamplingOptions.__annotations__.keys() & request.options.keys()
+            given: dict[str, Any] = {name: request.options[name] for name in names}
+            SamplingParams.from_arguments(**given).seeds(1)
+
+
+def run(engine: "SteeredEngine", requests: list[Request], output: Path) -> None:
+    """Decode the requests of `check` that the output does not hold, and append their completions.
 
     Raise ValueError before any work for a request that cannot be decoded, and for an output of
     other requests.
@@ -71,9 +84,6 @@ def run(
     check_place(output)
     for request in requests:
         with located(request.where):
-            request.options = {**defaults, **request.options}
-            if "max_length" in request.options:
-                request.options.pop("max_new_tokens", None)
             by = {k: request.line[k] for k in ("strength", "alpha") if k in request.line}
             if by:
                 config = engine.steering.generation or SteeringConfig(0.0)
@@ -116,7 +126,7 @@ def _validate(engine: "SteeredEngine", request: Request) -> None:
 def _fingerprint(engine: "SteeredEngine", request: Request) -> str:
     """What the answer depends on."""
     steering: Any = request.options.get("steering", engine.steering)
-    options = {k: v for k, v in request.options.items() if k != "steering"}
+    options = {k: v for k, v in request.options.items() if k not in ("steering", "speculate")}
     parts = [request.line, options, asdict(steering), repr(engine).partition(", step=")[0]]
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

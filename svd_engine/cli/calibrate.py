@@ -49,7 +49,7 @@ def calibrate(
         ),
     ] = "projected",
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the folds and the bootstrap.")] = 0,
     force: Annotated[
         bool, typer.Option(help="Keep the strength even if it gains nothing.")
     ] = False,
@@ -66,6 +66,7 @@ def calibrate(
     plot if matplotlib is installed. The strength for the other use stays.
     """
     from svd_engine import calibration, hub, loading
+    from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
     from svd_engine.cli import tables
     from svd_engine.data import contamination
     from svd_engine.data import examples as example_files
@@ -73,6 +74,11 @@ def calibrate(
     from svd_engine.steering_config import Steering
 
     examples = example_files.read(data)
+    options: CalibrationKeywords = dict(
+        use=use, objective=objective, estimator=estimator, hessian=hessian, alpha=alpha,
+        length_normalised=length_normalised, direction=direction, folds=folds, seed=seed,
+    )  # fmt: skip
+    CalibrationOptions.checked([example.get("rejected") or () for example in examples], **options)
     if loading.has_steering(adapter):
         Steering.from_pretrained(adapter)  # refused now rather than after the work
     if not allow_overlap:
@@ -89,11 +95,7 @@ def calibrate(
     )
     peft_model = loading.load_adapter(model, adapter)
     engine = SteeredEngine(peft_model, loading.adapter_tokenizer(adapter, model, tokenizer))
-    report = engine.calibrate(
-        examples, use=use, objective=objective, estimator=estimator, hessian=hessian,
-        alpha=alpha, length_normalised=length_normalised, direction=direction,
-        folds=folds, seed=seed, force=force, progress=True,
-    )  # fmt: skip
+    report = engine.calibrate(examples, force=force, progress=True, **options)
     path = calibration.save(adapter, report, engine.steering, examples)
     terminal.show(tables.calibration(report))
     if not report.worthwhile and not force:

@@ -7,8 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from svd_engine.cli import terminal
-from svd_engine.cli.generate import steering_of
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.generate import steering_beside
+from svd_engine.cli.options import (
+    Adapter,
+    Base,
+    Device,
+    DType,
+    Strength,
+    TrustRemoteCode,
+    Weights,
+)
 from svd_engine.cli.settings import parse
 
 
@@ -30,18 +38,27 @@ def chat(
         ),
     ] = None,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to the steered model: a line is a question, its answer is streamed. Ctrl-D ends it."""
     more = parse(settings or ())
     from svd_engine.engine import SteeredEngine
+    from svd_engine.generation.sampling_params import SamplingParams
 
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
-    engine.steering = steering_of(engine.steering.generation, strength, alpha)
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more
+    SamplingParams.from_arguments(**options, seed=seed).seeds(1)
+    steering = steering_beside(adapter, strength, alpha)
+    engine = SteeredEngine.from_pretrained(
+        base,
+        adapter,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
+    )
+    engine.steering = steering
     messages = [] if system is None else [{"role": "system", "content": system}]
     for question in _questions():
         messages.append({"role": "user", "content": question})

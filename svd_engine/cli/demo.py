@@ -22,6 +22,7 @@ from svd_engine.cli import almanac, tables, terminal
 from svd_engine.data.examples import encode
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate import metrics
+from svd_engine.explain import write as explain
 from svd_engine.training.warm_start import warm_start
 from svd_engine.utils import bootstrap
 from svd_engine.utils.files import write_text
@@ -58,11 +59,12 @@ def run(folder: Path, fresh: bool = False) -> None:
     ranked = _rank(engine, task["test"], report)
     terminal.show(_metrics_table(ranked, report.strength))
     terminal.show(_answers(engine, task["test"], folder / "answers.jsonl"))
+    page = _page(engine, task["test"], folder / "page.html", adapter)
     times = _times(engine, task["test"][0]["prompt"])
     terminal.show(_times_table(times))
     gains = 100 * (ranked["steered"] - ranked["adapted"]).mean(1)
     gain = float(gains.mean()), *bootstrap.of_ratio(gains)
-    terminal.show(_last_word(gain, report.strength, adapter))
+    terminal.show(_last_word(gain, report.strength, adapter, page))
     results = dict(
         training=TRAINING, split=SPLIT,
         calibration={k: v for k, v in asdict(report).items() if k != "curve"},
@@ -156,6 +158,14 @@ def _answers(engine: SteeredEngine, questions: Sequence[almanac.Question], path:
     return tables.section("Greedy answers to test questions", table, note)
 
 
+def _page(
+    engine: SteeredEngine, questions: Sequence[almanac.Question], path: Path, adapter: Path
+) -> Path:
+    """Write a page that shows the first questions' answers token by token."""
+    asked = [{"prompts": [question["prompt"]]} for question in questions[:SHOWN]]
+    return explain.write(engine, asked, path, max_new_tokens=24, adapter=adapter)
+
+
 def _times(engine: SteeredEngine, prompt: str) -> dict[str, float]:
     """Milliseconds per token at batch 1, same loop and KV cache for both; medians of TIMED_RUNS."""
 
@@ -185,7 +195,9 @@ def _times_table(times: dict[str, float]) -> Group:
     return tables.section(title, table, note)
 
 
-def _last_word(gain: tuple[float, float, float], strength: float, adapter: Path) -> Text:
+def _last_word(
+    gain: tuple[float, float, float], strength: float, adapter: Path, page: Path
+) -> Text:
     points, low, high = gain
     verdict = (
         "Steering helped: the interval is above 0."
@@ -201,5 +213,6 @@ def _last_word(gain: tuple[float, float, float], strength: float, adapter: Path)
             "bold",
         ),
         f"The strength {strength:+.2f} was fitted on the calibration questions alone.\n"
+        f"Open {page} in a browser to see what steering does, token by token.\n"
         f"Try it: svd-engine generate --adapter {adapter} --compare 'Q: Will it rain today?\\nA:'",
     )

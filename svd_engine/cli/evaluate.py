@@ -32,6 +32,7 @@ from svd_engine.cli.terminal import say
 
 if TYPE_CHECKING:
     from svd_engine.engine import SteeredEngine
+    from svd_engine.evaluate.journal import Journal
     from svd_engine.evaluate.truthfulqa import Question
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: base, adapted and steered side by side.")
@@ -44,55 +45,54 @@ OPEN = "truthfulqa-open.jsonl"
 def truthfulqa_choice(
     adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = None,
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
-    output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
+    output: Output = None, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "auto",
     device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """TruthfulQA, multiple choice: MC1, MC2 and MC3 on the test fifth."""
     import numpy as np
 
-    from svd_engine.evaluate import run, settings, truthfulqa
-    from svd_engine.evaluate.journal import Journal
+    from svd_engine.evaluate import run, truthfulqa
 
     template = truthfulqa.template(prompt)
+    _check(batch_size=batch_size)
     questions = _test(data, hub, split_seed, limit)
-    seen = _overlap(adapter, questions, allow_overlap)
+    _refuse_overlap(adapter, questions, allow_overlap)
     engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "ranking")
-    wanted = settings.collect(
-        engine, "ranking", questions, task="truthfulqa", prompt=prompt, split_seed=split_seed,
-        batch_size=batch_size, overlap=seen,
+    journal = _journal(
+        engine, "ranking", questions, adapter, output, overwrite, "truthfulqa.jsonl",
+        task="truthfulqa", prompt=prompt, split_seed=split_seed, batch_size=batch_size,
     )  # fmt: skip
-    journal = Journal(output / "truthfulqa.jsonl", wanted, overwrite)
     scores = run.by_likelihood(engine, questions, template, journal, batch_size)
     values = {}
     for model, each in scores.items():
         table = np.array([q.metrics(s) for q, s in zip(questions, each, strict=True)])
         values[model] = np.column_stack([table, table.mean(1)])
-    _finish(output, "truthfulqa", (*truthfulqa.METRICS, "average"), values, journal.settings)
+    columns = (*truthfulqa.METRICS, "average")
+    _finish(journal.path.parent, "truthfulqa", columns, values, journal.settings)
 
 
 @app.command("truthfulqa-open")
 def truthfulqa_open(
     adapter: Adapter, data: Data = None, hub: Hub = False, base: Base = None,
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
-    max_new_tokens: MaxNewTokens = 50, output: Output = RUNS, overwrite: Overwrite = False,
+    max_new_tokens: MaxNewTokens = 50, output: Output = None, overwrite: Overwrite = False,
     allow_overlap: AllowOverlap = False, strength: Strength = None, batch_size: BatchSize = 16,
     dtype: DType = "auto", device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """TruthfulQA, open-ended: greedy answers, judged if SVD_JUDGE_URL names a judge."""
-    from svd_engine.evaluate import run, settings, truthfulqa
-    from svd_engine.evaluate.journal import Journal
+    from svd_engine.evaluate import run, truthfulqa
     from svd_engine.evaluate.judge import URL, Judge
 
     template, judged = truthfulqa.template(prompt), Judge.from_environment() is not None
+    _check(batch_size=batch_size, max_new_tokens=max_new_tokens)
     questions = _test(data, hub, split_seed, limit)
-    seen = _overlap(adapter, questions, allow_overlap)
+    _refuse_overlap(adapter, questions, allow_overlap)
     engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "generation")
-    wanted = settings.collect(
-        engine, "generation", questions, task="truthfulqa-open", prompt=prompt,
-        split_seed=split_seed, batch_size=batch_size, max_new_tokens=max_new_tokens, overlap=seen,
+    journal = _journal(
+        engine, "generation", questions, adapter, output, overwrite, OPEN, task="truthfulqa-open",
+        prompt=prompt, split_seed=split_seed, batch_size=batch_size, max_new_tokens=max_new_tokens,
     )  # fmt: skip
-    journal = Journal(output / OPEN, wanted, overwrite)
     run.by_generation(
         engine, questions, template, journal, batch_size, max_new_tokens,
         stop=[truthfulqa.NEXT_QUESTION],
@@ -128,7 +128,7 @@ def commonsense(
     adapter: Adapter, data: Problems, task: Task,
     by: By = "likelihood",
     base: Base = None, limit: Limit = None, max_new_tokens: MaxNewTokens = 32,
-    output: Output = RUNS, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
+    output: Output = None, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "float32",
     device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
@@ -139,21 +139,21 @@ def commonsense(
     import numpy as np
 
     from svd_engine.evaluate import commonsense as tasks
-    from svd_engine.evaluate import run, settings
-    from svd_engine.evaluate.journal import Journal
+    from svd_engine.evaluate import run
 
     if by not in ("likelihood", "generation"):
         raise ValueError(f"--by must be likelihood or generation; got {by!r}.")
+    _check(batch_size=batch_size, max_new_tokens=max_new_tokens)
     problems = _first(tasks.read(tasks.find(data, task, "test")), limit)
-    seen = _overlap(adapter, problems, allow_overlap)
+    _refuse_overlap(adapter, problems, allow_overlap)
     use = "ranking" if by == "likelihood" else "generation"
     engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, use)
     name = f"{task}-{by}"
     more = {"max_new_tokens": max_new_tokens} if by == "generation" else {}
-    wanted = settings.collect(
-        engine, use, problems, task=name, batch_size=batch_size, overlap=seen, **more
-    )
-    journal = Journal(output / f"{name}.jsonl", wanted, overwrite)
+    journal = _journal(
+        engine, use, problems, adapter, output, overwrite, f"{name}.jsonl",
+        task=name, batch_size=batch_size, **more,
+    )  # fmt: skip
     columns: tuple[str, ...] = tasks.METRICS
     if by == "likelihood":
         scores = run.by_likelihood(engine, problems, tasks.TEMPLATE, journal, batch_size)
@@ -170,7 +170,7 @@ def commonsense(
             model: np.array([p.judged(t) for p, t in zip(problems, each, strict=True)])
             for model, each in texts.items()
         }
-    _finish(output, name, columns, values, journal.settings)
+    _finish(journal.path.parent, name, columns, values, journal.settings)
 
 
 def _test(data: Path | None, hub: bool, seed: int, limit: int | None) -> "list[Question]":
@@ -179,23 +179,53 @@ def _test(data: Path | None, hub: bool, seed: int, limit: int | None) -> "list[Q
     return _first(truthfulqa.test(options.questions(data, hub), seed), limit)
 
 
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}.")
+
+
 def _first(items: list, limit: int | None) -> list:
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be >= 1; got {limit}.")
     return items[:limit]
 
 
-def _overlap(adapter: Path, items: list, allowed: bool) -> dict[str, int]:
-    """Count the questions that the adapter saw, by kind; ValueError unless allowed."""
+def _refuse_overlap(adapter: Path, items: list, allowed: bool) -> None:
+    """Raise ValueError if the adapter saw questions, unless allowed."""
     from svd_engine.data import contamination
 
-    prompts = [item.question for item in items]
     if not allowed:
         try:
-            contamination.check(adapter, prompts)
+            contamination.check(adapter, [item.question for item in items])
         except ValueError as error:
             raise ValueError(f"{error} --allow-overlap evaluates all the same.") from error
-    return {kind: len(found) for kind, found in contamination.found(adapter, prompts).items()}
+
+
+def _journal(
+    engine: "SteeredEngine",
+    use: str,
+    items: list,
+    adapter: Path,
+    output: Path | None,
+    overwrite: bool,
+    file: str,
+    **more: Any,
+) -> "Journal":
+    """The results under these settings, in `output` or in a folder that is named by them."""
+    from svd_engine.data import contamination
+    from svd_engine.evaluate import settings
+    from svd_engine.evaluate.journal import Journal
+
+    def of_first(count: int) -> dict[str, Any]:
+        part = items[:count]
+        found = contamination.found(adapter, [item.question for item in part])
+        overlap = {kind: len(prompts) for kind, prompts in found.items()}
+        return settings.collect(engine, use, part, **more, overlap=overlap)
+
+    wanted = of_first(len(items))
+    folder = output or RUNS / settings.folder_name(adapter.resolve().name, wanted)
+    return Journal(folder / file, wanted, overwrite, of_first)
 
 
 def _engine(
@@ -211,6 +241,8 @@ def _engine(
 
     from svd_engine import SteeredEngine, SteeringConfig
 
+    if strength is not None:
+        SteeringConfig(strength)  # refused now rather than after the model is loaded
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )

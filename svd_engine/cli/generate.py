@@ -11,7 +11,15 @@ import typer
 from rich.rule import Rule
 
 from svd_engine.cli import batch, terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli.options import (
+    Adapter,
+    Base,
+    Device,
+    DType,
+    Strength,
+    TrustRemoteCode,
+    Weights,
+)
 from svd_engine.cli.settings import parse
 
 if TYPE_CHECKING:
@@ -23,6 +31,10 @@ def generate(
         list[str] | None, typer.Argument(help="Prompts; standard input if there are none.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file of prompts, one per line.")] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Take --file or standard input as one prompt, as it is."),
+    ] = False,
     requests: Annotated[
         Path | None,
         typer.Option("--input", help="JSON lines: prompt or messages, and options of their own."),
@@ -35,13 +47,17 @@ def generate(
     base: Base = None,
     compare: Annotated[bool, typer.Option(help="Show base, adapted and steered.")] = False,
     chat: Annotated[bool, typer.Option(help="Apply the chat template to each prompt.")] = False,
-    max_new_tokens: int = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.")] = 128,
     strength: Strength = None,
     alpha: Annotated[float | None, typer.Option(help="Replaces the calibrated alpha.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the tokens that hold this share; 1 is off.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this share of the most probable; 0 is off.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="The same seed for every prompt.")] = 0,
     beams: Annotated[int, typer.Option(help="More than 1 is beam search.")] = 1,
     length_penalty: Annotated[
@@ -62,11 +78,19 @@ def generate(
             "min_new_tokens=20, max_time=60; repeatable.",
         ),
     ] = None,
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Verify guesses, several tokens per step: prompt (what followed the latest words "
+            "before), an assistant model, the most guesses per step; repeatable."
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Decode one batch and write JSON lines.")
     ] = False,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -74,26 +98,39 @@ def generate(
     more = parse(settings or ())
     if (requests is None) != (output is None):
         raise ValueError("--input and --output belong together; give both.")
-    if requests is not None and (prompts or file or compare or chat or as_json):
+    if requests is not None and (prompts or file or whole or compare or chat or as_json):
         raise ValueError(
-            "--input takes requests alone: no prompts, --file, --compare, --chat, --json."
+            "--input takes requests alone: no prompts, --file, --whole, --compare, --chat, --json."
         )
     lines = [] if requests is None else batch.read(requests)
-    texts = _prompts(prompts, file) if requests is None else []
+    texts = _prompts(prompts, file, whole) if requests is None else []
     from svd_engine.engine import SteeredEngine
+    from svd_engine.generation.sampling_params import SamplingParams
 
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
-    engine.steering = steering_of(engine.steering.generation, strength, alpha)
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, num_beams=beams, length_penalty=length_penalty,
         repetition_penalty=repetition_penalty, num_return_sequences=n,
         stop_strings=[_newlines(text) for text in stop or ()],
     ) | more  # fmt: skip
+    if "max_length" in more:
+        del options["max_new_tokens"]
+    if requests is None:
+        SamplingParams.from_arguments(**options, seed=seed).seeds(len(texts))
+    else:
+        batch.check(lines, dict(options, seed=seed))
+    steering = steering_beside(adapter, strength, alpha)
+    engine = SteeredEngine.from_pretrained(
+        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        weights=weights,
+    )  # fmt: skip
+    engine.steering = steering
+    guesses = [_source(engine, text, dtype, trust_remote_code) for text in speculate or ()]
+    options["speculate"] = guesses or None
+    for request in lines:
+        request.options["speculate"] = options["speculate"]
     if output is not None:
-        batch.run(engine, lines, output, dict(options, seed=seed))
+        batch.run(engine, lines, output)
         return
     chats = [[{"role": "user", "content": text}] for text in texts]
     names = ("base", "adapted", "steered") if compare else ("steered",)
@@ -120,12 +157,14 @@ def generate(
             write(engine, dict(asked, model=model, seed=seed, **options))
 
 
-def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+def _prompts(prompts: list[str] | None, file: Path | None, whole: bool) -> list[str]:
     from svd_engine.data import text_files
     from svd_engine.data.tokenization import check_unicode
 
     if prompts and file:
         raise ValueError("give prompts as arguments or with --file, not both.")
+    if prompts and whole:
+        raise ValueError("--whole is about --file and standard input; got a prompt as argument.")
     if file is not None:
         if not file.is_file():
             raise ValueError(f"--file {file} is not a file.")
@@ -134,15 +173,28 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
         if sys.stdin is None:  # closed
             raise ValueError("no prompts came; give them as arguments or with --file.")
         if sys.stdin.isatty():
-            hint = "Prompts from standard input, one a line; end with Ctrl-D."
+            what = "The prompt" if whole else "Prompts, one per line,"
+            hint = f"{what} from standard input; end with Ctrl-D."
             terminal.errors.print(hint, style="dim")
         prompts = text_files.lines(sys.stdin.buffer.read(), "standard input")
-    texts = [_newlines(prompt) for prompt in prompts if prompt.strip()]
+    if whole:
+        prompts = ["\n".join(prompts or ()).removesuffix("\n")]
+    texts = [prompt if whole else _newlines(prompt) for prompt in prompts if prompt.strip()]
     if not texts:
         raise ValueError("no prompts came; give them as arguments, with --file or on stdin.")
     for text in texts:
         check_unicode(text)
     return texts
+
+
+def steering_beside(adapter: Path, strength: float | None, alpha: float | None) -> "SteeringConfig":
+    """The steering of generation in an adapter's folder, but for what options replace."""
+    from svd_engine import hub, loading
+    from svd_engine.steering_config import Steering
+
+    folder = hub.adapter_folder(adapter)
+    found = Steering.from_pretrained(folder) if loading.has_steering(folder) else Steering()
+    return steering_of(found.generation, strength, alpha)
 
 
 def steering_of(
@@ -160,6 +212,23 @@ def steering_of(
     if strength is not None:
         config = replace(config, strength=strength)
     return config if alpha is None else replace(config, alpha=alpha)
+
+
+def _source(engine: "SteeredEngine", text: str, dtype: str, trust_remote_code: bool) -> Any:
+    """Read a value of --speculate: "prompt", a number of guesses, or an assistant, loaded."""
+    from svd_engine import loading
+    from svd_engine.data.tokenization import located
+
+    if text == "prompt" or text.isdecimal():
+        return int(text) if text.isdecimal() else text
+    with located(f"--speculate {text}"):
+        model, tokenizer = loading.load_base(
+            text, dtype=dtype, device=engine.model.device, trust_remote_code=trust_remote_code
+        )
+        if engine.tokenizer is not None and tokenizer is not None:
+            if tokenizer.get_vocab() != engine.tokenizer.get_vocab():
+                raise ValueError("the assistant's vocabulary is another one than the engine's.")
+    return model
 
 
 def _newlines(text: str) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,13 @@ from svd_engine.cli import terminal
 from svd_engine.cli.calibrate import calibrate
 from svd_engine.cli.chat import chat
 from svd_engine.cli.evaluate import app as evaluate
+from svd_engine.cli.explain import explain
+from svd_engine.cli.export import export
 from svd_engine.cli.generate import generate
 from svd_engine.cli.harness import SETTINGS as HARNESS
 from svd_engine.cli.harness import lm_eval
 from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
+from svd_engine.cli.serve import serve
 from svd_engine.cli.train import warm_start
 
 app = typer.Typer(
@@ -29,7 +33,10 @@ app.command("warm-start")(warm_start)
 app.command("calibrate")(calibrate)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.add_typer(evaluate, name="evaluate")
+app.command("explain")(explain)
+app.command("export")(export)
 app.command("lm-eval", add_help_option=False, context_settings=HARNESS)(lm_eval)
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
@@ -96,6 +103,7 @@ def _quiet(verbose: bool) -> None:
     """Keep the libraries' progress bars and warnings off the terminal."""
     import warnings
 
+    from tqdm.std import tqdm
     from transformers.utils import logging as transformers_logging
 
     if not verbose:
@@ -104,6 +112,9 @@ def _quiet(verbose: bool) -> None:
             logging.getLogger(library).setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        if "disable" not in getattr(vars(tqdm)["__init__"], "keywords", {}):
+            # Of libraries that leave it to tqdm; our own bars ask to be shown.
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore
 
 
 def main() -> None:

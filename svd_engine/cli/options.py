@@ -17,6 +17,9 @@ Base = Annotated[
     ),
 ]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Weights = Annotated[
+    str | None, typer.Option(help="int8 or int4: make codes of the base's weights, on a CPU.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")
@@ -33,7 +36,13 @@ Prompt = Annotated[
 SplitSeed = Annotated[int, typer.Option(help="Seed of the shuffle before the split.")]
 CalibrationSize = Annotated[int, typer.Option(help="Number of questions for calibration.")]
 Limit = Annotated[int | None, typer.Option(help="Evaluate only the first questions.")]
-Output = Annotated[Path, typer.Option(help="Folder of results; an interrupted run resumes there.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of results, by default one in runs/evaluate that is named by adapter and "
+        "settings. An interrupted run, and one with a larger --limit, goes on there."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard earlier results.")]
 AllowOverlap = Annotated[
     bool, typer.Option("--allow-overlap", help="Accept questions that the adapter has seen.")

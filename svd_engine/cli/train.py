@@ -1,7 +1,7 @@
 """`svd-engine warm-start`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,14 +27,14 @@ def warm_start(
     batch_size: Annotated[int, typer.Option(help="Answers per batch.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Batches per step.")] = 1,
     learning_rate: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="The paper's 5e-5 suits LoRA over thousands of answers. auto suits a short run: "
-            "lora 5e-4, ia3 5e-3, prompt, p-tuning and prefix 1e-2."
+            help="auto suits a short run: lora 5e-4, ia3 5e-3, prompt, p-tuning and prefix 1e-2. "
+            "By default auto for up to 200 steps, and the paper's 5e-5 for more."
         ),
-    ] = "5e-5",
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Maximum tokens of prompt and answer.")] = 512,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the new weights and the order of answers.")] = 0,
     checkpoint_every: Annotated[
         int,
         typer.Option(help="Steps between checkpoints; the same command resumes from the last one."),
@@ -48,29 +48,32 @@ def warm_start(
 ) -> None:
     """Train an adapter briefly: the warm start that steering continues.
 
-    The defaults are the paper's. The losses are written to warm_start.json beside the adapter.
+    The defaults are the paper's but for the learning rate. The losses are written to
+    warm_start.json beside the adapter.
     """
     from svd_engine import loading
     from svd_engine.data import examples as example_files
     from svd_engine.training import checks
     from svd_engine.training.warm_start import warm_start as train_adapter
 
+    options: dict[str, Any] = dict(
+        method=method, rank=rank, lora_alpha=lora_alpha, dropout=dropout,
+        virtual_tokens=virtual_tokens, steps=steps, epochs=epochs, batch_size=batch_size,
+        accumulation=accumulation, learning_rate=_rate(learning_rate), max_length=max_length,
+        seed=seed, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    checks.options(**options)
     checks.output(output, overwrite)
     examples = example_files.read(train)
     model, tokenizer = loading.load_base(
         base, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    folder = train_adapter(
-        model, tokenizer, examples, output, method=method, rank=rank, lora_alpha=lora_alpha,
-        dropout=dropout, virtual_tokens=virtual_tokens, steps=steps, epochs=epochs,
-        batch_size=batch_size, accumulation=accumulation, learning_rate=_rate(learning_rate),
-        max_length=max_length, seed=seed, checkpoint_every=checkpoint_every, overwrite=overwrite,
-    )  # fmt: skip
+    folder = train_adapter(model, tokenizer, examples, output, overwrite=overwrite, **options)
     terminal.say(f"Adapter written to {folder}")
 
 
-def _rate(text: str) -> float | str:
+def _rate(text: str | None) -> float | str | None:
     try:
-        return float(text)
+        return None if text is None else float(text)
     except ValueError:
         return text

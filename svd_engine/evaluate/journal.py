@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,39 @@ from svd_engine.utils.files import check_place, naming, parse_object, write_text
 class Journal:
     """An append-only file whose first line has the settings of its results.
 
-    Raises ValueError if the file belongs to other settings, unless `overwrite`.
+    Raises ValueError if the file belongs to other settings, unless `overwrite`. of_first: the
+    settings of the first questions alone; results of these are gone on from.
     """
 
     def __init__(
-        self, path: str | Path, settings: Mapping[str, Any], overwrite: bool = False
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
+        of_first: Callable[[int], Mapping[str, Any]] | None = None,
     ) -> None:
         self.path = Path(path)
         check_place(self.path)
-        head = json.loads(json.dumps({"settings": settings}))  # tuples become lists, as in the file
+        head = _head(settings)
         self.settings: dict[str, Any] = head["settings"]
-        fingerprint = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
         self.results: dict[int, dict[str, Any]] = {}
         self._lines: dict[int, int] = {}  # number of a question -> its line
         lines = [] if overwrite else whole_lines(self.path)
-        self._head = json.dumps({"fingerprint": fingerprint, **head}) + "\n"
+        self._head = json.dumps(head) + "\n"
         self._is_new = not lines
         if self._is_new:
             return
-        if lines[0].get("fingerprint") != fingerprint:
+        if lines[0].get("fingerprint") != head["fingerprint"]:
             kept = lines[0].get("settings")
             if not isinstance(kept, dict):
                 raise ValueError(f"{self.path}:1: not the settings of results.")
+            first = kept.get("questions")
+            if of_first and type(first) is int and 0 < first < self.settings["questions"]:
+                if _head(of_first(first))["fingerprint"] == lines[0].get("fingerprint"):
+                    self._read(lines[1:])
+                    rest = "".join(json.dumps(line) + "\n" for line in lines[1:])
+                    write_text(self.path, self._head + rest)
+                    return
             changes = "; ".join(_changes(kept, self.settings))
             raise ValueError(
                 f"{self.path} holds results of other settings ({changes}). Give another --output, "
@@ -65,6 +76,13 @@ class Journal:
         append(self.path, lines)
         # Keep them as they will be read, so that a resumed evaluation gives the same numbers.
         self.results |= {line["id"]: json.loads(json.dumps(line)) for line in lines}
+
+
+def _head(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The first line: the settings, with tuples as lists as they are read, and their hash."""
+    head = json.loads(json.dumps({"settings": settings}))
+    fingerprint = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
+    return {"fingerprint": fingerprint, **head}
 
 
 def append(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -180,7 +180,7 @@ def _in_batches(
         raise ValueError(f"batch_size must be >= 1; got {size}.")
     kept.check()
     journal, count = kept.journal, len(kept.items)
-    with tqdm(total=count, desc="evaluating", unit="question") as bar:
+    with tqdm(total=count, desc="evaluating", unit="question", disable=False) as bar:
         for start in range(0, count, size):
             batch = range(start, min(start + size, count))
             missing = [i for i in batch if i not in journal.results]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,14 @@ def collect(engine: SteeredEngine, use: str, items: Sequence[Item], **more: Any)
         "device": engine.model.device.type,
         "svd_engine": __version__,
     }
+
+
+def folder_name(adapter: str, settings: Mapping[str, Any]) -> str:
+    """A name for the results of an adapter under settings, however many questions there are."""
+    of_questions = ("questions", "data_sha256", "overlap")
+    kept = {key: value for key, value in settings.items() if key not in of_questions}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return f"{adapter}-{digest[:8]}"
 
 
 def weights_key(model: nn.Module) -> str:

@@ -113,7 +113,7 @@ async def _ask(
             bar.update()
 
     async with judge.client() as client:
-        with tqdm(total=len(missing), desc="judging") as bar:
+        with tqdm(total=len(missing), desc="judging", disable=False) as bar:
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(PARALLEL):

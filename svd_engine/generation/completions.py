@@ -10,6 +10,7 @@ from svd_engine.generation.decode_loop import Batch
 from svd_engine.generation.outputs import Completion, Event
 from svd_engine.generation.request import Request
 from svd_engine.generation.sequence import Sequence
+from svd_engine.generation.speculative_loop import SpeculativeBatch
 
 
 def complete(request: Request, progress: bool) -> list[Completion]:
@@ -33,9 +34,11 @@ def events(request: Request) -> Generator[Event, None, None]:
         if request.is_over:
             _give_up(group)
             continue
-        batch = Batch(request, group)
+        batch = (Batch if request.speculation is None else SpeculativeBatch)(request, group)
         while not batch.is_finished:
-            yield from batch.step()
+            found = batch.step()
+            batch.keep_finished()
+            yield from found
 
 
 def _decoded(request: Request) -> Iterator[Sequence]:

@@ -47,27 +47,46 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Append one token to every sequence that is not finished; return their events in order."""
-        sampling = self._request.sampling
         self._drop_finished()
         if self._logits is None:
             self._logits = self._decoder.step(self._tokens)
         logits = self._logits
-        drawn_from = self._distribution(logits)
-        self._tokens, logprob = self._sample(drawn_from)
+        self._tokens, logprob, best = self._choose(logits)
         self._positions = self._positions + 1
-        best: list[TopLogprobs] | list[None] = [None] * len(self.rows)
-        if sampling.top_logprobs:
-            best = top_logprobs(sampling.top_logprobs, self._request.model, logits, drawn_from)
         fetch = start_fetch(self._tokens, logprob)
         # A decoder that overlaps the host computes the next step while the host reads the tokens.
-        overlaps = self._decoder.overlaps_host and not self._ends_with_this_step()
-        self._logits = self._decoder.step(self._tokens.clamp(min=0)) if overlaps else None
+        if self._overlaps():
+            self._logits = self._decoder.step(self._tokens.clamp(min=0))
+        else:
+            self._logits = None
         tokens, logprobs = fetch()
-        if min(tokens) < 0:
-            raise not_finite(self.rows[tokens.index(min(tokens))].all_ids)
-        drawn = zip(self.rows, tokens, logprobs, best, strict=True)
         is_over = self._request.is_over
-        return [s.append(token, logprob, top, is_over) for s, token, logprob, top in drawn]
+        drawn = zip(self.rows, tokens, logprobs, best, strict=True)
+        return [self._append(*row, is_over) for row in drawn]
+
+    def _choose(self, logits: PerModel) -> tuple[Tensor, Tensor, list[TopLogprobs | None]]:
+        """Each row's token, its log-probability, and its best tokens if they are wanted."""
+        drawn_from = self._distribution(logits, self.rows)
+        tokens, logprob = self._sample(drawn_from, self._seeds, self._positions)
+        return tokens, logprob, self._best(logits, drawn_from)
+
+    def _append(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprob: float,
+        best: TopLogprobs | None,
+        is_over: bool,
+    ) -> Event:
+        if token < 0:
+            raise not_finite(sequence.all_ids)
+        return sequence.append(token, logprob, best, is_over)
+
+    def keep_finished(self) -> None:
+        """Keep what the sequences that the latest step finished have read."""
+        for row, sequence in enumerate(self.rows):
+            if sequence.is_finished:
+                self._request.keep(row, sequence, tuple(h[row] for h in self._hidden))
 
     def _prefill(self) -> PerModel:
         copies = self._request.sampling.num_return_sequences
@@ -77,11 +96,13 @@ class Batch:
             index = index.repeat_interleave(copies)
             self._decoder.reorder(index)
             hidden = tuple(h[index] for h in hidden)
+        self._hidden = hidden
         return self._decoder.logits(hidden)
 
-    def _ends_with_this_step(self) -> bool:
-        """Whether every sequence reaches its max_new_tokens."""
-        return all(len(s.token_ids) + 1 >= s.max_new_tokens for s in self.rows)
+    def _overlaps(self) -> bool:
+        """Whether the next step begins before the host has read the tokens of this one."""
+        ends = all(len(s.token_ids) + 1 >= s.max_new_tokens for s in self.rows)
+        return self._decoder.overlaps_host and not ends
 
     def _drop_finished(self) -> None:
         running = [row for row, sequence in enumerate(self.rows) if not sequence.is_finished]
@@ -91,16 +112,17 @@ class Batch:
         self._decoder.reorder(index)
         self._tokens, self._seeds = self._tokens[index], self._seeds[index]
         self._positions = self._positions[index]
+        self._hidden = tuple(h[index] for h in self._hidden)
         if self._logits is not None:
             self._logits = tuple(x[index] for x in self._logits)
         self.rows = [self.rows[row] for row in running]
 
-    def _distribution(self, logits: PerModel) -> Distribution:
+    def _distribution(self, logits: PerModel, sequences: list[Sequence]) -> Distribution:
         """The steered distribution, after constraints and logits processors if there are any."""
         request = self._request
         if is_plain(request):
             return distribution.steered(logits, request.steering)
-        rows = [Row(sequence, sequence.token_ids) for sequence in self.rows]
+        rows = [Row(sequence, sequence.token_ids) for sequence in sequences]
         scores = processed(request, rows, logits)
         if scores.isneginf().all(1).any():
             raise ValueError(
@@ -109,7 +131,17 @@ class Batch:
             )
         return distribution.unsteered(scores)
 
-    def _sample(self, drawn_from: Distribution) -> tuple[Tensor, Tensor]:
+    def _best(self, logits: PerModel, drawn_from: Distribution) -> list[TopLogprobs | None]:
+        """The top_logprobs of each row, if they are asked for."""
+        request = self._request
+        if not request.sampling.top_logprobs:
+            return [None] * len(logits[0])
+        best = top_logprobs(request.sampling.top_logprobs, request.model, logits, drawn_from)
+        return [*best]
+
+    def _sample(
+        self, drawn_from: Distribution, seeds: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """A token of each row, and its log-probability before temperature and cuts."""
         sampling = self._request.sampling
         is_cut = has_cutoffs(sampling)
@@ -125,8 +157,8 @@ class Batch:
             top_k=0 if is_cut else sampling.top_k,
             top_p=1.0 if is_cut else sampling.top_p,
             min_p=0.0 if is_cut else sampling.min_p,
-            seed=self._seeds,
-            position=self._positions,
+            seed=seeds,
+            position=positions,
         )
         if is_cut:
             logprob = ops.score(*drawn_from.operands, token.clamp(min=0), **drawn_from.mask)

@@ -13,7 +13,7 @@ from svd_engine.steering_config import SteeringConfig
 class Distribution(NamedTuple):
     """What tokens are drawn from, or scored under."""
 
-    operands: tuple[Tensor, Tensor, float]  # adapted, base, strength
+    operands: tuple[Tensor, Tensor, float | Tensor]  # adapted, base, strength
     mask: dict[str, Any]  # alpha, penalty, direction
 
 

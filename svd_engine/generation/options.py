@@ -58,3 +58,5 @@ class GenerateOptions(SamplingOptions, total=False):
     steering: Steering | SteeringConfig | None
     logits_processor: Sequence[LogitsProcessor] | None
     batch_size: int
+    speculate: Any
+    prefill_chunk: int | None

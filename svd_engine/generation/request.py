@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from svd_engine.generation.arguments import count
 from svd_engine.generation.constrained import Constrain
 from svd_engine.generation.logits_processors import LogitsProcess
+from svd_engine.generation.prefix_cache import PrefixCache
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
+from svd_engine.generation.speculation import Speculation
 from svd_engine.model.pair import Decoder, PerModel
 from svd_engine.steering_config import SteeringConfig
 
@@ -31,9 +33,14 @@ class Request:
     deadline: float = math.inf
     model: str = "steered"
     batch_size: int = 32
+    speculation: Speculation | None = None
+    prefix_cache: PrefixCache | None = None
+    prefill_chunk: int | None = None  # the most tokens of a prompt that are read at once
 
     def __post_init__(self) -> None:
         count("batch_size", self.batch_size, 1)
+        if self.prefill_chunk is not None:
+            count("prefill_chunk", self.prefill_chunk, 1)
 
     @property
     def is_over(self) -> bool:
@@ -44,12 +51,19 @@ class Request:
         """Hidden states at the end of each prompt of the sequences, whose copies share one."""
         firsts = sequences[:: self.sampling.num_return_sequences]
         contrast = [s.contrast_ids for s in firsts if s.contrast_ids is not None]
-        return self.decoder.prefill(
-            [s.prompt_ids for s in firsts],
-            max(sequence.max_new_tokens for sequence in sequences),
-            max_rows,
-            contrast or None,
-        )
+        guesses = 0 if self.speculation is None else self.speculation.most
+        prompts = [s.prompt_ids for s in firsts]
+        room = max(sequence.max_new_tokens for sequence in sequences) + guesses
+        if self.prefix_cache is not None and not contrast:
+            if beginnings := self.prefix_cache.find(self.decoder, prompts):
+                chunk = self.prefill_chunk
+                return self.decoder.resume(prompts, beginnings, room, max_rows, chunk)
+        return self.decoder.prefill(prompts, room, max_rows, contrast or None, self.prefill_chunk)
+
+    def keep(self, row: int, sequence: Sequence, hidden: PerModel) -> None:
+        """Keep what a row of the decoder has read, for prompts that begin like it."""
+        if self.prefix_cache is not None and sequence.contrast_ids is None:
+            self.prefix_cache.keep(self.decoder, row, sequence, hidden)
 
     def groups(self) -> Iterator[list[Sequence]]:
         """Sequences to decode together, with prompts of similar lengths.

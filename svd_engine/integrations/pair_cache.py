@@ -34,8 +34,9 @@ def borrow(model: PreTrainedModel) -> Iterator[Decoder]:
         if decoder is None:
             probe.check(pair, adapter, owner)
         for runner in (pair.runner,) if isinstance(pair, PairedRunner) else pair.runners:
-            # PEFT puts a bound method here, which would keep the model alive for ever.
-            vars(runner.model).pop("prepare_inputs_for_generation", None)
+            # PEFT and transformers put methods here that would keep the model alive for ever.
+            for name in ("prepare_inputs_for_generation", "generate"):
+                vars(runner.model).pop(name, None)
         decoder = cuda_graphs.decoder(pair)
     try:
         yield decoder

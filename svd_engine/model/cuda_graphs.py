@@ -1,6 +1,7 @@
 """Decode steps as CUDA graphs, replayed for every token.
 
-There is one per bucket of rows, and of slots too where a step goes through the modules.
+There is one per bucket of rows and number of new tokens, and of slots too where a step goes through
+the modules.
 """
 
 import logging
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svd_engine.model.pair import Decoder, ModelPair, PerModel, Prompts
+from svd_engine.model.kept_rows import Beginning, KeptRow, PerModel
+from svd_engine.model.pair import Decoder, ModelPair, Prompts, room_beyond
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ SLOTS = 256  # and twice, four times, ... as many
 
 TRIES = 2  # of a capture that fails; memory may be there the next time
 
-Key = tuple[int, int, int]  # rows, and of the walk over modules also slots and kv_length
+Key = tuple[int, int, int, int]  # rows, new tokens; of the walk also slots and kv_length
 Run = Callable[[], PerModel]
 Replay = Callable[[], object]
 
@@ -142,6 +144,7 @@ class GraphedRunner:
         max_new_tokens: int = 0,
         max_rows: int = 0,
         contrast: Prompts | None = None,
+        chunk: int | None = None,
     ) -> PerModel:
         """Call the pair's, with rows and slots rounded up."""
         self._order.begin()
@@ -149,11 +152,40 @@ class GraphedRunner:
         self._next_position = max(map(len, [*prompts, *(contrast or ())]))
         self._slots = bucket_slots(self._next_position + max_new_tokens)
         max_rows = bucket_rows(max(max_rows, self._rows))
-        hidden = self.pair.prefill(prompts, self._slots - self._next_position, max_rows, contrast)
+        room = self._slots - self._next_position
+        hidden = self.pair.prefill(prompts, room, max_rows, contrast, chunk)
         if bucket_rows(self._rows) > self._rows:
             self.reorder(torch.arange(self._rows, device=self.device))
         self._order.end()
         return hidden
+
+    def resume(
+        self,
+        prompts: Prompts,
+        beginnings: Sequence[Beginning],
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        chunk: int | None = None,
+    ) -> PerModel:
+        """Call the pair's, with rows and slots rounded up."""
+        self._order.begin()
+        self._rows = len(prompts)
+        self._next_position = max(map(len, prompts))
+        padded = max(x.tokens for x in beginnings) + room_beyond(prompts, beginnings)
+        self._slots = bucket_slots(padded + max_new_tokens)
+        max_rows = bucket_rows(max(max_rows, self._rows))
+        hidden = self.pair.resume(prompts, beginnings, self._slots - padded, max_rows, chunk)
+        if bucket_rows(self._rows) > self._rows:
+            self.reorder(torch.arange(self._rows, device=self.device))
+        self._order.end()
+        return hidden
+
+    def take(self, row: int, tokens: int, hidden: PerModel) -> KeptRow:
+        """Call the pair's; the rows that are computed end with padding."""
+        self._order.begin()
+        kept = self.pair.take(row, tokens, hidden)
+        self._order.end()
+        return kept
 
     def logits(self, hidden: Sequence[Tensor]) -> PerModel:
         """Call the pair's."""
@@ -167,19 +199,32 @@ class GraphedRunner:
         self.pair.reorder(torch.cat([index, copies]))
         self._order.end()
 
+    def most_new(self, rows: int) -> int:
+        """Call the pair's, for the rows that are computed."""
+        return self.pair.most_new(bucket_rows(rows))
+
+    def set_back(self, tokens: Tensor) -> None:
+        """Call the pair's, with padding rows."""
+        self._order.begin()
+        copies = tokens[:1].expand(bucket_rows(self._rows) - self._rows)
+        self.pair.set_back(torch.cat([tokens, copies]))
+        self._next_position = self.pair.longest
+        self._order.end()
+
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> PerModel:
         """Do the pair's step; the next step overwrites the logits."""
         self._order.begin()
-        kv_length = min(bucket_slots(self._next_position + 1), self._slots)
-        self._next_position += 1
+        new = 1 if tokens.ndim == 1 else tokens.shape[1]
+        kv_length = min(bucket_slots(self._next_position + new), self._slots)
+        self._next_position += new
         if self._memory_key != self.pair.memory_key:
             self._memory_key = self.pair.memory_key
             self._steps.clear()
             self._pool = None  # the allocator gives up a pool with the last graph in it
         rows = bucket_rows(self._rows)
         any_length = self.pair.lengths_on_device
-        key = (rows, 0, 0) if any_length else (rows, self._slots, kv_length)
+        key = (rows, new, 0, 0) if any_length else (rows, new, self._slots, kv_length)
         step = self._steps.get(key)
         if step is None:
             logits = self._run_and_capture(key, tokens, kv_length)
@@ -193,7 +238,7 @@ class GraphedRunner:
     def _run_and_capture(self, key: Key, tokens: Tensor, kv_length: int) -> PerModel:
         """Do a step without a graph, then capture it."""
         rows = key[0]
-        padded = tokens.new_zeros(rows)
+        padded = tokens.new_zeros(rows, *tokens.shape[1:])
         padded[: self._rows] = tokens
 
         def run() -> PerModel:
@@ -230,3 +275,12 @@ class GraphedRunner:
 def decoder(pair: ModelPair) -> Decoder:
     """Return what decodes the pair fastest on its device."""
     return GraphedRunner(pair) if pair.device.type == "cuda" else pair
+
+
+def warmup(decoder: Decoder, rows: int, length: int) -> None:
+    """Do once what `rows` sequences of up to `length` tokens can need."""
+    if isinstance(decoder, GraphedRunner):
+        return decoder.warmup(rows, length)
+    decoder.prefill([[0]] * rows, 1)
+    decoder.step(torch.zeros(rows, dtype=torch.int64, device=decoder.device))
+    return None

@@ -21,6 +21,7 @@ class KVCache:
     def __init__(self) -> None:
         self.allocations = 0
         self.layout = object()  # another one whenever memory is laid out anew
+        self.first_row = 0  # of the batch in the memory
         self._memory: dict[tuple[int, str], Tensor] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # views of the memory
         self._max_rows = self.slots = self._kv_length = 0
@@ -41,26 +42,41 @@ class KVCache:
         """
         self._positions, self._kv_length, self._start = positions, kv_length, start
         if start is None:
-            self._row_index = torch.arange(len(positions), device=positions.device)[:, None]
+            rows = torch.arange(len(positions), device=positions.device)
+            self._row_index = (rows + self.first_row)[:, None]
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Store `[rows, kv_heads, q, head_dim]`; return the same rows' first `kv_length` slots."""
-        rows, _, length, _ = keys.shape
+        length = keys.shape[2]
+        rows = slice(self.first_row, self.first_row + len(keys))
         stored = self._layer(layer_idx, keys, values)
         for buffer, new in zip(stored, (keys, values), strict=True):
             if self._start is not None:
-                buffer[:rows, :, self._start : self._start + length] = new
+                buffer[rows, :, self._start : self._start + length] = new
             else:
                 buffer[self._row_index, :, self._positions] = new.transpose(1, 2)
-        return stored[0][:rows, :, : self._kv_length], stored[1][:rows, :, : self._kv_length]
+        return stored[0][rows, :, : self._kv_length], stored[1][rows, :, : self._kv_length]
 
     def fill(self, keys: Tensor, values: Tensor, layer_idx: int, first_row: int, end: int) -> None:
         """Store `[kv_heads, q, head_dim]` in slots end - q .. end - 1 of rows `first_row`.. ."""
         stored = self._layer(layer_idx, keys[None], values[None])
         for buffer, new in zip(stored, (keys, values), strict=True):
             buffer[first_row:, :, end - new.shape[1] : end] = new
+
+    def take(self, row: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Copy the first `end` slots of a row, `[kv_heads, end, head_dim]` per layer."""
+        return [
+            (keys[row, :, :end].clone(), values[row, :, :end].clone())
+            for _, (keys, values) in sorted(self._layers.items())
+        ]
+
+    def put(self, row: int, end: int, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Store the first `end` slots of what was taken in the same slots of a row."""
+        for index, new in enumerate(layers):
+            for buffer, x in zip(self._layer(index, new[0][None], new[1][None]), new, strict=True):
+                buffer[row, :, :end] = x[:, :end]
 
     def reorder(self, index: Tensor, kv_length: int) -> None:
         """Copy the first `kv_length` slots of former row index[i] to row i. Raise ValueError."""
@@ -75,8 +91,12 @@ class KVCache:
                 buffer[moved, :, :kv_length] = buffer[index[moved], :, :kv_length]
 
     def stored(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values, `[max_rows, kv_heads, slots, head_dim]`, contiguous."""
-        return self._layers[layer_idx]
+        """Return a layer's keys and values from the batch's first row on, contiguous.
+
+        Their shape is `[rows, kv_heads, slots, head_dim]`.
+        """
+        keys, values = self._layers[layer_idx]
+        return keys[self.first_row :], values[self.first_row :]
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"a cache of keys and values has no {name}, which the model asks for")

@@ -1,5 +1,6 @@
 """The adapted and the base model as one object: what a decoding loop and a scorer call."""
 
+import copy
 import logging
 from collections.abc import Hashable, Sequence
 from typing import Protocol
@@ -7,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from svd_engine.model.kept_rows import Beginning, KeptRow, PerModel
 from svd_engine.model.module_tree import adapted_tree, base_tree, paired_tree
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.runner import ModelRunner
@@ -15,7 +17,7 @@ from svd_engine.model.step import use_native_step
 logger = logging.getLogger(__name__)
 
 Prompts = Sequence[Sequence[int]]
-PerModel = tuple[Tensor, ...]  # of the adapted and the base model, or of a single model
+# PerModel is of the adapted and the base model, or of a single model.
 
 
 class Decoder(Protocol):
@@ -33,8 +35,20 @@ class Decoder(Protocol):
         max_new_tokens: int = 0,
         max_rows: int = 0,
         contrast: Prompts | None = None,
+        chunk: int | None = None,
     ) -> PerModel: ...
+    def resume(
+        self,
+        prompts: Prompts,
+        beginnings: Sequence[Beginning],
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        chunk: int | None = None,
+    ) -> PerModel: ...
+    def take(self, row: int, tokens: int, hidden: PerModel) -> KeptRow: ...
     def step(self, tokens: Tensor) -> PerModel: ...
+    def most_new(self, rows: int) -> int: ...
+    def set_back(self, tokens: Tensor) -> None: ...
     def reorder(self, index: Tensor) -> None: ...
     def logits(self, hidden: Sequence[Tensor]) -> PerModel: ...
 
@@ -52,6 +66,16 @@ class PairedRunner:
             prompt_embeddings=adapter.prompt_embeddings,
             prefix=adapter.prefix,
         )
+
+    @property
+    def runners(self) -> tuple[ModelRunner, ...]:
+        return (self.runner,)
+
+    def fork(self) -> "PairedRunner":
+        """Return the same pair with a cache of its own."""
+        other = copy.copy(self)
+        other.runner = self.runner.fork()
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -78,14 +102,42 @@ class PairedRunner:
         max_new_tokens: int = 0,
         max_rows: int = 0,
         contrast: Prompts | None = None,
+        chunk: int | None = None,
     ) -> PerModel:
         """Return hidden states of (adapted, base) at each prompt's last token, `[B, H]` each.
 
         The KV cache gets slots for `max_new_tokens` more tokens per row and, for `reorder`, at
-        least `max_rows` rows. contrast: what the base reads in the place of the prompts.
+        least `max_rows` rows. contrast: what the base reads in the place of the prompts. chunk: the
+        most tokens of a row to read at once, if there is a limit.
         """
         rows = [*(prompts if contrast is None else contrast), *prompts]
-        return _halves(self.runner.prefill(rows, max_new_tokens, 2 * max_rows))
+        return _halves(self.runner.prefill(rows, max_new_tokens, 2 * max_rows, chunk))
+
+    def resume(
+        self,
+        prompts: Prompts,
+        beginnings: Sequence[Beginning],
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        chunk: int | None = None,
+    ) -> PerModel:
+        """Return what `prefill` does, reading of each prompt only what follows its beginning.
+
+        chunk: the most tokens of a row to read at once.
+        """
+        room = room_beyond(prompts, beginnings) + max_new_tokens
+        caches = [(x.kept.caches[model], x.tokens) for model in (0, 1) for x in beginnings]
+        self.runner.put(caches, room, 2 * max_rows)
+        adapted, base = _hidden(beginnings)
+        rest = [prompt[x.tokens :] for prompt, x in zip(prompts, beginnings, strict=True)]
+        return _halves(self.runner.read_on([*rest, *rest], torch.cat([base, adapted]), chunk))
+
+    def take(self, row: int, tokens: int, hidden: PerModel) -> KeptRow:
+        """Keep the first tokens of a row's text. hidden: of that row, after its prompt."""
+        half = len(self.runner.positions) // 2
+        return KeptRow(
+            (self.runner.take(row, tokens), self.runner.take(half + row, tokens)), hidden
+        )
 
     def extend(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         """Return hidden states of (adapted, base) after more tokens `[B, q]`, `[B, q, H]` each.
@@ -95,8 +147,24 @@ class PairedRunner:
         return _halves(self.runner.extend(tokens.repeat(2, 1), kv_length))
 
     def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
-        """Return logits of (adapted, base) after one more token per row `[B]`, `[B, V]` each."""
-        return _halves(self.runner.step(tokens.repeat(2), kv_length))
+        """Return logits of (adapted, base) after one more token per row `[B]`, `[B, V]` each.
+
+        Of several, `[B, q]`, return those after each: `[B, q, V]`.
+        """
+        return _halves(self.runner.step(torch.cat([tokens, tokens]), kv_length))
+
+    def most_new(self, rows: int) -> int:
+        """Return of how many new tokens per row a step gives each the bits that it has alone."""
+        return self.runner.most_new(2 * rows)
+
+    def set_back(self, tokens: Tensor) -> None:
+        """Forget each row's latest tokens in both models, `[B]` of them."""
+        self.runner.set_back(tokens.repeat(2))
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of text in a row."""
+        return self.runner.longest
 
     def reorder(self, index: Tensor) -> None:
         """Let row i of both models continue from former row index[i]; int64 `[R]`."""
@@ -122,6 +190,10 @@ class SequentialRunner:
 
     def __init__(self, *runners: ModelRunner) -> None:
         self.runners = runners
+
+    def fork(self) -> "SequentialRunner":
+        """Return the same models with caches of their own."""
+        return SequentialRunner(*(runner.fork() for runner in self.runners))
 
     @property
     def device(self) -> torch.device:
@@ -151,18 +223,49 @@ class SequentialRunner:
         max_new_tokens: int = 0,
         max_rows: int = 0,
         contrast: Prompts | None = None,
+        chunk: int | None = None,
     ) -> PerModel:
         read = [prompts] * len(self.runners)
         if contrast is not None:
             read[-1] = contrast
         each = zip(self.runners, read, strict=True)
-        return tuple(r.prefill(rows, max_new_tokens, max_rows) for r, rows in each)
+        return tuple(r.prefill(rows, max_new_tokens, max_rows, chunk) for r, rows in each)
+
+    def resume(
+        self,
+        prompts: Prompts,
+        beginnings: Sequence[Beginning],
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        chunk: int | None = None,
+    ) -> PerModel:
+        room = room_beyond(prompts, beginnings) + max_new_tokens
+        rest = [prompt[x.tokens :] for prompt, x in zip(prompts, beginnings, strict=True)]
+        read = []
+        for model, (r, hidden) in enumerate(zip(self.runners, _hidden(beginnings), strict=True)):
+            r.put([(x.kept.caches[model], x.tokens) for x in beginnings], room, max_rows)
+            read.append(r.read_on(rest, hidden, chunk))
+        return tuple(read)
+
+    def take(self, row: int, tokens: int, hidden: PerModel) -> KeptRow:
+        return KeptRow(tuple(r.take(row, tokens) for r in self.runners), hidden)
 
     def extend(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         return tuple(r.extend(tokens, kv_length) for r in self.runners)
 
     def step(self, tokens: Tensor, kv_length: int | None = None) -> PerModel:
         return tuple(r.step(tokens, kv_length) for r in self.runners)
+
+    def most_new(self, rows: int) -> int:
+        return min(r.most_new(rows) for r in self.runners)
+
+    def set_back(self, tokens: Tensor) -> None:
+        for r in self.runners:
+            r.set_back(tokens)
+
+    @property
+    def longest(self) -> int:
+        return max(r.longest for r in self.runners)
 
     def reorder(self, index: Tensor) -> None:
         for r in self.runners:
@@ -173,6 +276,16 @@ class SequentialRunner:
 
 
 ModelPair = PairedRunner | SequentialRunner
+
+
+def room_beyond(prompts: Prompts, beginnings: Sequence[Beginning]) -> int:
+    """Return how many tokens every row may be padded by while the others read on."""
+    return max(len(p) - x.tokens for p, x in zip(prompts, beginnings, strict=True))
+
+
+def _hidden(beginnings: Sequence[Beginning]) -> PerModel:
+    """Stack the hidden states that were kept, `[rows, H]` of each model."""
+    return tuple(map(torch.stack, zip(*(x.kept.hidden for x in beginnings), strict=True)))
 
 
 def adapted_runner(adapter: Adapter, native: bool = True) -> ModelRunner:

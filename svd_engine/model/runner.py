@@ -3,12 +3,13 @@
 import functools
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from svd_engine.model.kept_rows import Layers
 from svd_engine.model.kv_cache import KVCache
 from svd_engine.model.layers.attention import causal, causal_mask
 from svd_engine.model.peft_adapter import Prefix
@@ -44,15 +45,31 @@ class ModelRunner:
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [rows]
     _position_buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
+    def fork(self) -> "ModelRunner":
+        """Return a runner of the same modules with a cache of its own."""
+        native = None if self.native is None else type(self.native)(self.native.plan)
+        empty = torch.empty(0, dtype=torch.int64, device=self.model.device)
+        return replace(
+            self, native=native, cache=KVCache(), positions=empty, _position_buffer=empty
+        )
+
     @torch.inference_mode()
     def prefill(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 0, max_rows: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 0,
+        max_rows: int = 0,
+        chunk: int | None = None,
     ) -> Tensor:
         """Return hidden states `[rows, H]` at each prompt's last token.
 
         The KV cache gets slots for `max_new_tokens` more tokens per row and, for `reorder`, at
-        least `max_rows` rows.
+        least `max_rows` rows. chunk: the most tokens of a row to read at once, if there is a limit.
         """
+        if chunk is not None and (longest := max(map(len, prompts))) > chunk:
+            room = longest - chunk + max_new_tokens
+            hidden = self.prefill([prompt[:chunk] for prompt in prompts], room, max_rows)
+            return self.read_on([prompt[chunk:] for prompt in prompts], hidden, chunk)
         tokens = padded(prompts).to(self.model.device)
         (rows, n), max_rows = tokens.shape, max(max_rows, len(prompts))
         first_adapted_row = rows // 2 if self.paired else 0  # the first row with virtual tokens
@@ -86,6 +103,53 @@ class ModelRunner:
         return hidden[torch.arange(rows), last - before]
 
     @torch.inference_mode()
+    def take(self, row: int, tokens: int) -> Layers:
+        """Copy keys and values of the first tokens of a row's text, virtual tokens included."""
+        return self.cache.take(row, tokens + self._virtual(row, len(self.positions)))
+
+    @torch.inference_mode()
+    def put(
+        self, beginnings: Sequence[tuple[Layers, int]], max_new_tokens: int, max_rows: int
+    ) -> None:
+        """Let each row go on from the first tokens of a text that was taken, so many of them.
+
+        The KV cache gets slots for `max_new_tokens` more than the longest, and `max_rows` rows.
+        """
+        rows = len(beginnings)
+        longest = max(tokens for _, tokens in beginnings)
+        self.cache.reserve(max(max_rows, rows), self.virtual_tokens + longest + max_new_tokens)
+        ends = [tokens + self._virtual(row, rows) for row, (_, tokens) in enumerate(beginnings)]
+        for row, (layers, _) in enumerate(beginnings):
+            self.cache.put(row, ends[row], layers)
+        self._set_positions(torch.tensor(ends), max(max_rows, rows))
+        if self.native is not None:
+            self.native.prepare(self.cache)
+
+    @torch.inference_mode()
+    def read_on(
+        self, rest: Sequence[Sequence[int]], hidden: Tensor, chunk: int | None = None
+    ) -> Tensor:
+        """Read more tokens of each row, at most `chunk` of a row at once.
+
+        Return the hidden states after each row's last, and those given where a row has none.
+        """
+        longest = max(map(len, rest))
+        hidden, size = hidden.clone(), chunk or max(longest, 1)
+        for start in range(0, longest, size):
+            pieces = [row[start : start + size] for row in rest]
+            tokens = padded(pieces).to(hidden.device)
+            lengths = torch.tensor([len(piece) for piece in pieces], device=hidden.device)
+            read = self.extend(tokens)
+            self.set_back(tokens.shape[1] - lengths)
+            rows = lengths.nonzero()[:, 0]
+            hidden[rows] = read[rows, lengths[rows] - 1]
+        return hidden
+
+    def _virtual(self, row: int, rows: int) -> int:
+        """Return how many virtual tokens precede the text of a row."""
+        return self.virtual_tokens if row >= (rows // 2 if self.paired else 0) else 0
+
+    @torch.inference_mode()
     def extend(self, tokens: Tensor, kv_length: int | None = None) -> Tensor:
         """Return hidden states `[rows, q, H]` after q more tokens per row, `[rows, q]`.
 
@@ -110,10 +174,30 @@ class ModelRunner:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, kv_length: int | None = None) -> Tensor:
-        """Return logits `[rows, V]` after one more token per row, `[rows]`."""
+        """Return logits `[rows, V]` after one more token per row, `[rows]`.
+
+        Of several, `[rows, q]`, return those after each: `[rows, q, V]`.
+        """
+        if tokens.ndim == 1:
+            return self.step(tokens[:, None], kv_length)[:, 0]
         if self._runs_natively(tokens) and self.native.plan.head is not None:  # type: ignore
-            return self._scaled(self._native(tokens[:, None], with_logits=True)[:, 0])
-        return self.logits(self.extend(tokens[:, None], kv_length)[:, 0])
+            return self._scaled(self._native(tokens, with_logits=True))
+        hidden = self.extend(tokens, kv_length)  # the head rounds by the rows it gets
+        return torch.stack([self.logits(h) for h in hidden.unbind(1)], 1)
+
+    def most_new(self, rows: int) -> int:
+        """Return of how many new tokens per row a step gives each the bits that it has alone."""
+        return 1 if self.native is None else self.native.most_tokens // rows
+
+    @torch.inference_mode()
+    def set_back(self, tokens: Tensor) -> None:
+        """Forget each row's latest tokens, `[rows]` of them: what comes next overwrites them."""
+        self.positions -= tokens
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of text in a row."""
+        return int(self.positions.max()) - self.virtual_tokens
 
     def _runs_natively(self, tokens: Tensor) -> bool:
         return self.native is not None and tokens.numel() <= self.native.most_tokens

@@ -16,7 +16,8 @@ from svd_engine.kernels.arguments import Draw, Mask, log_alpha
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
 OPERATORS = (
     "steer", "steering_vector", "sample", "sample_cut", "topk", "score", "project_strength",
-    "support", "divergence", "linear", "rms_norm", "rotate", "attend", "decode", "capability",
+    "support", "divergence", "linear", "unpack", "rms_norm", "rotate", "attend", "decode",
+    "capability",
 )  # fmt: skip
 
 
@@ -25,7 +26,10 @@ def _load() -> SimpleNamespace | str:
     """Load the operators, or return why there are none."""
     found = sorted(Path(__file__).parents[1].glob("_cpu*.so"))
     if not found:
-        return "svd_engine._cpu was not built (see the output of pip install -v)"
+        return (
+            "svd_engine._cpu was not built; with a C++ compiler and torch in place: "
+            'pip install -v --no-build-isolation ".[gguf]" in the repository'
+        )
     try:
         torch.ops.load_library(str(found[0]))
         ops = torch.ops.svd_engine_cpu
@@ -157,6 +161,11 @@ def linear(
 ) -> None:
     """Write x W^T + bias to `out`, plus up (down x) + up_bias in the rows from `first` on."""
     _ops().linear(x, weight, bias, down, up, up_bias, first, out)
+
+
+def unpack(codes: Tensor, bits: int, out: Tensor) -> None:
+    """Write a weight of codes (csrc/cpu/codes.h), uint8 `[out, bytes]`, to `out` as numbers."""
+    _ops().unpack(codes, bits, out)
 
 
 def rms_norm(

@@ -4,6 +4,7 @@ A backend is a module with `unavailable() -> str | None`, `takes(device) -> bool
 each operator that it has: the operator's arguments, then its outputs, which are allocated here.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -37,6 +38,9 @@ MEASURED: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
     }.items()
     for dtype in dtypes
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 class Operator(NamedTuple):
@@ -147,7 +151,10 @@ def choose(
             order = MEASURED.get((operator, dtype), order)
         modules = (import_module(MODULES[name]) for name in order if unavailable(name) is None)
         able = (module for module in modules if module.takes(kind) and hasattr(module, operator))
-        return next(able, reference)
+        module = next(able, reference)
+        if kind in PREFERENCE and all(map(unavailable, PREFERENCE[kind])):
+            _tell(kind)
+        return module
     if backend == "reference":
         return reference
     if backend not in MODULES:
@@ -160,6 +167,13 @@ def choose(
             return module
         reason = f"it has no {operator} for {kind} tensors"
     raise ValueError(f"backend={backend!r} cannot run here: {reason}. backend='auto' falls back.")
+
+
+@cache
+def _tell(kind: str) -> None:
+    """Log once that operators run in PyTorch, and why."""
+    reasons = "; ".join(f"{name}: {unavailable(name)}" for name in PREFERENCE[kind])
+    logger.warning("No native kernels for %s, so decoding is slower (%s).", kind, reasons)
 
 
 def launch(

@@ -1,6 +1,8 @@
 """The training loop of a warm start: loss on answer tokens only, exact resumption."""
 
+import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -78,6 +80,7 @@ def train(
             save_total_limit=2,
             report_to=[],
             disable_tqdm=True,
+            logging_nan_inf_filter=False,
             use_cpu=device.type == "cpu",
             dataloader_pin_memory=False,
             remove_unused_columns=False,
@@ -85,7 +88,7 @@ def train(
         ),
         train_dataset=sequences,  # type: ignore[arg-type]
         data_collator=pad,
-        callbacks=[bar] if progress else [],
+        callbacks=[_Finite(), *([bar] if progress else [])],
     )
     trainer.remove_callback(PrinterCallback)  # it would print every log as a dictionary
     start = newest_checkpoint(folder)
@@ -167,6 +170,20 @@ def pad(sequences: Sequence[Labelled]) -> dict[str, torch.Tensor]:
     }
 
 
+class _Finite(TrainerCallback):
+    """Stops a training that cannot come to anything, without a checkpoint to go on from."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = float((logs or {}).get("loss", 0.0))
+        if not math.isfinite(loss):
+            for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            raise ValueError(
+                f"the loss is {loss} at step {state.global_step}: nothing is written. Give a "
+                f"learning rate below {args.learning_rate:g}, or dtype float32."
+            )
+
+
 class _Progress(TrainerCallback):
     """A progress bar that shows the loss."""
 
@@ -175,7 +192,11 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="warm start", unit="step"
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="warm start",
+            unit="step",
+            disable=False,
         )
 
     def on_log(self, args, state, control, logs=None, **kwargs):

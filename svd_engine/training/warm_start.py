@@ -1,8 +1,11 @@
 """The warm start: trains an ordinary PEFT adapter briefly."""
 
 import json
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,8 +27,8 @@ from svd_engine.utils import plots
 from svd_engine.utils.files import write_together
 
 PAPER_RATE = 5e-5
-# method -> learning rate of "auto", which changes the model visibly in about 30 steps
-RATES = {"lora": 5e-4, "ia3": 5e-3, "prompt": 1e-2, "p-tuning": 1e-2, "prefix": 1e-2}
+SHORT = 200  # steps
+logger = logging.getLogger(__name__)
 CURVE_FILE = "warm_start.json"
 
 
@@ -44,7 +47,7 @@ def warm_start(
     epochs: float = 1.0,
     batch_size: int = 16,
     accumulation: int = 1,
-    learning_rate: float | str = PAPER_RATE,
+    learning_rate: float | str | None = PAPER_RATE,
     max_length: int = 512,
     seed: int = 0,
     checkpoint_every: int = 20,
@@ -55,24 +58,26 @@ def warm_start(
 
     The defaults are the paper's (Table 7). method: lora, ia3, prompt, p-tuning or prefix (the
     paper's P-Tuning v2). steps overrides epochs; a step takes batch_size x accumulation answers.
-    learning_rate: "auto" takes the method's rate of `RATES`. The base keeps its dtype; the adapter
-    is float32. The folder appears only when training is complete; after an interruption the same
-    call resumes from the last checkpoint. overwrite replaces an adapter, and nothing else. Raises
-    ValueError.
+    learning_rate: "auto" takes the method's rate of `checks.RATES`, which suits short runs; None
+    does so for at most `SHORT` steps, and takes the paper's for more. The base keeps its dtype; the
+    adapter is float32. The folder appears only when training is complete; after an interruption the
+    same call resumes from the last checkpoint. overwrite replaces an adapter, and nothing else.
+    Raises ValueError, for a loss that is not finite too; one that does not fall is logged.
     """
     output = Path(output)
-    if method not in RATES:
-        raise ValueError(f"method must be one of {', '.join(RATES)}; got {method!r}.")
-    rate = RATES[method] if learning_rate == "auto" else learning_rate
-    checks.options(
-        learning_rate=rate, dropout=dropout, epochs=epochs, lora_alpha=lora_alpha, rank=rank,
-        virtual_tokens=virtual_tokens, steps=steps, batch_size=batch_size,
-        accumulation=accumulation, checkpoint_every=checkpoint_every, max_length=max_length,
-        seed=seed,
+    rate = checks.options(
+        method=method, learning_rate=learning_rate, dropout=dropout, epochs=epochs,
+        lora_alpha=lora_alpha, rank=rank, virtual_tokens=virtual_tokens, steps=steps,
+        batch_size=batch_size, accumulation=accumulation, checkpoint_every=checkpoint_every,
+        max_length=max_length, seed=seed,
     )  # fmt: skip
     checks.output(output, overwrite)
     vocab_size = model.config.get_text_config().vocab_size
     sequences = trainer.labelled(examples, tokenizer, max_length, vocab_size)
+    if learning_rate is None:
+        answers = batch_size * accumulation
+        is_short = (steps or math.ceil(epochs * len(sequences) / answers)) <= SHORT
+        rate = rate if is_short else PAPER_RATE
     settings = dict(
         method=method, rank=rank, lora_alpha=lora_alpha, dropout=dropout,
         virtual_tokens=virtual_tokens, steps=steps, epochs=epochs, batch_size=batch_size,
@@ -108,6 +113,7 @@ def warm_start(
             if not config.is_prompt_learning:
                 peft_model.unload()  # give the base back without the adapter
         contamination.record(finished, "training", contamination.prompts(examples))
+        _remark(losses, rate)
         curve = json.dumps(dict(settings=settings, losses=losses), indent=1)
         contents = {finished / CURVE_FILE: curve.encode()}
         if plot := plots.training(losses):
@@ -115,6 +121,17 @@ def warm_start(
         write_together(contents)
         partial_folder.publish(finished, output, overwrite)
     return output
+
+
+def _remark(losses: Sequence[tuple[int, float]], rate: float) -> None:
+    """Log a loss that did not fall, from the first quarter of the steps to the last."""
+    some = len(losses) // 4 or 1
+    first, last = (mean(loss for _, loss in part) for part in (losses[:some], losses[-some:]))
+    if len(losses) > 1 and not last < first:
+        logger.warning(
+            "The loss did not fall: %.3f at first, %.3f at last. Give more steps, or another "
+            "learning rate than %g.", first, last, rate,
+        )  # fmt: skip
 
 
 def _config(

@@ -26,7 +26,9 @@ def python(*arguments):
 
 
 def test_these_are_the_commands():
-    assert COMMANDS == [f"benchmarks.{name}" for name in ("gpu", "quality", "report", "run")]
+    assert COMMANDS == [
+        f"benchmarks.{name}" for name in ("gpu", "quality", "report", "run", "vllm")
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import records, report, run
+from benchmarks.engine import fewer_steps
 from benchmarks.engine import tables as engine_tables
 from benchmarks.kernels import tables as operator_tables
 from benchmarks.quality import tables as quality_tables
@@ -33,9 +34,15 @@ PERFORMANCE = """<!-- figures:operators -->
 <!-- /figures -->
 <!-- figures:steps -->
 <!-- /figures -->
+<!-- figures:weights -->
+<!-- /figures -->
 <!-- figures:requests -->
 <!-- /figures -->
 <!-- figures:start -->
+<!-- /figures -->
+<!-- figures:speculation -->
+<!-- /figures -->
+<!-- figures:prefix -->
 <!-- /figures -->
 <!-- figures:gpu -->
 <!-- /figures -->
@@ -109,6 +116,52 @@ def steps():
     }
 
 
+def test_the_tables_of_fewer_steps():
+    lines = fewer_steps.speculation(
+        ABOUT
+        | {
+            "cases": [
+                {
+                    "dtype": dtype,
+                    "contenders": {
+                        str(new): {"median": 0.01 * new, "ratio": 0.5 + 0.5 * new}
+                        for new in (1, 2, 5)
+                    },
+                }
+                for dtype in ("float32", "bfloat16")
+            ]
+            + [
+                {"dtype": dtype, "texts": "repeating", "contenders": texts}
+                for dtype in ("float32", "bfloat16")
+                for texts in [
+                    {
+                        "list": {"tokens": 48, "per step": 4.0, "speedup": 2.0},
+                        "poem": {"tokens": 48, "per step": 2.0, "speedup": 0.5},
+                        "one word": {"tokens": 1, "per step": 0.0, "speedup": 9.0},
+                    }
+                ]
+            ]
+        }
+    ).splitlines()
+    assert "| float32 | 10.0 | 1.50 | 3.00 |" in lines
+    assert "| list | 4.00 | 2.00x | 4.00 | 2.00x |" in lines
+    assert "| **repeating, mean** |  | **1.00x** |  | **1.00x** |" in lines
+    assert not any("one word" in line for line in lines)
+    text = fewer_steps.prefix(
+        ABOUT
+        | {
+            "cases": [
+                {
+                    "tokens": 992, "new_tokens": 16, "kept_bytes": 9e7, "dtype": "float32",
+                    "contenders": {"read on": {"median": 0.2}, "read anew": {"median": 9.0}},
+                }
+            ]
+        }
+    )  # fmt: skip
+    assert "after 0.20 s, and after 9.00 s where it is read anew: 45 times sooner" in text
+    assert "holds 90 MB" in text
+
+
 @pytest.fixture
 def root(tmp_path):
     results = tmp_path / "benchmarks" / "results"
@@ -128,6 +181,8 @@ def root(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "method.md").write_text("".join(markers))
     (tmp_path / "docs" / "performance.md").write_text(PERFORMANCE)
+    serving = "<!-- figures:serving -->\n<!-- /figures -->\n"
+    (tmp_path / "docs" / "serving.md").write_text(serving)
     return tmp_path
 
 
@@ -165,6 +220,15 @@ def test_the_tables_of_a_step():
     cells = "30.0 (18.0 + 1.00 + 1.00) | 1.50"
     assert f"| batch 8 | {cells} | {cells} | {cells} |" in lines
     assert "| llama.cpp, un-steered | 21.0 | 1.05 | - | - | - | - |" in lines
+
+
+def test_the_table_of_codes():
+    times = {"int8, steered": 0.006, "int8, llama.cpp": 0.008, "int4, steered": 0.005}
+    contenders = {key: {"median": seconds} for key, seconds in times.items()}
+    case = {"held": {"int8": 135e6, "int4": 76e6}, "rounds": 7, "contenders": contenders}
+    lines = engine_tables.weights(ABOUT | {"cases": [case]}).splitlines()
+    assert "| int8 | 135 | 6.00 | 8.00 | 0.75 |" in lines
+    assert "| int4 | 76.0 | 5.00 | - | - |" in lines
 
 
 def test_the_gain_says_what_is_published():

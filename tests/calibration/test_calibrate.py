@@ -292,7 +292,7 @@ def of_tokens(right):
 
 def calibrated(pair, right=(), examples=None, **options):
     answers = Answers(encode(examples, None) if examples else of_tokens(right))
-    return calibrate(pair, answers, CalibrationOptions.checked(answers, **options))
+    return calibrate(pair, answers, CalibrationOptions.checked(answers.wrong, **options))
 
 
 def planted(right):
@@ -355,7 +355,7 @@ def test_strength_is_0_where_nothing_is_to_choose(objective, rounding):
     logits = torch.tensor([[1.0, 0.8, 0.7, -9.0]])
     examples = [dict(prompt=[3], completion=[i % 2], rejected=[[2]]) for i in range(10)]
     held = Answers(encode(examples, None))
-    options = CalibrationOptions.checked(held, objective=objective)
+    options = CalibrationOptions.checked(held.wrong, objective=objective)
     stats = support_stats.collect(Planted(logits, logits), held.passages, 0.1)
     shift = torch.tensor([rounding, -rounding, rounding / 2], dtype=torch.float64)
     report = fit(held, replace(stats, delta=shift.repeat(20)), options)

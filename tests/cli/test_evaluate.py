@@ -1,6 +1,7 @@
 """`svd-engine evaluate`: every command on a tiny model, from split to table."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -81,6 +82,40 @@ def test_truthfulqa(evaluate, folder, options, tmp_path):
     code, out = evaluate(*data, "--strength", 2, "--limit", 2, "--overwrite")
     assert code == 0 and "truthfulqa: 2 questions" in out
     assert "| base |" in (tmp_path / "truthfulqa.md").read_text()
+
+
+def test_a_larger_limit_goes_on(evaluate, folder, options, tmp_path):
+    data = ["truthfulqa", "--data", folder / "mc_task.json", *options]
+    kept, whole = tmp_path / "truthfulqa.jsonl", tmp_path / "whole"
+    assert evaluate(*data, "--limit", 1)[0] == 0
+    first = kept.read_text().splitlines()
+    code, out = evaluate(*data, "--limit", 3)
+    assert code == 0 and "truthfulqa: 3 questions" in out
+    assert kept.read_text().splitlines()[1] == first[1] and len(first) == 2
+    assert evaluate(*data)[0] == 0 and evaluate(*data, "--output", whole)[0] == 0
+    got, wanted = kept.read_text().splitlines(), (whole / kept.name).read_text().splitlines()
+    assert got[0] == wanted[0] and len(got) == len(wanted) == 5
+    for one, other in zip(got[1:], wanted[1:], strict=True):
+        one, other = json.loads(one), json.loads(other)
+        assert one["question"] == other["question"]
+        for model, scores in other["scores"].items():
+            assert one["scores"][model] == pytest.approx(scores, abs=1e-4)
+    before = kept.read_bytes()
+    code, out = evaluate(*data, "--limit", 2)
+    assert code == 2 and "questions: 4, now 2" in out and kept.read_bytes() == before
+    code, out = evaluate(*data, "--limit", 4, "--prompt", "primer")
+    assert code == 2 and "prompt: 'plain', now 'primer'" in out and kept.read_bytes() == before
+
+
+def test_the_folder_is_named_by_adapter_and_settings(
+    evaluate, folder, options, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    data = ["truthfulqa", "--data", folder / "mc_task.json", *options[:-2]]
+    for more in ((), ("--limit", 2), ("--strength", 2), ("--prompt", "primer")):
+        assert evaluate(*data, "--limit", 1, *more)[0] == 0
+    found = sorted(path.name for path in (tmp_path / "runs" / "evaluate").iterdir())
+    assert len(found) == 3 and all(re.fullmatch(r"adapter-[0-9a-f]{8}", name) for name in found)
 
 
 def test_overlap_is_refused(evaluate, folder, options, tmp_path):

@@ -1,10 +1,14 @@
 """The command: the whole path on a tiny model, and errors of one line with exit code 2."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+import typer
 
 from svd_engine import __version__
+from svd_engine.cli import main
 from tests.tiny import tiny_base, tiny_peft
 
 
@@ -113,6 +117,47 @@ def test_version_help_and_environment(run, tiny_folder):
     assert code == 0 and "decode step" in out and "module by module, because the weights" in out
     code, out, _ = run("env")
     assert code == 0 and "backend cpu" in out and "backend triton" in out and "torch" in out
+
+
+def commands(command, name=()):
+    yield name, command
+    for own, sub in getattr(command, "commands", {}).items():
+        yield from commands(sub, (*name, own))
+
+
+def test_every_option_says_what_it_is():
+    found = list(commands(typer.main.get_command(main.app)))
+    assert len(found) > 12
+    for name, command in found:
+        assert name == () or command.help or command.params == [], name
+        for parameter in command.params:
+            assert parameter.help, (name, parameter.name)
+
+
+def test_the_bars_of_libraries_are_hidden():
+    """In a process of its own, for good."""
+    bar = "from tqdm.auto import tqdm; list(tqdm([1], desc='theirs'))"
+    ours = "list(tqdm([1], desc='ours', disable=False))"
+    code = f"from svd_engine.cli import main; main._quiet({{}}); {bar}; {ours}"
+    for verbose in (False, True):
+        command = [sys.executable, "-c", code.format(verbose)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert ("theirs" in done.stderr) is verbose and "ours" in done.stderr, done.stderr
+
+
+def test_a_file_is_one_prompt(run, tmp_path, tiny_folder):
+    options = [
+        "--adapter", tiny_folder / "adapter", "--base", tiny_folder / "base", "--strength", -2,
+        "--max-new-tokens", 3, "--json",
+    ]  # fmt: skip
+    text = "w005 w021\n\nw007 \\n w003"
+    (tmp_path / "prompt.txt").write_text(text + "\n")
+    code, out, _ = run("generate", "--file", tmp_path / "prompt.txt", "--whole", *options)
+    (line,) = map(json.loads, out.splitlines())
+    assert code == 0 and line["prompt"] == text
+    other = json.loads(run("generate", "--whole", *options, stdin=text)[1])
+    assert (other["prompt"], other["token_ids"]) == (text, line["token_ids"])
+    check_error(run("generate", "w005", "--whole", *options), "--whole is about --file")
 
 
 def check_error(result, *parts):

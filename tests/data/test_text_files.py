@@ -31,16 +31,16 @@ def test_lines_end_at_newlines_alone(tmp_path, mark, end):
         assert journal.whole_lines(path) == rows
     prompts = tmp_path / "prompts.txt"
     prompts.write_bytes((mark + end.join([INSIDE, "", f"lone\rreturn {INSIDE}"])).encode())
-    assert generate._prompts(None, prompts) == [INSIDE, f"lone\rreturn {INSIDE}"]
+    assert generate._prompts(None, prompts, False) == [INSIDE, f"lone\rreturn {INSIDE}"]
 
 
 def test_prompts_from_standard_input_are_lines_too(monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(f"\ufeff{INSIDE}\r\nWhy?\n".encode()))
     monkeypatch.setattr(sys, "stdin", typed)
-    assert generate._prompts(None, None) == [INSIDE, "Why?"]
+    assert generate._prompts(None, None, False) == [INSIDE, "Why?"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Why?\n\xff\n")))
     with pytest.raises(ValueError, match=r"^standard input:2: not UTF-8: invalid start byte"):
-        generate._prompts(None, None)
+        generate._prompts(None, None, False)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -349,7 +349,7 @@ def test_prompts_as_tensors(engine):
 
 def test_the_page_on_choosing_tokens(engine, capsys):
     page = Path(__file__).parents[2] / "docs" / "engine.md"
-    _, snippet = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    _, snippet, *_ = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     names = dict(engine=engine, prompts=PROMPTS[:2])
     exec(snippet, names)
     assert capsys.readouterr().out.startswith(names["greedy"].text)

@@ -87,7 +87,7 @@ def test_a_step_that_reads_lengths_on_the_device_has_a_graph_per_rows(on_device,
     class Pair:
         device, memory_key, lengths_on_device = torch.device("cpu"), 0, on_device
 
-        def prefill(self, prompts, max_new_tokens=0, max_rows=0, contrast=None):
+        def prefill(self, prompts, max_new_tokens=0, max_rows=0, contrast=None, chunk=None):
             return (torch.zeros(len(prompts), 4),) * 2
 
         def reorder(self, index):

@@ -85,6 +85,27 @@ def test_prompts_spread_over_copies_and_rows_drop_out(method, form, dtype, token
         torch.testing.assert_close(together, alone, atol=atol, rtol=rtol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, form", FORMS)
+def test_several_tokens_have_the_bits_of_one_at_a_time(method, form, dtype, tokens):
+    """Also where rows are set back to different places and go on with other tokens."""
+    pair = pair_models(Adapter.read(tiny_peft("mistral", METHODS[method]).to(dtype)), form)
+    if pair.most_new(3) < 2:
+        pytest.skip("no native kernels")
+    pair.prefill(PROMPTS, max_new_tokens=9)
+    want = steps(pair, tokens).transpose(1, 2)
+    pair.prefill(PROMPTS, max_new_tokens=9)
+    longest = pair.longest
+    wrong = torch.cat([tokens[:3].T, tokens.flip(0)[:2].T], 1)
+    first = torch.stack(pair.step(wrong))
+    assert torch.equal(first[:, :, :3], want[:, :, :3])
+    pair.set_back(torch.tensor([2, 3, 4]))
+    second = torch.stack(pair.step(torch.stack([tokens[3:6, 0], tokens[2:5, 1], tokens[1:4, 2]])))
+    for row, start in enumerate((3, 2, 1)):
+        assert torch.equal(second[:, row], want[:, row, start : start + 3])
+    assert pair.longest == longest + 6
+
+
 def test_more_rows_than_there_is_room_for(pair):
     pair.prefill(PROMPTS, max_new_tokens=1)
     with pytest.raises(ValueError, match="there is room for"):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from svd_engine import ops
 from svd_engine.kernels import reference
 from svd_engine.ops import cpu, dispatch
 
@@ -342,3 +343,22 @@ def test_says_why_it_is_unavailable(monkeypatch, tmp_path):
         with pytest.raises(RuntimeError, match="failed to load"):
             cpu.capability()
     assert reload() is None
+
+
+def test_a_fallback_is_told_once(monkeypatch, caplog):
+    def forget():
+        for remembers in (dispatch.unavailable, dispatch.choose, dispatch._tell):
+            remembers.cache_clear()
+
+    rows = torch.randn(2, 3, 50)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "unavailable", lambda: "was not built")
+            forget()
+            for _ in range(2):
+                ops.steer(*rows, -1.0)
+                ops.divergence(*rows)
+    finally:
+        forget()
+    (line,) = caplog.messages
+    assert "No native kernels for cpu, so decoding is slower (cpu: was not built)." in line

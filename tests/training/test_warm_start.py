@@ -12,7 +12,8 @@ from transformers import Trainer
 from svd_engine import loading
 from svd_engine.data import contamination
 from svd_engine.training import trainer
-from svd_engine.training.warm_start import PAPER_RATE, RATES, warm_start
+from svd_engine.training.checks import RATES
+from svd_engine.training.warm_start import PAPER_RATE, warm_start
 from svd_engine.utils import plots
 from tests.tiny import VOCAB, tiny_base
 
@@ -97,6 +98,37 @@ def test_virtual_tokens_and_the_rate_that_suits_the_method(method, tmp_path, wor
     assert json.loads((folder / "adapter_config.json").read_text())["num_virtual_tokens"] == 5
     settings = json.loads((folder / "warm_start.json").read_text())["settings"]
     assert settings["learning_rate"] == RATES[method]
+
+
+@pytest.mark.parametrize("steps, rate", [(1, RATES["lora"]), (3, PAPER_RATE)])
+def test_a_short_run_takes_the_rate_of_short_runs(steps, rate, tmp_path, words, monkeypatch):
+    monkeypatch.setattr("svd_engine.training.warm_start.SHORT", 2)
+    folder = warm_start(
+        tiny_base("llama"), words, examples(), tmp_path / "adapter", rank=1, steps=steps,
+        batch_size=4, learning_rate=None, progress=False,
+    )  # fmt: skip
+    settings = json.loads((folder / "warm_start.json").read_text())["settings"]
+    assert settings["learning_rate"] == rate
+
+
+@pytest.mark.parametrize(
+    "values, told", [([3, 1, 2, 1], False), ([1, 3, 1, 1], True), ([1], False)]
+)
+def test_a_loss_that_does_not_fall_is_told(values, told, tmp_path, words, caplog, monkeypatch):
+    losses = list(enumerate(map(float, values), 1))
+    monkeypatch.setattr("svd_engine.training.trainer.train", lambda *_, **__: losses)
+    warm_start(tiny_base("llama"), words, examples(), tmp_path / "adapter")
+    assert ("The loss did not fall: 1.000 at first, 1.000 at last" in caplog.text) is told
+
+
+def test_a_loss_that_is_not_finite_leaves_nothing(tmp_path, words):
+    base = tiny_base("llama")
+    base.lm_head.weight.data[7] = math.inf
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 1: nothing is written"):
+        warm_start(
+            base, words, examples(), tmp_path / "adapter", steps=2, batch_size=4, progress=False,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 def test_accumulated_batches_are_one_batch(tmp_path, words):

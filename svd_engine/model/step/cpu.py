@@ -11,6 +11,7 @@ from svd_engine.model.step.plan import Layer, Linear, Norm, Plan
 from svd_engine.ops import cpu
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+FORMATS = {0: 0, 8: 1, 4: 2}  # by the bits of a code
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MOST_TOKENS = 256  # 8 new tokens in 32 rows; a prompt is better read by PyTorch
 LINEAR_WORDS = 17  # of a linear layer
@@ -21,12 +22,13 @@ class CpuStep:
     """A plan as the words of csrc/cpu/decoder.h, which hold addresses of the plan's tensors."""
 
     most_tokens = MOST_TOKENS
-    how = "one native call"
     lengths_on_device = False
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan  # keeps the tensors
         self.dtype = plan.norm.weight.dtype
+        bits = plan.layers[0].query.bits
+        self.how = "one native call" + (f", int{bits} weights" if bits else "")
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._positions = 0  # of the tables
         self._words = torch.empty(0, dtype=torch.int64)
@@ -76,6 +78,7 @@ class CpuStep:
     def _plan_words(self) -> Words:
         plan = self.plan
         words = [DTYPES[self.dtype], len(plan.layers), len(plan.norm.weight)]
+        words += [FORMATS[plan.layers[0].query.bits]]
         words += _norm(plan.norm) + _linear(plan.head)
         for layer in plan.layers:
             words += self._layer_words(layer)
@@ -100,13 +103,13 @@ class CpuStep:
 def _linear(x: Linear | None) -> Words:
     if x is None:
         return [0] * LINEAR_WORDS
-    out, fan_in = x.weight.shape
+    out, fan_in = len(x.weight), x.fan_in or x.weight.shape[1]
     down, up, up_bias = x.low_rank or (None, None, None)
     scale = x.input_scale if x.input_scale is not None else x.output_scale
     return [
         *_matrix(x.weight), out, fan_in, *_vector(x.bias),
         *_matrix(down), 0 if down is None else len(down), *_matrix(up), *_vector(up_bias),
-        DTYPES[x.weight.dtype if down is None else down.dtype],
+        0 if down is None else DTYPES[down.dtype],
         _address(x.input_scale), _address(x.output_scale),
         0 if scale is None else DTYPES[scale.dtype],
     ]  # fmt: skip
@@ -146,10 +149,12 @@ def why_not(plan: Plan) -> str | None:
     for x in tensors:
         if not x.is_cpu:
             return "the weights are not on the CPU"
+    if len({x.bits for x in _parts(plan) if isinstance(x, Linear)}) > 1:
+        return "only some of the linear layers are quantised"
     dtypes = {x.dtype for x in _weights(plan)}
     if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
         return f"the weights are {', '.join(sorted(str(x).split('.')[1] for x in dtypes))}"
-    if not {x.dtype for x in tensors} <= DTYPES.keys():
+    if not {x.dtype for x in tensors} - {torch.uint8} <= DTYPES.keys():
         return "the adapter is neither float32 nor bfloat16"
     return None
 
@@ -164,7 +169,8 @@ def _parts(plan: Plan) -> Any:
 
 def _weights(plan: Plan) -> Any:
     for part in _parts(plan):
-        yield part.weight
+        if isinstance(part, Norm) or not part.bits:
+            yield part.weight
         if isinstance(part, Linear) and part.bias is not None:
             yield part.bias
 
@@ -173,6 +179,7 @@ def _tensors(plan: Plan) -> Any:
     yield from _weights(plan)
     for part in _parts(plan):
         if isinstance(part, Linear):
+            yield part.weight
             for x in (*(part.low_rank or ()), part.input_scale, part.output_scale):
                 if x is not None:
                     yield x

@@ -1,6 +1,7 @@
 """Reads the parts of a plan from single modules: linear layers, norms, the activation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from svd_engine.model.adapter_layers import AdaptedLayer, AdaptedLinear, Halves
 from svd_engine.model.layers import linear as linear_layers
+from svd_engine.model.layers.quantised import QuantisedLinear
 from svd_engine.model.step import rms_norm
 from svd_engine.model.step.plan import Linear, Norm
 
@@ -38,20 +40,25 @@ def linear(module: Any) -> Linear:
     if isinstance(module, Halves):
         raise NotDescribed("the halves have linear layers of their own")
     base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module
-    weight: Any = getattr(base, "weight", None)
     bias = getattr(base, "bias", None)
-    if (
+    is_codes = type(base) is QuantisedLinear
+    weight: Any = base.codes if is_codes else getattr(base, "weight", None)
+    if not is_codes and (
         type(base) not in (nn.Linear, linear_layers.Linear)
         or type(weight) not in linear_layers.PLAIN
         or weight.stride(1) != 1
     ):
         raise NotDescribed("it has linear layers of another kind")
     plain = Linear(weight.detach(), None if bias is None else bias.detach())
+    if is_codes:
+        plain = replace(plain, fan_in=base.in_features, bits=base.bits)
     if module is base:
         return plain
     if isinstance(module, AdaptedLinear):
-        scales = module.input_scale, module.output_scale
-        return Linear(plain.weight, plain.bias, module.low_rank, *scales)
+        return replace(
+            plain, low_rank=module.low_rank, input_scale=module.input_scale,
+            output_scale=module.output_scale,
+        )  # fmt: skip
     raise NotDescribed(f"it has a {type(module).__name__}")
 
 
@@ -76,9 +83,9 @@ def joined(
         if low_rank is not None:
             down, up, up_bias = low_rank
             low_rank = down, up[start : start + size], rows(up_bias)
-        return Linear(
-            whole.weight[start : start + size], rows(whole.bias), low_rank,
-            output_scale=rows(whole.output_scale),
+        return replace(
+            whole, weight=whole.weight[start : start + size], bias=rows(whole.bias),
+            low_rank=low_rank, output_scale=rows(whole.output_scale),
         )  # fmt: skip
 
     starts = [sum(sizes[:i]) for i in range(len(sizes))]

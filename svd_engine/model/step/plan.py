@@ -18,11 +18,13 @@ class Linear:
     There y = x * input_scale. What is None is left out.
     """
 
-    weight: Tensor  # [out, in]
+    weight: Tensor  # [out, in], or uint8 codes [out, bytes]
     bias: Tensor | None = None
     low_rank: LowRank | None = None
     input_scale: Tensor | None = None  # [in]
     output_scale: Tensor | None = None  # [out]
+    fan_in: int = 0  # of codes
+    bits: int = 0  # of a code; 0 where the weight is no codes
 
 
 @dataclass(frozen=True)

@@ -40,25 +40,29 @@ def read_plan(runner: "ModelRunner") -> Plan:
     first_input, calls = _record(model, layers[0])
     if len(calls) != len(layers):
         raise NotDescribed("its layers do not call attention once each")
+    read = tuple(
+        _layer(layer, call, rotary.which(angles, call.query, call.key, FAR))
+        for layer, call in zip(layers, calls, strict=True)
+    )
     return Plan(
-        layers=tuple(
-            _layer(layer, call, rotary.which(angles, call.query, call.key, FAR))
-            for layer, call in zip(layers, calls, strict=True)
-        ),
+        layers=read,
         norm=parts.norm(decoder.norm),
-        head=_head(model),
+        head=_head(model, read[0].query.bits),
         embedding_scale=_embedding_scale(model, first_input),
         rotaries=tuple(map(rotary.table, angles)),
     )
 
 
-def _head(model: Any) -> Linear | None:
-    """Read the head; None if its module is to compute the logits."""
+def _head(model: Any, bits: int) -> Linear | None:
+    """Read the head; None if its module is to compute the logits.
+
+    bits: of the other layers' codes, whose inputs are packed as those of the head.
+    """
     try:
         head = parts.linear(model.get_output_embeddings())
     except NotDescribed:
         return None
-    return head if head.input_scale is None else None
+    return head if head.input_scale is None and head.bits == bits else None
 
 
 @torch.inference_mode()

@@ -1,0 +1,63 @@
+"""The tables of what takes fewer steps: guesses, and prompts that are not read again."""
+
+from statistics import geometric_mean
+from typing import Any
+
+from benchmarks.engine.tables import DTYPES, source
+from benchmarks.tables import number, table
+
+
+def speculation(result: dict[str, Any]) -> str:
+    """Format what a step of several tokens costs, and what look-up gains on texts."""
+    steps = {case["dtype"]: case["contenders"] for case in result["cases"] if "texts" not in case}
+    texts = {
+        (case["texts"], case["dtype"]): case["contenders"]
+        for case in result["cases"]
+        if "texts" in case
+    }
+    new = list(steps[DTYPES[0]])
+    rows = [
+        [dtype, number(steps[dtype]["1"]["median"] * 1e3)]
+        + [f"{steps[dtype][n]['ratio']:.2f}" for n in new[1:]]
+        for dtype in DTYPES
+    ]
+    costs = table(["a step of", "1 token, ms", *(f"{n} tokens, ratio" for n in new[1:])], rows)
+    cells = []
+    for kind in dict.fromkeys(kind for kind, _ in texts):
+        for name in texts[kind, DTYPES[0]]:
+            found = [texts[kind, dtype][name] for dtype in DTYPES]
+            if min(x["tokens"] for x in found) > 1:
+                each = [(f"{x['per step']:.2f}", f"{x['speedup']:.2f}x") for x in found]
+                cells.append([name, *each[0], *each[1]])
+        means = [
+            geometric_mean(x["speedup"] for x in texts[kind, d].values() if x["tokens"] > 1)
+            for d in DTYPES
+        ]
+        cells.append([f"**{kind}, mean**", "", f"**{means[0]:.2f}x**", "", f"**{means[1]:.2f}x**"])
+    head = ["text", *(cell for d in DTYPES for cell in (f"{d}, tokens per step", "speed"))]
+    return (
+        "CPU time of one thread, batch 1, against the same engine without guesses, in turns; texts "
+        "are greedy, of up to 48 tokens, the prompt's reading included. "
+        f"{source(result, 'transformers', 'peft')}.\n\n"
+        f"{costs}\n\n{table(head, cells)}"
+    )
+
+
+def prefix(result: dict[str, Any]) -> str:
+    """Format when the second turn of a chat has its first token."""
+    (case,) = result["cases"]
+    times = {name: found["median"] for name, found in case["contenders"].items()}
+    return (
+        f"The second turn of a chat, a prompt of {case['tokens']} tokens of which "
+        f"{case['new_tokens']} are a new question, has its first token after "
+        f"{number(times['read on'])} s, and after {number(times['read anew'])} s where it is read "
+        f"anew: {times['read anew'] / times['read on']:.0f} times sooner. The cache then holds "
+        f"{case['kept_bytes'] / 1e6:.0f} MB. CPU time of one thread in {case['dtype']}. "
+        f"{source(result, 'transformers', 'peft')}."
+    )
+
+
+TABLES = (
+    ("docs/performance.md", "speculation", "cpu_speculation", speculation),
+    ("docs/performance.md", "prefix", "cpu_prefix", prefix),
+)

@@ -1,0 +1,1 @@
+"""A page that shows, token by token, what steering does."""

@@ -1,0 +1,126 @@
+"""What a call guesses from: its own text, an assistant model, or both."""
+
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from svd_engine.generation.arguments import count
+from svd_engine.generation.inputs import Inputs
+from svd_engine.generation.pace import Costs
+from svd_engine.generation.sampling_params import SamplingParams
+from svd_engine.generation.sequence import Sequence
+from svd_engine.model.pair import Decoder, ModelPair, SequentialRunner, base_runner
+from svd_engine.model.peft_adapter import Adapter
+
+PROMPT = "prompt"
+MOST = 10  # guesses per row and step
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Guesses that a step of both models verifies; the tokens are those without.
+
+    looks_up: guess what followed the latest tokens where they came before. assistant: guess what
+    this model would write. most: guesses per row and step. costs, assisted_costs: of steps with
+    guesses of either kind, which outlive a call.
+    """
+
+    looks_up: bool
+    assistant: ModelPair | None
+    most: int
+    costs: Costs
+    assisted_costs: Costs
+
+    @property
+    def all_costs(self) -> tuple[Costs, Costs]:
+        return self.costs, self.assisted_costs
+
+
+def parse(value: Any) -> tuple[bool, PreTrainedModel | None, int]:
+    """Read `speculate`: whether to look up, the assistant, and the most guesses. Raise ValueError.
+
+    It is "prompt", a model, the most guesses per step, or a list of these.
+    """
+    looks_up, assistant, most = False, None, MOST
+    for item in value if isinstance(value, list | tuple) and value else [value]:
+        if isinstance(item, str) and item == PROMPT:
+            looks_up = True
+        elif isinstance(item, PreTrainedModel) and assistant in (None, item):
+            assistant = item
+        elif isinstance(item, Integral) and not isinstance(item, bool):
+            most = count("the guesses of speculate", int(item), 1)
+        else:
+            raise ValueError(
+                'speculate must be "prompt", an assistant model, a number of guesses, or a list '
+                f"of these; got {item if isinstance(item, str) else type(item).__name__!r}."
+            )
+    return looks_up or assistant is None, assistant, most
+
+
+class Speculations:
+    """What outlives an engine's calls: the runner of its latest assistant, and what steps cost."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._model: PreTrainedModel | None = None
+        self._assistant: ModelPair | None = None
+        self._costs: dict[Decoder, tuple[Costs, Costs]] = {}
+
+    def build(
+        self,
+        value: Any,
+        sampling: SamplingParams,
+        sequences: ListOf[Sequence],
+        decoder: Decoder,
+        how: str,
+    ) -> Speculation | None:
+        """Check `speculate` against the rest of a call; None if it is off. Raise ValueError.
+
+        how: how the decoder's steps run.
+        """
+        if value is None or value is False:
+            return None
+        looks_up, model, most = parse(value)
+        if sampling.num_beams > 1:
+            raise ValueError(
+                f"speculate guesses one continuation, and num_beams = {sampling.num_beams} keeps "
+                "several. Leave one of them out."
+            )
+        if decoder.most_new(1) < 2:
+            raise ValueError(
+                "speculate needs steps in which several tokens have the bits of one, and here "
+                f"they run {how}. Leave it out."
+            )
+        if model is not None and model is not self._model:
+            self._assistant, self._model = self._runner(model), model
+            self._costs.clear()
+        if model is not None:
+            room = Inputs(model, None)
+            for s in sequences:
+                room.check_room(
+                    "what the assistant of speculate reads", len(s.prompt_ids), s.max_new_tokens
+                )
+        costs = self._costs.setdefault(decoder, (Costs(), Costs()))
+        return Speculation(looks_up, None if model is None else self._assistant, most, *costs)
+
+    def _runner(self, model: PreTrainedModel) -> ModelPair:
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                "the assistant of speculate must be a causal language model; "
+                f"{type(model).__name__} has no head."
+            )
+        size, own = model.config.get_text_config().vocab_size, self._inputs.vocab_size
+        if size != own:
+            raise ValueError(
+                f"the assistant of speculate must have the engine's vocabulary of {own} tokens; "
+                f"it has {size}."
+            )
+        if model.device != self._inputs.model.device:
+            raise ValueError(
+                f"the assistant of speculate is on {model.device} and the engine on "
+                f"{self._inputs.model.device}; move it with .to()."
+            )
+        return SequentialRunner(base_runner(Adapter.none(model)))

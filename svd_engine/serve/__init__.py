@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over `SteeredEngine.submit`; needs the extra `serve`."""
