@@ -96,7 +96,7 @@ def unmasked(task: Task, folder: Path) -> list[Unmasked]:
     """Return log P of the answers of both parts without the mask, made if missing."""
     path = folder / "unmasked.pt"
     if not path.is_file():
-        pair = work.load(folder).pair
+        pair = work.load(task, folder).pair
         made = [over_vocabulary(pair, part) for part in (task.calibration, task.test)]
         torch.save(made, path)
     found: list[Unmasked] = torch.load(path)
@@ -132,7 +132,7 @@ def add(
     for column, mu in enumerate(strengths):
         steered = torch.add(z, direction, alpha=mu)
         logp = steered.gather(-1, y)[:, 0] - steered.logsumexp(-1)
-        table[:, column].index_add_(0, row, logp.double())
+        table[:, column].index_add_(0, row, logp.double().cpu())
 
 
 def penalised(part: Part, stats: SupportStats, mu: float) -> Table:

@@ -54,22 +54,47 @@ def source(result: Result) -> str:
 def truthfulqa(result: Result) -> str:
     """Format Table 1 of the paper, at this size: what direction="auto" gains."""
     rows = []
-    for case in result["cases"]:
-        what = f"{METHODS[case['method']]}, fold {case['fold']}"
-        means = [mean(case["models"][name]["average"]) for name in MODELS]
-        gains = [span(case["gain"][column]) for column in COLUMNS]
-        rows.append([what, *means, *gains, *calibrated(case)])
+    for method, cases in by_method(result).items():
+        means = [f"{average(cases, name):.1f}" for name in MODELS]
+        gains = [span(result["method_gain"][method][column]) for column in COLUMNS]
+        found = [case["calibration"] for case in cases]
+        without = sum(each["direction"] == "difference" for each in found)
+        used = sum(advice(each) == "use it" for each in found)
+        mus = sorted(each["strength"] for each in found)
+        strengths = f"{mus[0]:+.1f} to {mus[-1]:+.1f}"
+        rows.append([METHODS[method], *means, *gains, strengths, str(without), str(used)])
     gains = [span(result["mean_gain"][column]) for column in COLUMNS]
-    rows.append(["mean of all", "", "", "", *gains, "", "", "", ""])
-    head = ["", *MODELS, "gain", "MC1", "MC2", "MC3", "choice", "mu", "alpha", "verdict"]
+    rows.append(["mean of all", "", "", "", *gains, "", "", ""])
+    head = ["", *MODELS, "gain", "MC1", "MC2", "MC3", "mu", "without the projection", "use it"]
     questions = [case["questions"] for case in result["cases"]]
     tested = sum({case["fold"]: case["questions"][1] for case in result["cases"]}.values())
     return (
         f"{source(result)}.\n\n{table(head, rows)}\n\nAverage of MC1, MC2 and MC3 in per cent; "
-        f"every one of {tested} questions is in the test of one fold. Gains of steered over "
-        f"adapted with 95 % bootstrap intervals over questions. {questions[0][0]} questions of the "
-        "other folds calibrate; the strength is used whatever the verdict."
+        f"every one of {tested} questions is in the test of one fold, {seeds(result)}. Gains of "
+        "steered over adapted with 95 % bootstrap intervals over questions. "
+        f"{questions[0][0]} questions of the other folds calibrate; the strength is used whatever "
+        f"the verdict. The last columns count, of {len(found)}, the calibrations that chose the "
+        "direction without the projection and those whose verdict is to use it."
     )
+
+
+def by_method(result: Result) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for case in result["cases"]:
+        found.setdefault(case["method"], []).append(case)
+    return found
+
+
+def average(cases: list[Result], model: str) -> float:
+    """Return the mean over questions, every fold with its number of them."""
+    weights = [case["questions"][1] for case in cases]
+    values = [case["models"][model]["average"]["mean"] for case in cases]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+def seeds(result: Result) -> str:
+    count = len({case["seed"] for case in result["cases"]})
+    return f"with {count} warm starts by seed" if count > 1 else "with one warm start"
 
 
 def gain(result: Result) -> str:
@@ -83,28 +108,29 @@ def gain(result: Result) -> str:
     return (
         f"{table(['steered over adapted', 'points, 95 % interval'], rows)}\n\nTruthfulQA: average "
         f"of MC1, MC2 and MC3, every question in the test of one of {folds} folds, mean of "
-        f"{methods} PEFT methods. {result['model']}, {result['date']}; `{result['command']}`."
+        f"{methods} PEFT methods, {seeds(result)}. {result['model']}, {result['date']}; "
+        f"`{result['command']}`."
     )
 
 
 def choices(result: Result) -> str:
     """Format every way to choose, and what it is worth."""
-    methods = list(dict.fromkeys(case["method"] for case in result["cases"]))
+    methods = by_method(result)
     rows = []
     for i, name in enumerate(each["name"] for each in result["cases"][0]["choices"]):
         cells, used = [], 0
-        for method in methods:
-            found = [c["choices"][i] for c in result["cases"] if c["method"] == method]
+        for cases in methods.values():
+            found = [case["choices"][i] for case in cases]
             used += sum(advice(each["calibration"]) == "use it" for each in found)
-            mus = " ".join(f"{mu:+.1f}" for mu in sorted(each["mu"] for each in found))
+            mus = sorted(each["mu"] for each in found)
             gain = sum(each["gain"]["mean"] for each in found) / len(found)
-            cells.append(f"{mus}: {gain:+.1f}")
+            cells.append(f"{gain:+.1f} ({mus[0]:+.1f} to {mus[-1]:+.1f})")
         rows.append([name, *cells, span(result["choice_gain"][name]), str(used)])
     head = ["", *(METHODS[method] for method in methods), "mean", "use it"]
     return (
-        f"{table(head, rows)}\n\nEach cell is the mu of every fold, and the gain of the average of "
-        "MC1, MC2 and MC3 on the test in points, averaged over folds; the last column counts the "
-        f"verdicts, of {len(result['cases'])}, that are to use it."
+        f"{table(head, rows)}\n\nEach cell is the gain of the average of MC1, MC2 and MC3 on the "
+        "test in points, averaged over folds and seeds, and the range of mu; the last column "
+        f"counts the verdicts, of {len(result['cases'])}, that are to use it."
     )
 
 
@@ -124,16 +150,20 @@ def estimators(result: Result) -> str:
 def likelihood(result: Result) -> str:
     """Format calibration on the likelihood."""
     rows = []
-    for case in result["cases"]:
-        found = case["nll"]
-        low, high = found["interval"]
-        what = f"{METHODS[case['method']]}, fold {case['fold']}"
-        strength = f"{found['strength']:+.2f} [{low:+.2f}, {high:+.2f}]"
-        held_out = [f"{found['nll_before']:.3f}", f"{found['held_out_change']:+.4f}"]
-        test = [f"{found['test_before']:.3f}", f"{found['test_change']:+.4f}"]
-        rows.append([what, strength, *held_out, *test])
-    head = ["", "mu", "held out, mu = 0", "calibrated", "test, mu = 0", "calibrated"]
-    note = "NLL of the right answers in nats per token, and what steering adds to it."
+    for method, cases in by_method(result).items():
+        found = [case["nll"] for case in cases]
+        mus = sorted(each["strength"] for each in found)
+        keys = ("nll_before", "held_out_change", "test_before", "test_change")
+        cells = [sum(each[key] for each in found) / len(found) for key in keys]
+        forms = ("{:.3f}", "{:+.4f}", "{:.3f}", "{:+.4f}")
+        formed = [form.format(cell) for form, cell in zip(forms, cells, strict=True)]
+        worst = max(each["test_change"] for each in found)
+        strengths = f"{mus[0]:+.2f} to {mus[-1]:+.2f}"
+        rows.append([METHODS[method], strengths, *formed, f"{worst:+.4f}"])
+    head = ["", "mu", "held out, mu = 0", "calibrated", "test, mu = 0", "calibrated", "worst fold"]
+    note = (
+        "NLL of the right answers in nats per token, and what steering adds to it; means of folds."
+    )
     return f"{table(head, rows)}\n\n{note}"
 
 
@@ -166,7 +196,7 @@ def alphas(result: Result) -> str:
 
 
 def over_methods(result: Result, key: str, note: str) -> str:
-    methods = list(dict.fromkeys(case["method"] for case in result["cases"]))
+    methods = list(by_method(result))
     values = list(dict.fromkeys(case[key] for case in result["cases"]))
     found = {(case[key], case["method"]): case for case in result["cases"]}
     rows = []

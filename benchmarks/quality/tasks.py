@@ -66,9 +66,10 @@ class Task:
     training: Rows
     calibration: Part
     test: Part
+    device: str = "cpu"
 
 
-def truthfulqa_fold(data: Path, fold: int) -> Task:
+def truthfulqa_fold(data: Path, fold: int, device: str = "cpu") -> Task:
     """Take a fifth of TruthfulQA as the test; 250 of the others calibrate, the rest train."""
     questions = truthfulqa_files.read(data / "truthfulqa" / "mc_task.json")
     random.Random(0).shuffle(questions)
@@ -83,10 +84,10 @@ def truthfulqa_fold(data: Path, fold: int) -> Task:
     rows = {k: [truthfulqa.example(q, truthfulqa.PLAIN) for q in v] for k, v in parts.items()}
     calibration, test = (Part(parts[k], rows[k]) for k in ("calibration", "test"))
     columns = (*truthfulqa.METRICS, "average")
-    return Task(f"truthfulqa-{fold}", columns, rows["training"], calibration, test)
+    return Task(f"truthfulqa-{fold}", columns, rows["training"], calibration, test, device)
 
 
-def commonsense_split(data: Path, name: str) -> Task:
+def commonsense_split(data: Path, name: str, device: str = "cpu") -> Task:
     """Split a task of LLM-Adapters: problems of its training file, and the first of its test."""
     training, testing = (
         commonsense.read(commonsense.find(data / "commonsense", name, part))
@@ -96,4 +97,4 @@ def commonsense_split(data: Path, name: str) -> Task:
     parts["test"] = parts["test"][:COMMONSENSE_TEST]
     rows = {k: [commonsense.example(p) for p in v] for k, v in parts.items()}
     calibration, test = (Part(parts[k], rows[k]) for k in ("calibration", "test"))
-    return Task(name, commonsense.METRICS, rows["training"], calibration, test)
+    return Task(name, commonsense.METRICS, rows["training"], calibration, test, device)

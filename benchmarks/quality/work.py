@@ -1,7 +1,6 @@
 """Warm starts and passes of the quality experiments, made once and kept in runs/quality."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,7 @@ from svd_engine import loading
 from svd_engine.calibration import support_stats
 from svd_engine.calibration.support_stats import SupportStats
 from svd_engine.engine import SteeredEngine
-from svd_engine.generation import scoring
-from svd_engine.generation.scoring import Predictions
-from svd_engine.model.pair import ModelPair, SequentialRunner
+from svd_engine.model.pair import ModelPair
 from svd_engine.training.warm_start import warm_start
 
 RUNS = ROOT / "runs" / "quality"
@@ -32,12 +29,12 @@ class Passes(NamedTuple):
     test: SupportStats
 
 
-def adapter(task: Task, method: str, steps: int, **training: Any) -> Path:
+def adapter(task: Task, method: str, steps: int, seed: int = 0, **training: Any) -> Path:
     """Return the folder of a warm start of smollm2; train it if it is missing."""
-    folder = RUNS / task.name / f"{method}-{steps}"
+    folder = RUNS / task.name / f"{method}-{steps}-{seed}"
     if not folder.is_dir():
-        base, tokenizer = loading.load_base(loading.SMOLLM2, dtype=DTYPE)
-        training |= {"method": method, "steps": steps, "learning_rate": "auto"}
+        base, tokenizer = loading.load_base(loading.SMOLLM2, dtype=DTYPE, device=task.device)
+        training |= {"method": method, "steps": steps, "seed": seed, "learning_rate": "auto"}
         warm_start(base, tokenizer, task.training, folder, **training)
     return folder
 
@@ -47,60 +44,25 @@ def passes(task: Task, folder: Path) -> Passes:
     parts = {"calibration": task.calibration, "test": task.test}
     missing = [name for name in parts if not (folder / f"{name}.pt").is_file()]
     if missing:
-        pair = load(folder).pair
+        pair = load(task, folder).pair
         for name in missing:
-            stored = folder.parent / f"base-{name}.bin"
-            make(pair, parts[name], folder / f"{name}.pt", stored, f"{folder.name}, {name}")
+            make(pair, parts[name], folder / f"{name}.pt", f"{folder.name}, {name}")
     return Passes(*(read(folder / f"{name}.pt") for name in parts))
 
 
-def forget_base(task: Task) -> None:
-    """Delete the base's logits of a task, some 7 GB."""
-    for path in (RUNS / task.name).glob("base-*.bin"):
-        path.unlink()
-
-
-def load(folder: Path) -> SteeredEngine:
+def load(task: Task, folder: Path) -> SteeredEngine:
     return SteeredEngine.from_pretrained(
-        loading.SMOLLM2, folder, dtype=DTYPE, pairing="sequential", probe=False
+        loading.SMOLLM2, folder, dtype=DTYPE, device=task.device, probe=False
     )
 
 
-def make(pair: ModelPair, part: Part, path: Path, stored: Path, words: str) -> None:
-    """Run the models over the answers and write the supports to `path`.
-
-    The base's logits are the same beside every adapter: `stored` keeps them.
-    """
-    assert isinstance(pair, SequentialRunner)
-    adapted, base = (SequentialRunner(runner) for runner in pair.runners)
-    passages = part.answers.passages
-    if not stored.is_file():
-        store(scoring.predictions(base, passages, f"base, {stored.stem}"), stored)
-    both = joined(scoring.predictions(adapted, passages, words), stored)
-    stats = support_stats.gather(both, ALPHA)
+def make(pair: ModelPair, part: Part, path: Path, words: str) -> None:
+    """Run both models over the answers and write the supports to `path`."""
+    stats = support_stats.collect(pair, part.answers.passages, ALPHA, words)
     kept = {field.name: _narrow(getattr(stats, field.name)) for field in fields(stats)}
     partial = path.with_suffix(".partial")
     torch.save(kept, partial)
     os.replace(partial, path)
-
-
-def store(predicted: Iterator[Predictions], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        for (logits,), _, _ in predicted:
-            file.write(logits.float().contiguous().numpy().tobytes())
-    os.replace(partial, path)
-
-
-def joined(predicted: Iterator[Predictions], stored: Path) -> Iterator[Predictions]:
-    """Put the base's stored logits beside those of the same positions."""
-    start = 0
-    for (logits,), target, passage in predicted:
-        base = torch.from_file(
-            str(stored), shared=False, size=start + logits.numel(), dtype=torch.float32
-        )[start:]
-        start += logits.numel()
-        yield Predictions((logits, base.view(logits.shape)), target, passage)
 
 
 def read(path: Path) -> SupportStats:

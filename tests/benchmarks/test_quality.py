@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.quality import ablations, choices, measure, plots, tables, tasks, work
 from benchmarks.quality.__main__ import DATA
-from benchmarks.quality.experiments import pooled
+from benchmarks.quality.experiments import Place, each, pooled, summarised
 from svd_engine import SteeredEngine, SteeringConfig
 from svd_engine.calibration.calibrate import Answers
 from svd_engine.data.examples import encode
@@ -18,7 +18,7 @@ from tests.tiny import tiny_peft
 
 @pytest.fixture(scope="module")
 def engine():
-    return SteeredEngine(tiny_peft(), pairing="sequential")
+    return SteeredEngine(tiny_peft())
 
 
 def part(seed, count=6):
@@ -50,9 +50,8 @@ def made(engine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("passes")
     found = []
     for name in ("calibration", "test"):
-        path, stored = folder / f"{name}.pt", folder / f"base-{name}.bin"
-        for _ in range(2):  # the second time with the base's stored logits
-            work.make(engine.pair, getattr(task, name), path, stored, name)
+        path = folder / f"{name}.pt"
+        work.make(engine.pair, getattr(task, name), path, name)
         found.append(work.read(path))
     return task, work.Passes(*found)
 
@@ -99,7 +98,7 @@ def test_the_tables_take_what_is_measured(engine, made, tmp_path, monkeypatch):
     case, models = measure.worth(task, passes, report)
     projected = ablations.calibrated(task, passes)
     case |= {
-        "fold": 0, "method": "lora", "steps": 30, "task": "tiny", "batch_size": 4,
+        "fold": 0, "seed": 0, "method": "lora", "steps": 30, "task": "tiny", "batch_size": 4,
         "choices": choices.judged(task, passes, report),
         "nll": measure.likelihood(task, passes),
     } | measure.estimators(task, passes, projected)  # fmt: skip
@@ -119,11 +118,8 @@ def test_the_tables_take_what_is_measured(engine, made, tmp_path, monkeypatch):
         "model": "Tiny", "machine": "Some CPU", "date": "2026-01-31", "command": "make quality",
         "versions": {"transformers": "5.1", "peft": "0.2", "svd-engine": "0.3"},
     }  # fmt: skip
-    names = [each["name"] for each in case["choices"]]
-    changes = np.array([each.pop("changes") for each in case["choices"]]).T
-    main = about | {
-        "cases": [case], "mean_gain": case["gain"], "choice_gain": measure.summary(names, changes),
-    }  # fmt: skip
+    main = about | summarised([case], [(0, 0)], [[models["steered"] - models["adapted"]]])
+    assert main["choice_gain"]["auto"]["mean"] == pytest.approx(gain.mean())
     for form in (tables.truthfulqa, tables.choices, tables.estimators, tables.likelihood):
         assert "LoRA" in form(main)
     assert "30" in tables.steps(main)
@@ -140,9 +136,20 @@ def test_the_tables_take_what_is_measured(engine, made, tmp_path, monkeypatch):
     assert len(plots.draw(tmp_path)) == 3
 
 
-def test_questions_are_pooled_over_folds_and_averaged_over_methods():
-    gains = [np.full((3, 2), float(k)) for k in range(4)] + [np.full((2, 2), 10.0)] * 4
-    assert pooled(gains).tolist() == [[1.5, 1.5]] * 3 + [[10.0, 10.0]] * 2
+def test_questions_are_pooled_over_folds_and_averaged_over_methods_and_seeds():
+    first = [np.full((3, 2), float(k)) for k in range(4)], [np.full((2, 2), 10.0)] * 4
+    again = [np.full((3, 2), 5.5)] * 4, [np.full((2, 2), 20.0)] * 4
+    found = pooled([0, 1, 0, 1], [*first, *again]).tolist()
+    assert found == [[3.5, 3.5]] * 3 + [[15.0, 15.0]] * 2
+
+
+def negated(place, part):
+    return -part
+
+
+def test_parts_are_measured_in_order_in_one_process_or_in_several():
+    for jobs in (1, 2):
+        assert each(Place(DATA, "cpu", jobs), negated, [1, 2, 3]) == [-1, -2, -3]
 
 
 def test_a_larger_alpha_keeps_fewer_tokens(made):
