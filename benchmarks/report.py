@@ -18,6 +18,7 @@ from benchmarks.kernels import tables as kernels
 from benchmarks.quality import tables as quality
 from benchmarks.records import ROOT
 from benchmarks.serving import tables as serving
+from benchmarks.vllm import tables as vllm
 
 Form = Callable[[dict[str, Any]], str]
 # (document, figures, where they come from, their table)
@@ -28,6 +29,7 @@ TABLES: tuple[tuple[str, str, str, Form], ...] = (
     *quality.TABLES,
     *gpu.TABLES,
     *serving.TABLES,
+    *vllm.TABLES,
 )
 
 LATER = {  # figures of one machine
@@ -36,6 +38,7 @@ LATER = {  # figures of one machine
     "cpu_serving": "`make bench`",
     "cpu_speculation": "`make bench`",
     "cpu_prefix": "`make bench`",
+    "cpu_vllm": "`python -m benchmarks.vllm`",
     "gpu": "`python -m benchmarks.gpu`",
 }
 

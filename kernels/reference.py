@@ -193,7 +193,7 @@ def sample(
     if temperature > 0:
         away = steered - steered.amax(-1, keepdim=True)
         tempered = (away / max(temperature, COLDEST)).log_softmax(-1)
-        kept = _cut(tempered, top_k, top_p, min_p) > -INF
+        kept = cut(tempered, top_k, top_p, min_p) > -INF
         noise = gumbel_noise(seed, position, len(away), away.shape[1], away.device)
         merit = away / max(temperature, 1.0) + min(temperature, 1.0) * noise
         merit = torch.where(kept, merit, -INF)
@@ -202,7 +202,8 @@ def sample(
     return Sampled(token.masked_fill(~valid, -1), logprob)
 
 
-def _cut(logprob: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+def cut(logprob: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Set to -inf what the cuts remove of log-probabilities `[N, V]`; one token always stays."""
     ordered, token = torch.sort(logprob, dim=-1, descending=True, stable=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()
     drop = (before >= top_p) | (ordered < ordered[:, :1] + (math.log(min_p) if min_p else -INF))
@@ -354,9 +355,10 @@ def gumbel_noise(
     n: int,
     vocab: int,
     device: torch.device | str = "cpu",
+    first_token: int = 0,
 ) -> Tensor:
     """Standard Gumbel noise, float32 `[n, vocab]`: a function of (seed, position, token id)."""
-    token = torch.arange(vocab, device=device).expand(n, vocab)
+    token = torch.arange(first_token, first_token + vocab, device=device).expand(n, vocab)
     seed, position = (
         torch.as_tensor(x, dtype=torch.int64, device=device).reshape(-1, 1).expand(n, vocab)
         for x in (seed, position)

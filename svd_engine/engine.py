@@ -19,18 +19,14 @@ from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptio
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
 from svd_engine.data.tokenization import as_list
-from svd_engine.generation import (
-    constrained,
-    logits_processors,
-    passages,
-    scoring,
-)
+from svd_engine.generation import constrained, logits_processors, passages, scoring
 from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
+from svd_engine.generation.grammar import Grammars
 from svd_engine.generation.inputs import Inputs, Prompt
 from svd_engine.generation.limits import Limits
-from svd_engine.generation.options import GenerateOptions, SamplingOptions
+from svd_engine.generation.options import GenerateOptions, SamplingOptions, ScoreOptions
 from svd_engine.generation.outputs import Completion, Event, Score
 from svd_engine.generation.prefix_cache import PrefixCache
 from svd_engine.generation.request import Request
@@ -92,6 +88,7 @@ class SteeredEngine:
         self._decoders: dict[ModelPair, Decoder] = {}
         self._speculations = Speculations(self.inputs)
         self._prefix_cache = PrefixCache()
+        self._grammars = Grammars(tokenizer, self.inputs.vocab_size)
         self._cuda_graphs = cuda_graphs
         self._lock = CallLock()
         self.limits = Limits()
@@ -213,7 +210,7 @@ class SteeredEngine:
 
     @property
     def prefix_cache(self) -> PrefixCache:
-        """The latest texts of `generate` and `stream`; prompts that begin like one go on from it.
+        """The latest texts that were decoded; prompts that begin like one go on from it.
 
         It says hits, tokens and bytes, and takes `max_bytes`; 0 turns it off.
         """
@@ -242,7 +239,7 @@ class SteeredEngine:
         and do_sample, which win over it: max_new_tokens, temperature (0, greedy), top_k, top_p,
         min_p, seed, num_beams, stop_strings, ... logits_processor=: applied to the steered logits.
         batch_size=: rows decoded at once (32). A prompt gets the same tokens alone or in a batch.
-        speculate="prompt", an assistant model, the most guesses per step, or a list of these:
+        speculate="prompt", "adapted", an assistant model, the most guesses per step, or several:
         verify several guessed tokens in one step; the tokens stay the same.
         Raises ValueError before any work. One call runs at a time; other threads wait.
         """
@@ -289,8 +286,8 @@ class SteeredEngine:
         """What decodes the requests of `submit`, started by the first of them."""
         with self._starting:
             if self._scheduler is None:
-                how = self._lock, self.limits, self.inputs.virtual_tokens
-                self._scheduler = Scheduler(self.pair, *how)
+                how = self._lock, self.limits, self.inputs.virtual_tokens, self._prefix_cache
+                self._scheduler = Scheduler(self.pair, self._decoder(self._pair), *how)
                 weakref.finalize(self, self._scheduler.close)
             return self._scheduler
 
@@ -304,25 +301,23 @@ class SteeredEngine:
         batch_sizes: rows of the requests to come; max_length: their tokens, prompt and completion.
         """
         _, pair, _ = self._decoded("generation", None)
-        batch_sizes = [
-            count("batch_sizes", rows, 1) for rows in as_list(batch_sizes, "batch_sizes")
-        ]
+        sizes = [count("batch_sizes", n, 1) for n in as_list(batch_sizes, "batch_sizes")]
         count("max_length", max_length, 1)
         with self._lock.hold():
             ops.warmup(self.inputs.vocab_size, (self.model.dtype,), pair.device)
             decoder = self._decoder(pair)
-            for rows in batch_sizes:
+            for rows in sizes:
                 cuda_graphs.warmup(decoder, rows, max_length)
 
     @overload
     def score(
-        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
-        penalty: float = 0.0, model: str | None = None, details: Literal[False] = False,
+        self, prompts: Any = None, continuations: Any = None, *,
+        details: Literal[False] = False, **options: Unpack[ScoreOptions],
     ) -> list[float]: ...  # fmt: skip
     @overload
     def score(
-        self, prompts: Any = None, continuations: Any = None, *, messages: Any = None,
-        penalty: float = 0.0, model: str | None = None, details: Literal[True],
+        self, prompts: Any = None, continuations: Any = None, *,
+        details: Literal[True], **options: Unpack[ScoreOptions],
     ) -> list[Score]: ...  # fmt: skip
     def score(
         self,
@@ -332,6 +327,8 @@ class SteeredEngine:
         messages: Any = None,
         penalty: float = 0.0,
         model: str | None = None,
+        steering: Steering | SteeringConfig | None = None,
+        top_logprobs: int = 0,
         details: bool = False,
     ) -> list[float] | list[Score]:
         """log P of continuations, in nats, with the strength for ranking.
@@ -339,19 +336,23 @@ class SteeredEngine:
         prompts: one, with one continuation or several; or a list, with one continuation for each.
         messages=: a conversation or several, in their place. Without continuations, the prompts
         themselves are scored after their first token. penalty 0 leaves tokens off the support as
-        they are, so that an answer is not ranked by how many of its tokens fall outside. details:
-        return `Score`s: token ids, their log-probabilities, and whether greedy decoding would
-        write them. Raises ValueError before any work.
+        they are, so that an answer is not ranked by how many of its tokens fall outside. steering:
+        instead of the engine's. details: return `Score`s: token ids, their log-probabilities, the
+        `top_logprobs` best tokens in the place of each, and whether greedy decoding would write
+        them. Raises ValueError before any work.
         """
         found = passages.collect(self.inputs, prompts, continuations, messages)
-        name, pair, steering = self._decoded("ranking", model)
+        name, pair, config = self._decoded("ranking", model, steering)
         if name == "steered":
             self._refuse_one("score")
-        replace(steering, penalty=penalty)  # checks it
+        replace(config, penalty=penalty)  # checks it
+        self.inputs.check_top_logprobs(top_logprobs)
+        if top_logprobs and not details:
+            raise ValueError("top_logprobs needs details=True.")
         with self._lock.hold():
             if details:
-                return scoring.detailed(pair, found, steering, penalty)
-            return scoring.score(pair, found, steering, penalty)
+                return scoring.detailed(pair, found, config, penalty, top_logprobs)
+            return scoring.score(pair, found, config, penalty)
 
     def calibrate(
         self,
@@ -481,14 +482,14 @@ class SteeredEngine:
         deadline = (
             math.inf if sampling.max_time is None else time.perf_counter() + sampling.max_time
         )
-        decoder = self._decoder(pair)
+        decoder, grammar = self._decoder(pair), self._grammars.build(sampling.form, sequences)
         return Request(
             decoder=decoder,
             steering=config,
             sampling=sampling,
             sequences=sequences,
             process_logits=logits_processors.build(logits_processor, sampling.repetition_penalty),
-            constrain=constrained.build(sampling, sequences),
+            constrain=constrained.build(sampling, sequences, grammar),
             deadline=deadline,
             model=name,
             batch_size=batch_size,

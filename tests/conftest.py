@@ -40,6 +40,24 @@ def words():
 
 
 @pytest.fixture(scope="session")
+def letters():
+    """A tokenizer of printable characters, a few of which make longer tokens."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    alone = ["<unk>", "<s>", "</s>", "Ġ", "Ċ", *map(chr, range(33, 127))]
+    merges = [("t", "r"), ("u", "e"), ("tr", "ue"), ('"', ":"), ("y", "e"), ("ye", "s"), ("n", "o")]
+    vocab = {token: i for i, token in enumerate([*alone, *(a + b for a, b in merges)])}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, words):
     """A folder with a tiny Llama and its tokenizer, and one with an adapter for it."""
     root = tmp_path_factory.mktemp("tiny")

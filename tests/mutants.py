@@ -18,6 +18,8 @@ TRITON = f"{CONTRACT} 'tiles and 64 and "
 CUDA = f"{CONTRACT} 'emulated and "
 CPU = f"{CONTRACT} 'DEFAULT and "
 CALIBRATE = "tests/calibration/test_calibrate.py -k"
+ESTIMATORS = "tests/calibration/test_estimators.py -k"
+SUPPORT_STATS = "tests/calibration/test_support_stats.py -k"
 GENERATE = "tests/generation/test_generate.py -k"
 
 BY_FILE = {
@@ -424,26 +426,26 @@ BY_FILE = {
     ],
     "svd_engine/calibration/estimators.py": [
         ("<= FLAT * counts.sum(-1)", "< 0 * counts.sum(-1)", f"{CALIBRATE} strength"),
-        ("cut = int(TRIM * len(ratios))", "cut = 0", f"{CALIBRATE} estimators_by_hand"),
+        ("cut = int(TRIM * len(ratios))", "cut = 0", f"{ESTIMATORS} by_hand"),
     ],
     "svd_engine/calibration/objectives.py": [
         (
             "share = 1 / np.bincount(owner, minlength=count)[owner]",
             "share = np.ones(len(owner))",
-            f"{CALIBRATE} mean_over_pairs",
+            f"{ESTIMATORS} mean_over_pairs",
         ),
     ],
     "svd_engine/calibration/support_stats.py": [
         (
             "kept = self.p >= alpha * top[self.position]",
             "kept = self.p >= alpha",
-            f"{CALIBRATE} larger_alpha",
+            f"{SUPPORT_STATS} larger_alpha",
         ),
-        ("+ left * mean.square()", "", f"{CALIBRATE} projections"),
+        ("+ left * mean.square()", "", f"{SUPPORT_STATS} projections"),
         (
             "left = (1 - self._per_token(self.p)).clamp(0) * torch.exp(-top)",
             "left = 0.0 * top",
-            f"{CALIBRATE} overflow",
+            f"{SUPPORT_STATS} overflow",
         ),
     ],
     "svd_engine/training/trainer.py": [

@@ -44,16 +44,23 @@ def speculation(result: dict[str, Any]) -> str:
 
 
 def prefix(result: dict[str, Any]) -> str:
-    """Format when the second turn of a chat has its first token."""
-    (case,) = result["cases"]
-    times = {name: found["median"] for name, found in case["contenders"].items()}
+    """Format when a prompt has its first token, and the second turn of a chat."""
+    alone, turn = sorted(result["cases"], key=lambda case: "new_tokens" in case)
+    seconds = {
+        name: number(found["median"])
+        for case in (alone, turn)
+        for name, found in case["contenders"].items()
+    }
+    read = turn["contenders"]
+    sooner = read["read anew"]["median"] / read["read on"]["median"]
     return (
-        f"The second turn of a chat, a prompt of {case['tokens']} tokens of which "
-        f"{case['new_tokens']} are a new question, has its first token after "
-        f"{number(times['read on'])} s, and after {number(times['read anew'])} s where it is read "
-        f"anew: {times['read anew'] / times['read on']:.0f} times sooner. The cache then holds "
-        f"{case['kept_bytes'] / 1e6:.0f} MB. CPU time of one thread in {case['dtype']}. "
-        f"{source(result, 'transformers', 'peft')}."
+        f"A prompt of {alone['tokens']} tokens has its first token after {seconds['steered']} s if "
+        f"both models read it, and after {seconds['adapted']} s if the adapted model reads it "
+        f"alone: {alone['ratio']:.2f} times the time. The second turn of a chat, a prompt of "
+        f"{turn['tokens']} tokens of which {turn['new_tokens']} are a new question, has it after "
+        f"{seconds['read on']} s, and after {seconds['read anew']} s where it is read anew: "
+        f"{sooner:.0f} times sooner. The cache then holds {turn['kept_bytes'] / 1e6:.0f} MB. CPU "
+        f"time of one thread in {turn['dtype']}. {source(result, 'transformers', 'peft')}."
     )
 
 

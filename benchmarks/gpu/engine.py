@@ -159,6 +159,7 @@ def equality(run: Run) -> dict[str, Any]:
                 if found := differ(plain, prompts[i], row.token_ids, truth.token_ids):
                     said.append(f"{name}, row {i}, {found}")
         results[f"temperature {temperature}"] = "; ".join(said) or "ok"
+    results["as transformers"] = "; ".join(against_transformers(replayed, model)) or "ok"
     if run.device == "cuda":
         decoder = replayed._decoder(replayed.pair)
         assert isinstance(decoder, GraphedRunner)
@@ -166,6 +167,18 @@ def equality(run: Run) -> dict[str, Any]:
         failed = f", {decoder.failures} failed" if decoder.failures else ""
         results["CUDA graphs"] = f"{recorded} recorded{failed}"
     return results
+
+
+def against_transformers(engine: SteeredEngine, model: PreTrainedModel) -> list[str]:
+    """Say where the adapted model's texts differ from PEFT's own, after many long prompts."""
+    prompts = [[(7 * i + 13 * row) % 190 + 5 for i in range(90 + 3 * row)] for row in range(20)]
+    options: dict[str, Any] = {"model": "adapted", "max_new_tokens": 16, "eos_token_id": []}
+    said = []
+    for prompt, row in zip(prompts, engine.generate(prompts, **options), strict=True):
+        want = hugging_face(model, [prompt], 16)
+        if found := differ(engine, prompt, row.token_ids, want, model="adapted"):
+            said.append(f"prompt of {len(prompt)}, {found}")
+    return said
 
 
 def section(run: Run) -> dict[str, Any]:

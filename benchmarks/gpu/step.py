@@ -74,6 +74,12 @@ def fill(pair: PairedRunner, rows: list[int], length: int) -> None:
     pair.runner.positions.copy_(lengths.repeat(2))
 
 
+def _off(got: Tensor, want: Tensor) -> float:
+    """Return the greatest error of a row, relative to its norm."""
+    off = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
+    return float(off.max().nan_to_num(torch.inf))
+
+
 @torch.inference_mode()
 def check(name: str, dtype: str, device: str) -> dict[str, Any]:
     """Compare the step of one model in every way."""
@@ -91,8 +97,7 @@ def check(name: str, dtype: str, device: str) -> dict[str, Any]:
     errors = []
     for part in (tokens[:, :1], tokens[:, 1:]):
         for got, want in zip(pair.extend(part), walk.extend(part), strict=True):
-            off = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
-            errors.append(float(off.max().nan_to_num(torch.inf)))
+            errors.append(_off(got, want))
     found["error"] = max(errors)
     found["right"] = found["error"] <= TOLERANCE[dtype]
     length, count = (700, 3) if device == "cuda" else (40, 1)
@@ -102,6 +107,11 @@ def check(name: str, dtype: str, device: str) -> dict[str, Any]:
         return [torch.stack([x.clone() for x in step(tokens[rows, i])]) for i in range(count)]
 
     together = steps([0, 1, 2], pair.step)
+    fill(walk, [0, 1, 2], length)
+    by_modules = [torch.stack(walk.step(tokens[:, i])) for i in range(count)]
+    far = [_off(x, y) for x, y in zip(together, by_modules, strict=True)]
+    found["error far away"] = max(far)
+    found["right"] &= found["error far away"] <= TOLERANCE[dtype]
     alone = [steps([row], pair.step) for row in range(3)]
     found["alone = in a batch"] = all(
         torch.equal(together[i][:, row], alone[row][i][:, 0])

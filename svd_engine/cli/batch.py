@@ -6,7 +6,7 @@ A request is a JSON line with `prompt` or `messages`; its other fields are optio
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from svd_engine.engine import SteeredEngine
 
 SIZE = 32  # requests decoded at once
+FORMS = {"regex", "json_schema"}  # a request's own replaces that of the command
 OWN = {"prompt", "messages", "id", "strength", "alpha", "model", "seed"}
 
 
@@ -65,7 +66,9 @@ def check(requests: list[Request], defaults: Mapping[str, Any]) -> None:
 
     for request in requests:
         with located(request.where):
-            request.options = {**defaults, **request.options}
+            left_out = FORMS if FORMS & request.options.keys() else ()
+            kept = {k: v for k, v in defaults.items() if k not in left_out}
+            request.options = {**kept, **request.options}
             if "max_length" in request.options:
                 request.options.pop("max_new_tokens", None)
             names = SamplingOptions.__annotations__.keys() & request.options.keys()
@@ -73,9 +76,12 @@ def check(requests: list[Request], defaults: Mapping[str, Any]) -> None:
             SamplingParams.from_arguments(**given).seeds(1)
 
 
-def run(engine: "SteeredEngine", requests: list[Request], output: Path) -> None:
+def run(
+    engine: "SteeredEngine", requests: list[Request], output: Path, made: Sequence[str]
+) -> None:
     """Decode the requests of `check` that the output does not hold, and append their completions.
 
+    made: how the engine was made, where that is not the default.
     Raise ValueError before any work for a request that cannot be decoded, and for an output of
     other requests.
     """
@@ -89,7 +95,7 @@ def run(engine: "SteeredEngine", requests: list[Request], output: Path) -> None:
                 config = engine.steering.generation or SteeringConfig(0.0)
                 request.options["steering"] = replace(config, **by)
             _validate(engine, request)
-    marks = [_fingerprint(engine, request) for request in requests]
+    marks = [_fingerprint(engine, request, made) for request in requests]
     done = whole_lines(output)
     for number, line in enumerate(done):
         if number >= len(requests) or line.get("fingerprint") != marks[number]:
@@ -123,11 +129,12 @@ def _validate(engine: "SteeredEngine", request: Request) -> None:
     engine.stream(**asked, **options).close()
 
 
-def _fingerprint(engine: "SteeredEngine", request: Request) -> str:
+def _fingerprint(engine: "SteeredEngine", request: Request, made: Sequence[str]) -> str:
     """What the answer depends on."""
     steering: Any = request.options.get("steering", engine.steering)
     options = {k: v for k, v in request.options.items() if k not in ("steering", "speculate")}
     parts = [request.line, options, asdict(steering), repr(engine).partition(", step=")[0]]
+    parts += made
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from svd_engine.cli import terminal
-from svd_engine.cli.generate import steering_beside
+from svd_engine.cli import engines, terminal
 from svd_engine.cli.options import (
     Adapter,
     Base,
@@ -44,21 +43,12 @@ def chat(
 ) -> None:
     """Talk to the steered model: a line is a question, its answer is streamed. Ctrl-D ends it."""
     more = parse(settings or ())
-    from svd_engine.engine import SteeredEngine
     from svd_engine.generation.sampling_params import SamplingParams
 
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more
     SamplingParams.from_arguments(**options, seed=seed).seeds(1)
-    steering = steering_beside(adapter, strength, alpha)
-    engine = SteeredEngine.from_pretrained(
-        base,
-        adapter,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        weights=weights,
-    )
-    engine.steering = steering
+    steering = engines.steering_beside(adapter, strength, alpha)
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     messages = [] if system is None else [{"role": "system", "content": system}]
     for question in _questions():
         messages.append({"role": "user", "content": question})

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svd_engine.cli import options, split, terminal
+from svd_engine.cli import engines, options, split, terminal
 from svd_engine.cli.options import (
     RUNS,
     Adapter,
@@ -27,6 +27,7 @@ from svd_engine.cli.options import (
     Strength,
     Task,
     TrustRemoteCode,
+    Weights,
 )
 from svd_engine.cli.terminal import say
 
@@ -47,7 +48,7 @@ def truthfulqa_choice(
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     output: Output = None, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "auto",
-    device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
+    weights: Weights = None, device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """TruthfulQA, multiple choice: MC1, MC2 and MC3 on the test fifth."""
     import numpy as np
@@ -58,7 +59,7 @@ def truthfulqa_choice(
     _check(batch_size=batch_size)
     questions = _test(data, hub, split_seed, limit)
     _refuse_overlap(adapter, questions, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "ranking")
+    engine = _engine(base, adapter, dtype, weights, device, strength, trust_remote_code, "ranking")
     journal = _journal(
         engine, "ranking", questions, adapter, output, overwrite, "truthfulqa.jsonl",
         task="truthfulqa", prompt=prompt, split_seed=split_seed, batch_size=batch_size,
@@ -78,7 +79,8 @@ def truthfulqa_open(
     prompt: Prompt = "plain", split_seed: SplitSeed = 0, limit: Limit = None,
     max_new_tokens: MaxNewTokens = 50, output: Output = None, overwrite: Overwrite = False,
     allow_overlap: AllowOverlap = False, strength: Strength = None, batch_size: BatchSize = 16,
-    dtype: DType = "auto", device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
+    dtype: DType = "auto", weights: Weights = None, device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """TruthfulQA, open-ended: greedy answers, judged if SVD_JUDGE_URL names a judge."""
     from svd_engine.evaluate import run, truthfulqa
@@ -88,7 +90,9 @@ def truthfulqa_open(
     _check(batch_size=batch_size, max_new_tokens=max_new_tokens)
     questions = _test(data, hub, split_seed, limit)
     _refuse_overlap(adapter, questions, allow_overlap)
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, "generation")
+    engine = _engine(
+        base, adapter, dtype, weights, device, strength, trust_remote_code, "generation"
+    )
     journal = _journal(
         engine, "generation", questions, adapter, output, overwrite, OPEN, task="truthfulqa-open",
         prompt=prompt, split_seed=split_seed, batch_size=batch_size, max_new_tokens=max_new_tokens,
@@ -130,7 +134,7 @@ def commonsense(
     base: Base = None, limit: Limit = None, max_new_tokens: MaxNewTokens = 32,
     output: Output = None, overwrite: Overwrite = False, allow_overlap: AllowOverlap = False,
     strength: Strength = None, batch_size: BatchSize = 16, dtype: DType = "float32",
-    device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
+    weights: Weights = None, device: Device = "cpu", trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """A commonsense task in the instruction format of LLM-Adapters: accuracy on its test file.
 
@@ -147,7 +151,7 @@ def commonsense(
     problems = _first(tasks.read(tasks.find(data, task, "test")), limit)
     _refuse_overlap(adapter, problems, allow_overlap)
     use = "ranking" if by == "likelihood" else "generation"
-    engine = _engine(base, adapter, dtype, device, strength, trust_remote_code, use)
+    engine = _engine(base, adapter, dtype, weights, device, strength, trust_remote_code, use)
     name = f"{task}-{by}"
     more = {"max_new_tokens": max_new_tokens} if by == "generation" else {}
     journal = _journal(
@@ -232,6 +236,7 @@ def _engine(
     base: str | None,
     adapter: Path,
     dtype: str,
+    weights: str | None,
     device: str,
     strength: float | None,
     trust_remote_code: bool,
@@ -239,13 +244,11 @@ def _engine(
 ) -> "SteeredEngine":
     from dataclasses import replace
 
-    from svd_engine import SteeredEngine, SteeringConfig
+    from svd_engine import SteeringConfig
 
     if strength is not None:
         SteeringConfig(strength)  # refused now rather than after the model is loaded
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights)
     if strength is not None:
         config = engine.steering.uses().get(use, SteeringConfig(0.0))
         engine.steering = replace(config, strength=strength)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from svd_engine.cli import terminal
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli import engines, terminal
+from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode, Weights
 
 
 def explain(
@@ -20,6 +20,7 @@ def explain(
     strength: Strength = None,
     alpha: Annotated[float | None, typer.Option(help="Replaces the calibrated alpha.")] = None,
     dtype: DType = "float32",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -27,8 +28,6 @@ def explain(
 
     One HTML file with everything in it. In bfloat16 near ties may differ from the decoded text.
     """
-    from svd_engine.cli.generate import steering_beside
-    from svd_engine.engine import SteeredEngine
     from svd_engine.explain import collect, write
     from svd_engine.utils.files import check_place
 
@@ -40,11 +39,8 @@ def explain(
     check_place(page)
     if page.is_dir():
         raise ValueError(f"{page} is a folder; name an HTML file in it.")
-    steering = collect.check(steering_beside(adapter, strength, alpha))
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
-    engine.steering = steering
+    steering = collect.check(engines.steering_beside(adapter, strength, alpha))
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     write.write(
         engine, questions, page, max_new_tokens, adapter=adapter, progress=sys.stderr.isatty()
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from svd_engine.cli import terminal
+from svd_engine.cli import engines, terminal
 from svd_engine.cli.options import Adapter, Base, DType, Strength, TrustRemoteCode
 
 TARGETS = ("transformers", "vllm")
@@ -36,7 +36,6 @@ def export(
     from dataclasses import replace
 
     from svd_engine import hub, loading
-    from svd_engine.cli.generate import steering_of
     from svd_engine.integrations import export
     from svd_engine.integrations.vllm.export import export_folder
     from svd_engine.steering_config import Steering
@@ -45,7 +44,9 @@ def export(
     source = hub.adapter_folder(adapter)
     has_steering = loading.has_steering(source)
     steering = Steering.from_pretrained(source) if has_steering else Steering()
-    steering = replace(steering, generation=steering_of(steering.generation, strength, alpha))
+    steering = replace(
+        steering, generation=engines.steering_of(steering.generation, strength, alpha)
+    )
     base = loading.base_of(source, base)
     if target == "vllm":
         if dtype != "auto" or trust_remote_code:

@@ -3,14 +3,14 @@
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.rule import Rule
 
-from svd_engine.cli import batch, terminal
+from svd_engine.cli import batch, engines, terminal
 from svd_engine.cli.options import (
     Adapter,
     Base,
@@ -21,9 +21,10 @@ from svd_engine.cli.options import (
     Weights,
 )
 from svd_engine.cli.settings import parse
+from svd_engine.utils.files import read_object
 
 if TYPE_CHECKING:
-    from svd_engine import SteeredEngine, SteeringConfig
+    from svd_engine import SteeredEngine
 
 
 def generate(
@@ -69,6 +70,12 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; repeatable.")
     ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="A regular expression that the completion has to match.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with the JSON schema of the completion.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -82,7 +89,7 @@ def generate(
         list[str] | None,
         typer.Option(
             help="Verify guesses, several tokens per step: prompt (what followed the latest words "
-            "before), an assistant model, the most guesses per step; repeatable."
+            "before), adapted, an assistant model, the most guesses per step; repeatable."
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
@@ -96,6 +103,9 @@ def generate(
 ) -> None:
     """Complete prompts, steered, streamed to the terminal or as JSON lines."""
     more = parse(settings or ())
+    form: dict[str, Any] = {} if regex is None else {"regex": regex}
+    if json_schema is not None:
+        form["json_schema"] = read_object(json_schema, "a JSON schema")
     if (requests is None) != (output is None):
         raise ValueError("--input and --output belong together; give both.")
     if requests is not None and (prompts or file or whole or compare or chat or as_json):
@@ -104,7 +114,6 @@ def generate(
         )
     lines = [] if requests is None else batch.read(requests)
     texts = _prompts(prompts, file, whole) if requests is None else []
-    from svd_engine.engine import SteeredEngine
     from svd_engine.generation.sampling_params import SamplingParams
 
     options: dict[str, Any] = dict(
@@ -112,25 +121,23 @@ def generate(
         min_p=min_p, num_beams=beams, length_penalty=length_penalty,
         repetition_penalty=repetition_penalty, num_return_sequences=n,
         stop_strings=[_newlines(text) for text in stop or ()],
-    ) | more  # fmt: skip
+    ) | form | more  # fmt: skip
     if "max_length" in more:
         del options["max_new_tokens"]
     if requests is None:
         SamplingParams.from_arguments(**options, seed=seed).seeds(len(texts))
     else:
         batch.check(lines, dict(options, seed=seed))
-    steering = steering_beside(adapter, strength, alpha)
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-        weights=weights,
-    )  # fmt: skip
-    engine.steering = steering
-    guesses = [_source(engine, text, dtype, trust_remote_code) for text in speculate or ()]
+    sources = [_source(text) for text in speculate or ()]
+    steering = engines.steering_beside(adapter, strength, alpha)
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
+    guesses = [_guesser(engine, source, dtype, trust_remote_code) for source in sources]
     options["speculate"] = guesses or None
     for request in lines:
         request.options["speculate"] = options["speculate"]
     if output is not None:
-        batch.run(engine, lines, output)
+        made = [x for x in (dtype, weights) if x not in ("auto", None)]
+        batch.run(engine, lines, output, made)
         return
     chats = [[{"role": "user", "content": text}] for text in texts]
     names = ("base", "adapted", "steered") if compare else ("steered",)
@@ -187,43 +194,37 @@ def _prompts(prompts: list[str] | None, file: Path | None, whole: bool) -> list[
     return texts
 
 
-def steering_beside(adapter: Path, strength: float | None, alpha: float | None) -> "SteeringConfig":
-    """The steering of generation in an adapter's folder, but for what options replace."""
-    from svd_engine import hub, loading
-    from svd_engine.steering_config import Steering
-
-    folder = hub.adapter_folder(adapter)
-    found = Steering.from_pretrained(folder) if loading.has_steering(folder) else Steering()
-    return steering_of(found.generation, strength, alpha)
-
-
-def steering_of(
-    config: "SteeringConfig | None", strength: float | None, alpha: float | None
-) -> "SteeringConfig":
-    """The calibrated steering, but for what options replace; ValueError without a strength."""
-    from svd_engine.steering_config import SteeringConfig
-
-    if config is None and strength is None:
-        raise ValueError(
-            "the adapter has no steering_config.json with a strength for generation; run "
-            "svd-engine calibrate or give --strength."
-        )
-    config = config or SteeringConfig(0.0)
-    if strength is not None:
-        config = replace(config, strength=strength)
-    return config if alpha is None else replace(config, alpha=alpha)
-
-
-def _source(engine: "SteeredEngine", text: str, dtype: str, trust_remote_code: bool) -> Any:
-    """Read a value of --speculate: "prompt", a number of guesses, or an assistant, loaded."""
+def _source(text: str) -> int | str:
+    """Read a value of --speculate: a word, a number of guesses, or the name of an assistant."""
     from svd_engine import loading
     from svd_engine.data.tokenization import located
+    from svd_engine.generation.arguments import count
+    from svd_engine.generation.speculation import ADAPTED, PROMPT
 
-    if text == "prompt" or text.isdecimal():
-        return int(text) if text.isdecimal() else text
+    if text in (PROMPT, ADAPTED):
+        return text
     with located(f"--speculate {text}"):
+        try:
+            number = int(text) if text.isdecimal() else float(text)
+        except ValueError:
+            loading.check_base(text)
+            return text
+        return count("the number of guesses", number, 1)
+
+
+def _guesser(
+    engine: "SteeredEngine", source: int | str, dtype: str, trust_remote_code: bool
+) -> Any:
+    """A source of guesses; an assistant is loaded."""
+    from svd_engine import loading
+    from svd_engine.data.tokenization import located
+    from svd_engine.generation.speculation import ADAPTED, PROMPT
+
+    if source in (PROMPT, ADAPTED) or isinstance(source, int):
+        return source
+    with located(f"--speculate {source}"):
         model, tokenizer = loading.load_base(
-            text, dtype=dtype, device=engine.model.device, trust_remote_code=trust_remote_code
+            source, dtype=dtype, device=engine.model.device, trust_remote_code=trust_remote_code
         )
         if engine.tokenizer is not None and tokenizer is not None:
             if tokenizer.get_vocab() != engine.tokenizer.get_vocab():

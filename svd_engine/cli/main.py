@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from svd_engine import __version__
-from svd_engine.cli import terminal
+from svd_engine.cli import engines, terminal
 from svd_engine.cli.calibrate import calibrate
 from svd_engine.cli.chat import chat
 from svd_engine.cli.evaluate import app as evaluate
@@ -78,11 +78,7 @@ def env(
 
     step = None
     if adapter is not None:
-        from svd_engine.engine import SteeredEngine
-
-        step = SteeredEngine.from_pretrained(
-            base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        ).step
+        step = engines.load(adapter, base, dtype, device, trust_remote_code).step
     terminal.show(tables.environment(step))
 
 

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from svd_engine.cli import terminal
-from svd_engine.cli.generate import steering_beside
-from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode
+from svd_engine.cli import engines, terminal
+from svd_engine.cli.options import Adapter, Base, Device, DType, Strength, TrustRemoteCode, Weights
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -37,6 +36,7 @@ def serve(
         int, typer.Option(min=0, help="Seconds that requests have to finish at shutdown.")
     ] = 30,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -46,7 +46,6 @@ def serve(
             f"serve needs {', '.join(missing)}; pip install 'svd-engine[serve]' installs them."
         )
     key = os.environ.get("SVD_API_KEY") or None
-    from svd_engine.engine import SteeredEngine
     from svd_engine.generation.limits import Limits
     from svd_engine.serve.app import make_app
     from svd_engine.serve.run import bound, run
@@ -55,13 +54,9 @@ def serve(
     limits = Limits(rows=rows, tokens=kv_tokens, chunk=chunk, waiting=waiting)
     settings = Settings(name, key, max_tokens, max_body)
     changed = strength is not None or alpha is not None
-    steering = steering_beside(adapter, strength, alpha) if changed else None
+    steering = engines.steering_beside(adapter, strength, alpha) if changed else None
     listener = bound(host, port)
-    engine = SteeredEngine.from_pretrained(
-        base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
-    if steering is not None:
-        engine.steering = steering
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     engine.limits = limits
     url = f"http://{host}:{listener.getsockname()[1]}/v1"
     note = "" if key else ", open to all who reach it"

@@ -10,6 +10,7 @@ from torch import nn
 from svd_engine import __version__
 from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.run import Item
+from svd_engine.model.layers.quantised import Codes
 
 SAMPLES = 1 << 16  # values per weight in the fingerprint; a LoRA weight has fewer
 
@@ -46,9 +47,10 @@ def folder_name(adapter: str, settings: Mapping[str, Any]) -> str:
 
 
 def weights_key(model: nn.Module) -> str:
-    """Return the sha256 of the parameters, adapter included; large ones are sampled."""
+    """Return the sha256 of parameters and codes, adapter included; large ones are sampled."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    codes = [(f"{k}.codes", m.codes) for k, m in model.named_modules() if isinstance(m, Codes)]
+    for name, parameter in sorted([*model.named_parameters(), *codes], key=lambda named: named[0]):
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // SAMPLES)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())

@@ -41,10 +41,10 @@ class Assistant:
         logits = self._model.logits([h[row, lengths - 1] for h in hidden])[0]
         self._model.set_back(tokens.shape[1] - lengths)
         positions = torch.tensor([len(text) for text in texts], device=tokens.device)
-        drawn = [self._draw(logits, seeds, positions)]
+        drawn = [draw(self._request, logits, seeds, positions)]
         for i in range(1, count):
             logits = self._model.step(drawn[-1])[0]
-            drawn.append(self._draw(logits, seeds, positions + i))
+            drawn.append(draw(self._request, logits, seeds, positions + i))
         guesses: list[list[int]] = torch.stack(drawn, 1).tolist()
         self._read = [len(text) for text in texts]
         self._guessed = [guess[:-1] for guess in guesses]
@@ -69,16 +69,18 @@ class Assistant:
             self._read[i] += agreed
         self._model.set_back(torch.tensor(wrong, device=self._model.device))
 
-    def _draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        sampling, drawn_from = self._request.sampling, unsteered(logits)
-        token, _ = ops.sample(
-            *drawn_from.operands,
-            **drawn_from.mask,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=seeds,
-            position=positions,
-        )
-        return token.clamp(min=0)
+
+def draw(request: Request, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draw what a model alone would draw, `[rows]`."""
+    sampling, drawn_from = request.sampling, unsteered(logits)
+    token, _ = ops.sample(
+        *drawn_from.operands,
+        **drawn_from.mask,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=seeds,
+        position=positions,
+    )
+    return token.clamp(min=0)

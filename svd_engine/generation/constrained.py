@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from svd_engine.generation.constraint_chain import processors
+from svd_engine.generation.grammar import Grammar
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
 
@@ -32,6 +33,7 @@ class Constrain:
     """
 
     sampling: SamplingParams
+    grammar: Grammar | None = None
     _chains: dict[tuple[int, ...], LogitsProcessorList] = field(default_factory=dict)
 
     def __call__(self, rows: ListOf[Row], steered: Tensor, adapted: Tensor) -> Tensor:
@@ -60,16 +62,20 @@ class Constrain:
 
     def _key(self, sequence: Sequence) -> tuple[int, ...]:
         """What a chain depends on."""
-        own = () if self.sampling.prefix_allowed_tokens_fn is None else (sequence.index,)
+        is_own = self.sampling.prefix_allowed_tokens_fn is not None or self.grammar is not None
+        own = (sequence.index,) if is_own else ()
         return (len(sequence.prompt_ids), sequence.max_new_tokens, *own)
 
     def _chain(self, key: tuple[int, ...], sequence: Sequence, like: Tensor) -> LogitsProcessorList:
         if key not in self._chains:
-            self._chains[key] = processors(self.sampling, sequence, like)
+            self._chains[key] = processors(self.sampling, sequence, like, self.grammar)
         return self._chains[key]
 
 
-def build(sampling: SamplingParams, sequences: ListOf[Sequence]) -> Constrain | None:
+def build(
+    sampling: SamplingParams, sequences: ListOf[Sequence], grammar: Grammar | None
+) -> Constrain | None:
     """The constraints of a request; None if there are none."""
-    chains = (processors(sampling, sequence, torch.empty(1, 1)) for sequence in sequences)
-    return Constrain(sampling) if any(chains) else None
+    like = torch.empty(1, 1)
+    chains = (processors(sampling, sequence, like, grammar) for sequence in sequences)
+    return Constrain(sampling, grammar) if any(chains) else None

@@ -21,11 +21,14 @@ from transformers import (
 )
 
 from svd_engine.generation.arguments import ids
+from svd_engine.generation.grammar import Grammar, GrammarProcessor
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
 
 
-def processors(sampling: SamplingParams, sequence: Sequence, like: Tensor) -> LogitsProcessorList:
+def processors(
+    sampling: SamplingParams, sequence: Sequence, like: Tensor, grammar: Grammar | None
+) -> LogitsProcessorList:
     """The constraints as processors, in transformers' order, for logits such as `like` `[R, V]`."""
     chain, eos, prompt = LogitsProcessorList(), sorted(sequence.eos_token_ids), sequence.prompt_ids
     device: Any = like.device
@@ -48,6 +51,8 @@ def processors(sampling: SamplingParams, sequence: Sequence, like: Tensor) -> Lo
     if sampling.prefix_allowed_tokens_fn is not None:
         allowed = _Allowed(sampling, sequence, like.shape[1])
         chain.append(PrefixConstrainedLogitsProcessor(allowed, 1))
+    if grammar is not None:
+        chain.append(GrammarProcessor(grammar, sequence))
     if sampling.forced_bos_token_id is not None:
         chain.append(ForcedBOSTokenLogitsProcessor(sampling.forced_bos_token_id))
     if sampling.forced_eos_token_id is not None:

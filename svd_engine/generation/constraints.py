@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from svd_engine.generation import text_form
 from svd_engine.generation.arguments import count, ids, number
 
 # (index of the completion, or of the prompt with beams; its ids so far) -> the ids allowed next
@@ -34,6 +35,8 @@ class Constraints:
     sequence_bias: Mapping[tuple[int, ...], float] | Sequence[Any] | None = None
     logit_bias: Mapping[int, float] | None = None
     prefix_allowed_tokens_fn: AllowedTokens | None = None
+    regex: str | None = None  # which texts there are
+    json_schema: Mapping[str, Any] | str | None = None
     typical_p: float = 1.0
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
@@ -59,6 +62,17 @@ class Constraints:
             )
         for _ in self.named_ids():
             pass
+        if self.form is not None:
+            for name in ("forced_bos_token_id", "forced_eos_token_id"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{self.form.name} says which tokens may come; leave out {name}."
+                    )
+
+    @property
+    def form(self) -> text_form.TextForm | None:
+        """What regex or json_schema ask of the text after the prompt."""
+        return text_form.read(self.regex, self.json_schema)
 
     @property
     def bad_words(self) -> list[list[int]]:

@@ -18,6 +18,7 @@ from svd_engine.data.tokenization import (
     token_ids,
 )
 from svd_engine.generation import sequence
+from svd_engine.generation.arguments import count
 from svd_engine.generation.detokenizer import Detokenizer, special_in
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scoring import Passage
@@ -116,11 +117,7 @@ class Inputs:
         for i, ids in enumerate(contrast or ()):
             self.check_room(f"contrast[{i}]", len(ids), limits[i])
         seeds = sampling.seeds(len(prompts))
-        if sampling.top_logprobs > self.vocab_size:
-            raise ValueError(
-                f"top_logprobs must be at most the vocabulary's {self.vocab_size}; "
-                f"got {sampling.top_logprobs}."
-            )
+        self.check_top_logprobs(sampling.top_logprobs)
         for name, ids in sampling.named_ids():
             if ids:
                 self._check_ids(name, ids)
@@ -143,6 +140,12 @@ class Inputs:
             for i in range(len(prompts))
             for copy in range(copies)
         ]
+
+    def check_top_logprobs(self, value: int) -> None:
+        if count("top_logprobs", value) > self.vocab_size:
+            raise ValueError(
+                f"top_logprobs must be at most the vocabulary's {self.vocab_size}; got {value}."
+            )
 
     def _max_new_tokens(self, i: int, prompt_ids: list[int], sampling: SamplingParams) -> int:
         limit = sampling.limit(len(prompt_ids))

@@ -1,4 +1,4 @@
-"""Typed keyword arguments of `generate`, `stream` and `astream`."""
+"""Typed keyword arguments of `generate`, `stream`, `astream` and `score`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
@@ -40,6 +40,8 @@ class SamplingOptions(TypedDict, total=False):
     sequence_bias: Mapping[tuple[int, ...], float] | Sequence[Any] | None
     logit_bias: Mapping[int, float] | None
     prefix_allowed_tokens_fn: AllowedTokens | None
+    regex: str | None
+    json_schema: Mapping[str, Any] | str | None
     typical_p: float | None
     epsilon_cutoff: float | None
     eta_cutoff: float | None
@@ -60,3 +62,13 @@ class GenerateOptions(SamplingOptions, total=False):
     batch_size: int
     speculate: Any
     prefill_chunk: int | None
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Options of `score`."""
+
+    messages: Any
+    penalty: float
+    model: str | None
+    steering: Steering | SteeringConfig | None
+    top_logprobs: int

@@ -35,6 +35,7 @@ class Score:
     token_ids: list[int]
     logprobs: list[float] = field(default_factory=list)  # of each token, in nats
     is_greedy: bool = True  # whether greedy decoding would write each of its tokens
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # if requested
 
     @property
     def logprob(self) -> float:

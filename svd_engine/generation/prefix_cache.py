@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,6 +13,12 @@ from svd_engine.model.pair import Decoder
 
 MAX_BYTES = 256 << 20
 LEAST = 64  # tokens that are worth keeping
+
+
+class Holder(Protocol):
+    """What has rows of keys and values, such as a decoder."""
+
+    def take(self, row: int, tokens: int, hidden: tuple[Tensor, ...]) -> KeptRow: ...
 
 
 @dataclass(eq=False)
@@ -64,7 +71,7 @@ class PrefixCache:
             return None
         beginnings = []
         for text, prompt in zip(texts, prompts, strict=True):
-            tokens = _alike(text.token_ids, prompt)
+            tokens = alike(text.token_ids, prompt)
             if tokens == len(prompt) != text.prompt:
                 tokens -= 1  # hidden states after the last one are needed
             if 2 * tokens < len(prompt):
@@ -76,11 +83,17 @@ class PrefixCache:
         return beginnings
 
     def keep(
-        self, decoder: Decoder, row: int, sequence: Sequence, hidden: tuple[Tensor, ...]
+        self,
+        decoder: Decoder,
+        row: int,
+        sequence: Sequence,
+        hidden: tuple[Tensor, ...],
+        holder: Holder | None = None,
     ) -> None:
         """Keep what a row of a decoder has read: the sequence but its last token.
 
-        hidden: `[H]` of each model, after the prompt.
+        hidden: `[H]` of each model, after the prompt. holder: of the row, if it is another one over
+        the same models.
         """
         ids = sequence.all_ids[:-1]
         if len(ids) < LEAST or self.max_bytes == 0:
@@ -88,7 +101,7 @@ class PrefixCache:
         for text in [x for x in self._texts if x.decoder is decoder]:
             if ids[: len(text.token_ids)] == text.token_ids:
                 self._remove(text)
-        kept = decoder.take(row, len(ids), hidden)
+        kept = (holder or decoder).take(row, len(ids), hidden)
         self._texts.append(_Text(decoder, ids, len(sequence.prompt_ids), kept))
         self.bytes += kept.bytes
         self._make_room()
@@ -97,7 +110,7 @@ class PrefixCache:
         best, longest = None, LEAST - 1
         for text in self._texts:
             if text.decoder is decoder and prompt[:LEAST] == text.token_ids[:LEAST]:
-                tokens = _alike(text.token_ids, prompt) + (text.prompt == len(prompt))
+                tokens = alike(text.token_ids, prompt) + (text.prompt == len(prompt))
                 if tokens > longest:
                     best, longest = text, tokens
         return best
@@ -111,7 +124,7 @@ class PrefixCache:
         self.bytes -= text.kept.bytes
 
 
-def _alike(a: list[int], b: list[int]) -> int:
+def alike(a: list[int], b: list[int]) -> int:
     """Return how many tokens two texts begin with alike."""
     low, high = 0, min(len(a), len(b))
     while low < high:

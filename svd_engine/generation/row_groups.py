@@ -18,10 +18,11 @@ from svd_engine.model.pair import PerModel
 
 @dataclass(eq=False)
 class Row:
-    """A sequence that runs, and the stream that it belongs to."""
+    """A sequence that runs, and the stream that it belongs to. hidden: after its prompt."""
 
     sequence: Sequence
     stream: Stream
+    hidden: PerModel = ()
 
     @property
     def request(self) -> Request:

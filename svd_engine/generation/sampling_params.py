@@ -35,6 +35,8 @@ OTHER_NAMES = {
     "ignore_eos": "eos_token_id=[]", "n": "num_return_sequences", "logprobs": "top_logprobs",
     "bad_words": "bad_words_ids", "allowed_token_ids": "prefix_allowed_tokens_fn",
     "logits_processors": "logits_processor", "sampling_params": "generation_config",
+    "guided_regex": "regex", "guided_json": "json_schema", "response_format": "json_schema",
+    "structured_outputs": "regex or json_schema",
 }  # fmt: skip
 
 

@@ -10,12 +10,13 @@ import torch
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.limits import Limits
 from svd_engine.generation.outputs import Event
+from svd_engine.generation.prefix_cache import Holder, PrefixCache
 from svd_engine.generation.reading import Reading
 from svd_engine.generation.request import Request
 from svd_engine.generation.row_groups import Row, choose
 from svd_engine.generation.stream import Stream
 from svd_engine.model.continuous import ContinuousBatch
-from svd_engine.model.pair import ModelPair
+from svd_engine.model.pair import Decoder, ModelPair
 
 
 class BusyError(RuntimeError):
@@ -51,13 +52,21 @@ class Scheduler:
     """One thread that decodes the requests of an engine as one batch, first come first served.
 
     Each round reads at most a chunk of the prompts that wait, and takes a step of what runs.
-    lock: held in each round, so that other calls of the engine come between two rounds.
+    lock: held in each round, so that other calls of the engine come between two rounds. decoder:
+    of the pair in those calls, with which texts in the cache belong.
     """
 
     def __init__(
-        self, pair: ModelPair, lock: CallLock, limits: Limits, virtual_tokens: int = 0
+        self,
+        pair: ModelPair,
+        decoder: Decoder,
+        lock: CallLock,
+        limits: Limits,
+        virtual_tokens: int,
+        prefix_cache: PrefixCache,
     ) -> None:
         self.limits = limits
+        self._decoder, self._prefix_cache = decoder, prefix_cache
         self._pair, self._lock, self._virtual_tokens = pair, lock, virtual_tokens
         self._batch, self._reader = ContinuousBatch(pair), pair.fork()
         self._waiting: deque[Arrival] = deque()
@@ -208,10 +217,13 @@ class Scheduler:
         if rows > batch.rows or slots > batch.slots:
             batch.resize(*self.limits.room(rows, slots, (batch.rows, batch.slots)))
         prompts = [arrival.prompt_ids for arrival in self._read]
-        contrast = None
+        contrast = beginnings = None
         if any(arrival.contrast_ids for arrival in self._read):
             contrast = [arrival.contrast_ids or arrival.prompt_ids for arrival in self._read]
-        self._reading = Reading(self._reader, prompts, contrast, self.limits.chunk)
+        else:
+            beginnings = self._prefix_cache.find(self._decoder, prompts)
+        how = prompts, beginnings, contrast, self.limits.chunk
+        self._reading = Reading(self._reader, *how)
 
     @torch.inference_mode()
     def _read_chunk(self, reading: Reading) -> None:
@@ -224,11 +236,15 @@ class Scheduler:
         index = torch.tensor([i for _, i, _ in rows], device=logits[0].device)
         events = choose([row for row, _, _ in rows], tuple(x[index] for x in logits))
         for (row, i, slots), event in zip(rows, events, strict=True):
+            row.hidden = tuple(h[i] for h in reading.hidden)
             self._deliver(row, event)
             if not row.is_over:
                 self._batch.join(self._reader, i)
                 self._running[row] = slots
-            elif row.stream.is_cancelled:
+                continue
+            if row.sequence.is_finished:
+                self._keep(row, self._reader, i)
+            if row.stream.is_cancelled:
                 row.stream.end()
 
     @torch.inference_mode()
@@ -251,10 +267,18 @@ class Scheduler:
         else:
             row.stream.put(event)
 
+    def _keep(self, row: Row, holder: Holder, place: int) -> None:
+        """Keep what a finished row has read, for prompts that begin like it."""
+        sequence = row.sequence
+        if sequence.contrast_ids is None:
+            self._prefix_cache.keep(self._decoder, place, sequence, row.hidden, holder)
+
     def _remove(self, row: Row, is_finite: bool = True) -> None:
         """Take a row out of the batch; the last one takes its place."""
         rows = [*self._running]
         place = rows.index(row)
+        if row.sequence.is_finished:
+            self._keep(row, self._batch, place)
         self._batch.leave(place, is_finite)
         last = rows.pop()
         if last is not row:

@@ -112,19 +112,31 @@ def score(
 
 @torch.inference_mode()
 def detailed(
-    pair: ModelPair, passages: Sequence[Passage], steering: SteeringConfig, penalty: float
+    pair: ModelPair,
+    passages: Sequence[Passage],
+    steering: SteeringConfig,
+    penalty: float,
+    top_logprobs: int = 0,
 ) -> list[Score]:
-    """`score` with its parts. Greedy is what decoding with the steering's own penalty is."""
+    """`score` with its parts. Greedy is what decoding with the steering's own penalty is.
+
+    top_logprobs: best tokens to list in the place of each.
+    """
     found = [Score(list(passage.completion)) for passage in passages]
     for logits, target, index in predictions(pair, passages):
-        values = scores(steered(logits, steering, penalty), target)
-        decoded = steered(logits, steering)
+        scored, decoded = steered(logits, steering, penalty), steered(logits, steering)
+        values = scores(scored, target)
         chosen = ops.sample(*decoded.operands, **decoded.mask).token == target
         for i, value, is_chosen in zip(
             index.tolist(), values.tolist(), chosen.tolist(), strict=True
         ):
             found[i].logprobs.append(value)
             found[i].is_greedy &= is_chosen
+        if top_logprobs:
+            best = ops.topk(*scored.operands, top_logprobs, **scored.mask)
+            listed = zip(index.tolist(), best.token.tolist(), best.logprob.tolist(), strict=True)
+            for i, tokens, logprobs in listed:
+                found[i].top_logprobs.append([*zip(tokens, logprobs, strict=True)])
     return found
 
 

@@ -15,7 +15,7 @@ from svd_engine.generation.sequence import Sequence
 from svd_engine.model.pair import Decoder, ModelPair, SequentialRunner, base_runner
 from svd_engine.model.peft_adapter import Adapter
 
-PROMPT = "prompt"
+PROMPT, ADAPTED = "prompt", "adapted"
 MOST = 10  # guesses per row and step
 
 
@@ -24,12 +24,14 @@ class Speculation:
     """Guesses that a step of both models verifies; the tokens are those without.
 
     looks_up: guess what followed the latest tokens where they came before. assistant: guess what
-    this model would write. most: guesses per row and step. costs, assisted_costs: of steps with
+    this model would write. ahead: the pair whose adapted model guesses, before its base reads.
+    most: guesses per row and step. costs, assisted_costs: of steps with
     guesses of either kind, which outlive a call.
     """
 
     looks_up: bool
     assistant: ModelPair | None
+    ahead: SequentialRunner | None
     most: int
     costs: Costs
     assisted_costs: Costs
@@ -39,25 +41,31 @@ class Speculation:
         return self.costs, self.assisted_costs
 
 
-def parse(value: Any) -> tuple[bool, PreTrainedModel | None, int]:
-    """Read `speculate`: whether to look up, the assistant, and the most guesses. Raise ValueError.
+def parse(value: Any) -> tuple[bool, bool, PreTrainedModel | None, int]:
+    """Read `speculate`: look-up, the adapted model, the assistant, the most guesses.
 
-    It is "prompt", a model, the most guesses per step, or a list of these.
+    It is "prompt", "adapted", a model, the most guesses per step, or a list of these. Raise
+    ValueError.
     """
-    looks_up, assistant, most = False, None, MOST
+    kinds: set[str] = set()
+    assistant, most = None, MOST
     for item in value if isinstance(value, list | tuple) and value else [value]:
-        if isinstance(item, str) and item == PROMPT:
-            looks_up = True
+        if isinstance(item, str) and item in (PROMPT, ADAPTED):
+            kinds.add(item)
         elif isinstance(item, PreTrainedModel) and assistant in (None, item):
             assistant = item
         elif isinstance(item, Integral) and not isinstance(item, bool):
             most = count("the guesses of speculate", int(item), 1)
         else:
+            found = item if isinstance(item, str) else type(item).__name__
             raise ValueError(
-                'speculate must be "prompt", an assistant model, a number of guesses, or a list '
-                f"of these; got {item if isinstance(item, str) else type(item).__name__!r}."
+                'speculate must be "prompt", "adapted", an assistant model, a number of guesses, '
+                f"or a list of these; got {found!r}."
             )
-    return looks_up or assistant is None, assistant, most
+    if ADAPTED in kinds and assistant is not None:
+        raise ValueError('speculate takes "adapted" or an assistant model, not both.')
+    looks_up = PROMPT in kinds or (not kinds and assistant is None)
+    return looks_up, ADAPTED in kinds, assistant, most
 
 
 class Speculations:
@@ -67,7 +75,7 @@ class Speculations:
         self._inputs = inputs
         self._model: PreTrainedModel | None = None
         self._assistant: ModelPair | None = None
-        self._costs: dict[Decoder, tuple[Costs, Costs]] = {}
+        self._costs: dict[tuple[Decoder, bool], tuple[Costs, Costs]] = {}
 
     def build(
         self,
@@ -83,7 +91,7 @@ class Speculations:
         """
         if value is None or value is False:
             return None
-        looks_up, model, most = parse(value)
+        looks_up, goes_ahead, model, most = parse(value)
         if sampling.num_beams > 1:
             raise ValueError(
                 f"speculate guesses one continuation, and num_beams = {sampling.num_beams} keeps "
@@ -94,6 +102,13 @@ class Speculations:
                 "speculate needs steps in which several tokens have the bits of one, and here "
                 f"they run {how}. Leave it out."
             )
+        ahead = decoder if isinstance(decoder, SequentialRunner) else None
+        if goes_ahead and (ahead is None or len(ahead.runners) < 2):
+            raise ValueError(
+                'speculate="adapted" lets the adapted model go ahead of its base, which needs a '
+                'pass of each on a CPU: pairing="sequential" or two checkpoints, steered. Leave it '
+                "out."
+            )
         if model is not None and model is not self._model:
             self._assistant, self._model = self._runner(model), model
             self._costs.clear()
@@ -103,8 +118,9 @@ class Speculations:
                 room.check_room(
                     "what the assistant of speculate reads", len(s.prompt_ids), s.max_new_tokens
                 )
-        costs = self._costs.setdefault(decoder, (Costs(), Costs()))
-        return Speculation(looks_up, None if model is None else self._assistant, most, *costs)
+        costs = self._costs.setdefault((decoder, goes_ahead), (Costs(), Costs()))
+        assistant = None if model is None else self._assistant
+        return Speculation(looks_up, assistant, ahead if goes_ahead else None, most, *costs)
 
     def _runner(self, model: PreTrainedModel) -> ModelPair:
         if model.get_output_embeddings() is None:

@@ -5,6 +5,7 @@ import time
 import torch
 
 from svd_engine.generation import pace
+from svd_engine.generation.ahead import Ahead
 from svd_engine.generation.assistant import Assistant
 from svd_engine.generation.decode_loop import Batch, not_finite, start_fetch
 from svd_engine.generation.guesses import Guess, Guesser
@@ -12,6 +13,7 @@ from svd_engine.generation.outputs import Event
 from svd_engine.generation.processed import is_plain
 from svd_engine.generation.request import Request
 from svd_engine.generation.sequence import Sequence
+from svd_engine.model.pair import Decoder
 from svd_engine.model.runner import padded
 
 REST = 64  # steps after which an assistant that was not worth it is asked again
@@ -27,11 +29,13 @@ class SpeculativeBatch(Batch):
         assert request.speculation is not None
         self._speculation = speculation = request.speculation
         self._guessers = [Guesser(s, speculation.looks_up) for s in sequences]
-        self._assistant: Assistant | None = None
+        self._assistant: Assistant | Ahead | None = None
         self._rested = 0  # steps since the assistant was asked
         super().__init__(request, sequences)
         if speculation.assistant is not None and not self.is_finished:
             self._assistant = Assistant(speculation.assistant, request, sequences)
+        elif speculation.ahead is not None:
+            self._assistant = Ahead(speculation.ahead, request)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -47,7 +51,9 @@ class SpeculativeBatch(Batch):
                 guess.tokens[: min(tried, guesser.room)]
                 for guess, guesser in zip(guesses, self._guessers, strict=True)
             ]
-            events = self._verify(given)
+            is_ahead = costs is self._speculation.assisted_costs
+            ahead = self._assistant if is_ahead and isinstance(self._assistant, Ahead) else None
+            events = self._verify(given, ahead or self._decoder)
         else:
             events = super().step()
         seconds = time.perf_counter() - start
@@ -79,19 +85,20 @@ class SpeculativeBatch(Batch):
         self._rested = 0
         drafts = self._assistant.guess(self.rows, asked, self._seeds)
         for i, (guesser, draft) in enumerate(zip(self._guessers, drafts, strict=True)):
-            if guesses[i].expected(asked) <= guesser.assistants.of(asked):
+            is_better = guesses[i].expected(asked) <= guesser.assistants.of(asked)
+            if is_better or isinstance(self._assistant, Ahead):  # which has read its own guesses
                 guesses[i] = Guess(draft, guesser.assistants)
         return guesses, asked, speculation.assisted_costs
 
-    def _verify(self, guesses: list[list[int]]) -> list[Event]:
+    def _verify(self, guesses: list[list[int]], reader: Decoder | Ahead) -> list[Event]:
         """Read the latest token and the guesses of each row; append what is drawn after them.
 
-        A row's tokens end with the first that was not guessed.
+        reader: what reads them. A row's tokens end with the first that was not guessed.
         """
         device, rows = self._decoder.device, self.rows
         given = [[s.token_ids[-1], *guess] for s, guess in zip(rows, guesses, strict=True)]
         read = padded(given).to(device)
-        logits = self._decoder.step(read)
+        logits = reader.step(read)
         events: list[Event] = []
         is_open, kept, is_over = [True] * len(rows), [0] * len(rows), self._request.is_over
         for places in self._rounds(given):

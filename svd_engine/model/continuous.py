@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from svd_engine.model.cuda_graphs import Recordings, bucket_rows
+from svd_engine.model.kept_rows import KeptRow, Layers
 from svd_engine.model.kv_cache import KVCache
 from svd_engine.model.pair import ModelPair, PairedRunner, PerModel
 from svd_engine.model.runner import ModelRunner
@@ -78,6 +80,22 @@ class Places:
                 self._copy(row, self.runner, last - self.cache.first_row)
         self._show(size - 1)
 
+    def pad(self, size: int, rows: int) -> None:
+        """Let the batch consist of `rows` places, of which those after the first `size` are free.
+
+        What a step stores there, whatever takes the place overwrites.
+        """
+        firsts, lasts = self._rows(size), self._rows(rows - 1)
+        for first, last in zip(firsts, lasts, strict=True):
+            self.runner._position_buffer[min(first, last) : max(first, last) + 1] = 0
+        self._show(rows)
+
+    def take(self, place: int, tokens: int) -> list[Layers]:
+        """Copy keys and values of the first tokens of a sequence, of each of its rows."""
+        rows = self._rows(place)
+        virtual = [0] * (len(rows) - 1) + [self.runner.virtual_tokens]
+        return [self.cache.take(r, tokens + v) for r, v in zip(rows, virtual, strict=True)]
+
     def clear(self, place: int) -> None:
         for row in self._rows(place):
             self.cache.clear_row(row)
@@ -107,13 +125,17 @@ class ContinuousBatch:
     """Sequences of a pair that are decoded together.
 
     pair: its modules are shared, its cache is not. rows and slots: the room, in sequences and in
-    positions of each.
+    positions of each. recordings: replays steps, on a GPU; free places make up the rows that a
+    recorded step has.
     """
 
-    def __init__(self, pair: ModelPair) -> None:
+    def __init__(self, pair: ModelPair, recordings: Recordings | None = None) -> None:
         self._pair = pair.fork()
         self._places = [Places(runner) for runner in self._pair.runners]
         self.size = self.rows = self.slots = 0
+        if recordings is None and pair.device.type == "cuda" and pair.lengths_on_device:
+            recordings = Recordings(pair.device)
+        self._recordings = recordings
 
     @torch.inference_mode()
     def resize(self, rows: int, slots: int) -> None:
@@ -138,8 +160,29 @@ class ContinuousBatch:
             places.vacate(place, self.size)
         self.size -= 1
 
+    @torch.inference_mode()
+    def take(self, place: int, tokens: int, hidden: PerModel) -> KeptRow:
+        """Keep the first tokens of a sequence's text. hidden: after its prompt, `[H]` each."""
+        taken = (layers for places in self._places for layers in places.take(place, tokens))
+        return KeptRow(tuple(taken), hidden)
+
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> PerModel:
-        """Return logits of (adapted, base) after one more token per sequence, `[B, V]` each."""
+        """Return logits of (adapted, base) after one more token per sequence, `[B, V]` each.
+
+        The next step may overwrite them.
+        """
+        if self._recordings is None:
+            return self._step(tokens)
+        rows = min(bucket_rows(self.size), self.rows)
+        if rows > self.size:
+            for places in self._places:
+                places.pad(self.size, rows)
+        key = (rows, 1, 0, 0)
+        logits = self._recordings.step(key, tokens, self._step, self._pair.memory_key)
+        return tuple(x[: self.size] for x in logits)
+
+    def _step(self, tokens: Tensor) -> PerModel:
         if not isinstance(self._pair, PairedRunner):
             return self._pair.step(tokens)
         base, adapted = self._pair.runner.step(torch.cat([tokens.flip(0), tokens])).chunk(2)

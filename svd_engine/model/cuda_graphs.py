@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,34 +100,23 @@ class Order:
             self._event.record(self._stream)
 
 
-class GraphedRunner:
-    """A `Decoder` that replays a pair's decode steps from CUDA graphs.
+class Recordings:
+    """Steps of one pair, captured once each and replayed.
 
-    Rows and slots are rounded up, so that requests of many shapes share few graphs. Padding rows
-    duplicate row 0. Where a capture fails a warning names the cause, and steps of that shape go on
-    without a graph; it is tried `TRIES` times.
+    Where a capture fails a warning names the cause, and steps of that shape go on without a graph;
+    it is tried `TRIES` times.
     """
-
-    overlaps_host = True
 
     def __init__(
         self,
-        pair: ModelPair,
+        device: torch.device,
         record: Callable[[Run, torch.device, Any], tuple[Replay, PerModel]] = record,
     ) -> None:
-        self.pair = pair
-        self._record = record
+        self._device, self._record = device, record
         self._steps: dict[Key, Step] = {}
         self._failed: Counter[Key] = Counter()
         self._pool: Any = None  # of all steps' memory: only one step is replayed at a time
-        self._order = Order(pair.device)
         self._memory_key: object = None  # of the tensors that the captured steps work on
-        self._rows = self._slots = 0  # of the request
-        self._next_position = 0  # the highest that the next step writes
-
-    @property
-    def device(self) -> torch.device:
-        return self.pair.device
 
     @property
     def graphs(self) -> int:
@@ -137,6 +127,85 @@ class GraphedRunner:
     def failures(self) -> int:
         """Number of captures that failed."""
         return self._failed.total()
+
+    def step(
+        self,
+        key: Key,
+        tokens: Tensor,
+        run: Callable[[Tensor], PerModel],
+        memory_key: object,
+    ) -> PerModel:
+        """Return the logits of `run(tokens)`, whose rows are padded to those of the key.
+
+        The next step overwrites them. memory_key: changes when the tensors move that `run` works
+        on.
+        """
+        if self._memory_key != memory_key:
+            self._memory_key = memory_key
+            self._steps.clear()
+            self._pool = None  # the allocator gives up a pool with the last graph in it
+        if (step := self._steps.get(key)) is None:
+            return self._run_and_capture(key, tokens, run)
+        step.tokens[: len(tokens)] = tokens
+        step.replay()
+        return step.logits
+
+    def _run_and_capture(
+        self, key: Key, tokens: Tensor, run: Callable[[Tensor], PerModel]
+    ) -> PerModel:
+        """Do a step without a graph, then capture it."""
+        rows = key[0]
+        padded = tokens.new_zeros(rows, *tokens.shape[1:])
+        padded[: len(tokens)] = tokens
+        logits = run(padded)
+        if rows <= ROWS[-1] and self._failed[key] < TRIES:
+            try:
+                if self._pool is None and self._device.type == "cuda":
+                    self._pool = torch.cuda.graph_pool_handle()
+                captured = self._record(partial(run, padded), self._device, self._pool)
+                self._steps[key] = Step(padded, *captured)
+            except Exception as error:  # a graph cannot hold all that a model may do
+                self._failed[key] += 1
+                logger.warning(
+                    "A step of %d rows goes on without a CUDA graph, because a capture failed: "
+                    "%s: %s", rows, type(error).__name__, error,
+                )  # fmt: skip
+        return logits
+
+
+class GraphedRunner:
+    """A `Decoder` that replays a pair's decode steps from CUDA graphs.
+
+    Rows and slots are rounded up, so that requests of many shapes share few graphs. Padding rows
+    duplicate row 0.
+    """
+
+    overlaps_host = True
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        record: Callable[[Run, torch.device, Any], tuple[Replay, PerModel]] = record,
+    ) -> None:
+        self.pair = pair
+        self._recordings = Recordings(pair.device, record)
+        self._order = Order(pair.device)
+        self._rows = self._slots = 0  # of the request
+        self._next_position = 0  # the highest that the next step writes
+
+    @property
+    def device(self) -> torch.device:
+        return self.pair.device
+
+    @property
+    def graphs(self) -> int:
+        """Number of captured steps."""
+        return self._recordings.graphs
+
+    @property
+    def failures(self) -> int:
+        """Number of captures that failed."""
+        return self._recordings.failures
 
     def prefill(
         self,
@@ -218,45 +287,13 @@ class GraphedRunner:
         new = 1 if tokens.ndim == 1 else tokens.shape[1]
         kv_length = min(bucket_slots(self._next_position + new), self._slots)
         self._next_position += new
-        if self._memory_key != self.pair.memory_key:
-            self._memory_key = self.pair.memory_key
-            self._steps.clear()
-            self._pool = None  # the allocator gives up a pool with the last graph in it
         rows = bucket_rows(self._rows)
         any_length = self.pair.lengths_on_device
         key = (rows, new, 0, 0) if any_length else (rows, new, self._slots, kv_length)
-        step = self._steps.get(key)
-        if step is None:
-            logits = self._run_and_capture(key, tokens, kv_length)
-        else:
-            step.tokens[: self._rows] = tokens
-            step.replay()
-            logits = step.logits
+        run = partial(self.pair.step, kv_length=kv_length)
+        logits = self._recordings.step(key, tokens, run, self.pair.memory_key)
         self._order.end()
         return tuple(x[: self._rows] for x in logits)
-
-    def _run_and_capture(self, key: Key, tokens: Tensor, kv_length: int) -> PerModel:
-        """Do a step without a graph, then capture it."""
-        rows = key[0]
-        padded = tokens.new_zeros(rows, *tokens.shape[1:])
-        padded[: self._rows] = tokens
-
-        def run() -> PerModel:
-            return self.pair.step(padded, kv_length)
-
-        logits = run()
-        if rows <= ROWS[-1] and self._failed[key] < TRIES:
-            try:
-                if self._pool is None and self.device.type == "cuda":
-                    self._pool = torch.cuda.graph_pool_handle()
-                self._steps[key] = Step(padded, *self._record(run, self.device, self._pool))
-            except Exception as error:  # a graph cannot hold all that a model may do
-                self._failed[key] += 1
-                logger.warning(
-                    "A step of %d rows goes on without a CUDA graph, because a capture failed: "
-                    "%s: %s", rows, type(error).__name__, error,
-                )  # fmt: skip
-        return logits
 
     def warmup(self, rows: int, length: int) -> None:
         """Capture every step that `rows` sequences of up to `length` tokens can need."""

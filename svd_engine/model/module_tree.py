@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from svd_engine.model.adapter_layers import for_second_half
-from svd_engine.model.layers import attention, linear, longrope
+from svd_engine.model.layers import attention, feed_forward, linear, longrope
 from svd_engine.model.peft_adapter import Adapter
 
 Replacements = Mapping[Any, nn.Module]  # by the module to be replaced
@@ -88,6 +88,7 @@ def clone_sharing_parameters(
             if type(clone) is nn.Linear and not key[1]:
                 clone.__class__ = linear.Linear
             longrope.choose_per_row(clone)
+            feed_forward.multiply_in_pieces(clone)
         clone._modules = {
             name: None if child is None else visit(child, module)
             for name, child in module._modules.items()

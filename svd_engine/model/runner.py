@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from svd_engine.model.freed_memory import keep_freed_memory
 from svd_engine.model.kept_rows import Layers
 from svd_engine.model.kv_cache import KVCache
 from svd_engine.model.layers.attention import causal, causal_mask
@@ -44,6 +45,9 @@ class ModelRunner:
     cache: KVCache = field(default_factory=KVCache)
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [rows]
     _position_buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        keep_freed_memory()
 
     def fork(self) -> "ModelRunner":
         """Return a runner of the same modules with a cache of its own."""

@@ -39,8 +39,8 @@ def make_app(engine: SteeredEngine, settings: Settings) -> FastAPI:
     errors.install(app)
 
     async def answer(asked: ChatRequest | CompletionRequest, http: Request) -> Response:
-        stream = await run_in_threadpool(submit, engine, settings, asked)
-        form = Form(asked, stream.request, tokenizer, asked.model or settings.name)
+        stream, scores = await run_in_threadpool(submit, engine, settings, asked)
+        form = Form(asked, stream.request, scores, tokenizer, asked.model or settings.name)
         if asked.stream:
             return Events(stream, metrics, form)
         return await whole(http, stream, metrics, form)

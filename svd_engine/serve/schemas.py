@@ -1,6 +1,6 @@
 """What the endpoints take: OpenAI's fields that mean something here, and a few of ours."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,32 @@ Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]] | None
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # it always is
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's field for the form of the text."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's field for it."""
+
+    model_config = ConfigDict(extra="forbid")
+    regex: str | None = None
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    choice: list[str] | None = None
+    json_object: bool | None = None
 
 
 class Sampled(BaseModel):
@@ -35,6 +61,8 @@ class Sampled(BaseModel):
     logit_bias: Bias = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None
     strength: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -7,20 +7,32 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from svd_engine.engine import MODELS, SteeredEngine
+from svd_engine.generation.outputs import Score
 from svd_engine.generation.scheduler import BusyError, ClosedError
 from svd_engine.generation.stream import Stream
-from svd_engine.serve import errors
+from svd_engine.serve import errors, structured
 from svd_engine.serve.schemas import ChatRequest, CompletionRequest, Message, Sampled
 from svd_engine.serve.settings import Settings
 from svd_engine.steering_config import SteeringConfig
 
 
-def submit(engine: SteeredEngine, settings: Settings, asked: Sampled) -> Stream:
-    """Submit what a body asks for. Raises HTTPException: 400, 404, 429, 503."""
+def submit(
+    engine: SteeredEngine, settings: Settings, asked: Sampled
+) -> tuple[Stream, list[Score | None]]:
+    """Submit what a body asks for; return the stream, and scores of the prompts if it wants them.
+
+    Raises HTTPException: 400, 404, 429, 503.
+    """
     model = _model(settings, asked.model)
     try:
         prompts = prompt_ids(engine, asked)
-        return engine.submit(prompts, model=model, **_options(engine, settings, asked, prompts))
+        options = _options(engine, settings, asked, prompts)
+        stream = engine.submit(prompts, model=model, **options)
+        try:
+            return stream, _scores(engine, asked, model, prompts, options.get("steering"))
+        except BaseException:
+            stream.cancel()
+            raise
     except (ValueError, TypeError) as error:
         raise HTTPException(400, str(error)) from error
     except BusyError as error:
@@ -39,6 +51,26 @@ def prompt_ids(engine: SteeredEngine, asked: Any) -> list[list[int]]:
     if not (found := engine.inputs.prompts(asked.prompt)):
         raise ValueError("prompt is empty; give at least one.")
     return found
+
+
+def _scores(
+    engine: SteeredEngine,
+    asked: Sampled,
+    model: str | None,
+    prompts: list[list[int]],
+    steering: SteeringConfig | None,
+) -> list[Score | None]:
+    """Of the prompts after their first token, for `echo` with `logprobs`; None for short ones."""
+    scores: list[Score | None] = [None] * len(prompts)
+    if isinstance(asked, CompletionRequest) and asked.echo and asked.logprobs is not None:
+        long = [i for i, prompt in enumerate(prompts) if len(prompt) > 1]
+        found = engine.score(
+            [prompts[i] for i in long], model=model, steering=steering, details=True,
+            top_logprobs=asked.logprobs,
+        )  # fmt: skip
+        for i, score in zip(long, found, strict=True):
+            scores[i] = score
+    return scores
 
 
 def _message(message: Message) -> dict[str, str]:
@@ -72,6 +104,7 @@ def _options(
         num_return_sequences=asked.n,
         seed=secrets.randbits(62) if asked.seed is None else asked.seed,
         stop_strings=asked.stop or (), top_logprobs=_top_logprobs(asked),
+        **structured.options(asked),
     )  # fmt: skip
     if asked.strength is not None or asked.alpha is not None:
         own = engine.steering.generation
@@ -108,6 +141,6 @@ def _top_logprobs(asked: Sampled) -> int:
             raise ValueError("top_logprobs needs logprobs to be true.")
         return asked.top_logprobs or 0
     assert isinstance(asked, CompletionRequest)
-    if asked.echo and (asked.logprobs is not None or asked.stream):
-        raise ValueError("echo is not supported together with logprobs or stream; leave one out.")
+    if asked.echo and asked.stream:
+        raise ValueError("echo is not supported together with stream; leave one out.")
     return asked.logprobs or 0

@@ -9,6 +9,7 @@ from benchmarks.engine import fewer_steps
 from benchmarks.engine import tables as engine_tables
 from benchmarks.kernels import tables as operator_tables
 from benchmarks.quality import tables as quality_tables
+from benchmarks.vllm import tables as vllm_tables
 
 ABOUT = {
     "machine": "Some CPU, 2 threads",
@@ -152,6 +153,10 @@ def test_the_tables_of_fewer_steps():
         | {
             "cases": [
                 {
+                    "tokens": 512, "ratio": 1.875, "dtype": "float32",
+                    "contenders": {"steered": {"median": 3.0}, "adapted": {"median": 1.6}},
+                },
+                {
                     "tokens": 992, "new_tokens": 16, "kept_bytes": 9e7, "dtype": "float32",
                     "contenders": {"read on": {"median": 0.2}, "read anew": {"median": 9.0}},
                 }
@@ -160,6 +165,8 @@ def test_the_tables_of_fewer_steps():
     )  # fmt: skip
     assert "after 0.20 s, and after 9.00 s where it is read anew: 45 times sooner" in text
     assert "holds 90 MB" in text
+    assert "after 3.00 s if both models read it, and after 1.60 s if" in text
+    assert "alone: 1.88 times the time" in text
 
 
 @pytest.fixture
@@ -181,8 +188,9 @@ def root(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "method.md").write_text("".join(markers))
     (tmp_path / "docs" / "performance.md").write_text(PERFORMANCE)
-    serving = "<!-- figures:serving -->\n<!-- /figures -->\n"
-    (tmp_path / "docs" / "serving.md").write_text(serving)
+    for document, name in (("serving", "serving"), ("scaling", "vllm")):
+        marker = f"<!-- figures:{name} -->\n<!-- /figures -->\n"
+        (tmp_path / "docs" / f"{document}.md").write_text(marker)
     return tmp_path
 
 
@@ -229,6 +237,16 @@ def test_the_table_of_codes():
     lines = engine_tables.weights(ABOUT | {"cases": [case]}).splitlines()
     assert "| int8 | 135 | 6.00 | 8.00 | 0.75 |" in lines
     assert "| int4 | 76.0 | 5.00 | - | - |" in lines
+
+
+def test_the_table_of_vllm():
+    other = {"median": 0.5, "ratio": 0.8, "ratios": [0.7, 0.9]}
+    case = {"batch": 16, "new_tokens": 24, "rounds": 5, "steered": {"median": 0.4, "ratio": 1.0}}
+    case |= dict.fromkeys(vllm_tables.CONTENDERS, other)
+    text = vllm_tables.vllm(ABOUT | {"dtype": "float32", "cases": [case]})
+    assert "times that of | batch 16 |" in text
+    assert f"| {vllm_tables.CONTENDERS['lora']} | 0.80 [0.70, 0.90] |" in text
+    assert "| seconds of a steered call | 0.40 |" in text
 
 
 def test_the_gain_says_what_is_published():

@@ -9,7 +9,8 @@ from svd_engine.calibration.estimators import GRID
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import AUTO_OBJECTIVES
 from svd_engine.data.examples import encode
-from tests.calibration.test_calibrate import answers, least
+from tests.calibration.cases import answers
+from tests.calibration.test_calibrate import least
 from tests.tiny import tiny_peft
 
 FOLDS, SEED, COUNT, ALPHAS = 3, 7, 6, (0.5, 0.1)

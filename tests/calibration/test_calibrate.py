@@ -1,236 +1,25 @@
-"""The strength against dense searches in float64, and the verdict against planted data."""
+"""The strength of planted data, its verdict and its report."""
 
 import json
-import random
 import re
-from dataclasses import astuple, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from svd_engine import SteeredEngine, Steering, SteeringConfig, calibration
+from svd_engine import Steering, SteeringConfig, calibration
 from svd_engine.calibration import estimators, support_stats
 from svd_engine.calibration.calibrate import calibrate, fit
 from svd_engine.calibration.objectives import Answers
 from svd_engine.calibration.options import CalibrationKeywords, CalibrationOptions
 from svd_engine.data import contamination
 from svd_engine.data.examples import encode
-from svd_engine.generation.scoring import Predictions
-from svd_engine.kernels import reference
 from svd_engine.utils import bootstrap, plots
-from tests.tiny import VOCAB, tiny_peft
-
-
-def answers(n, seed=0, wrong=2):
-    rng = random.Random(seed)
-
-    def text(length):
-        return [rng.randrange(3, VOCAB) for _ in range(length)]
-
-    return [
-        dict(prompt=text(4), completion=text(3), rejected=[text(rng.choice([2, 3]))] * wrong)
-        for _ in range(n)
-    ]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return SteeredEngine(tiny_peft())
-
-
-def rows_of(engine, prompt, completion):
-    """Both models' float64 logits at every token of the completion."""
-    ids = torch.tensor([prompt + completion])
-    adapted = engine.model(ids).logits[0, len(prompt) - 1 : -1].double()
-    with engine.model.disable_adapter():
-        return adapted, engine.model(ids).logits[0, len(prompt) - 1 : -1].double()
-
-
-@torch.no_grad()
-def dense(engine, passages):
-    """(mu, alpha) -> log P_mu of each passage from whole rows in float64."""
-    rows = [(*rows_of(engine, *passage), torch.tensor(passage[1])) for passage in passages]
-
-    def scores(mu, alpha=0.1):
-        each = [
-            reference.score(z, b, mu, target, alpha=alpha, penalty=0.0).sum()
-            for z, b, target in rows
-        ]
-        return np.array([float(score) for score in each])
-
-    return scores
-
-
-@pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0])
-def test_supports_give_the_score_at_any_strength(engine, alpha):
-    passages = Answers(encode(answers(6), None)).passages
-    stats = support_stats.collect(engine.pair, passages, alpha)
-    scores = dense(engine, passages)
-    for mu in (-20.0, 0.0, 3.0):
-        got = stats.totals(stats.logprob(mu), len(passages)).numpy()
-        np.testing.assert_allclose(got, scores(mu, alpha), atol=1e-4)
-
-
-@pytest.mark.parametrize("strength", [-64.0, -1.0, 64.0])
-def test_strengths_whose_exponentials_overflow(strength):
-    """One position is moved by hundreds of nats, the other hardly, with mass off its support."""
-    adapted = torch.tensor([[0.2, 0.0, -3.0, -4.0], [0.3, 0.0, -0.9, -0.8]])
-    base = adapted + torch.tensor([[40.0, -40.0, 0.0, 0.0], [0.02, 0.0, 0.01, -0.01]])
-    target = torch.tensor([1, 2])
-    predicted = Predictions((adapted, base), target, torch.arange(2))
-    got = support_stats.gather([predicted], 0.5).logprob(strength)
-    rows = adapted.double(), base.double()
-    truth = reference.score(*rows, strength, target, alpha=0.5, penalty=0.0)
-    torch.testing.assert_close(got, truth, atol=2e-4, rtol=1e-5)
-
-
-def test_projections_are_those_of_the_operator(engine):
-    passages = Answers(encode(answers(4), None)).passages
-    stats = support_stats.collect(engine.pair, passages, 0.1)
-    got = stats.projections()
-    expected = [[], [], []]
-    with torch.no_grad():
-        for prompt, completion in passages:
-            adapted, base = rows_of(engine, prompt, completion)
-            terms = reference.project_strength(adapted, base, torch.tensor(completion))
-            for column, term in zip(expected, terms[:3], strict=True):
-                column.append(term)
-    order = torch.argsort(stats.passage, stable=True)
-    for mine, truth in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine[order], torch.cat(truth), atol=1e-6, rtol=1e-4)
-    step = 1e-4
-    slope = (stats.logprob(step) - stats.logprob(-step)) / (2 * step)
-    torch.testing.assert_close(got[0], slope, atol=1e-6, rtol=1e-5)
-    assert (stats.support_sizes() >= 1).all()
-
-
-def test_exact_is_the_dense_optimum_of_the_likelihood(engine):
-    examples = answers(12)
-    report = engine.calibrate(examples, objective="nll", force=True)
-    scores = dense(engine, [(e.prompt, e.completion) for e in encode(examples, None)])
-
-    def nll(mu):
-        return -scores(mu).sum()
-
-    low, high = -64.0, 64.0
-    for _ in range(60):  # ternary search: the objective is convex
-        a, b = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (low, b) if nll(a) < nll(b) else (a, high)
-        if high - low < 1e-4:
-            break
-    assert report.strength == pytest.approx((low + high) / 2, rel=1e-3, abs=1e-3)
-    assert engine.steering.generation.strength == report.strength
-
-
-def test_preference_is_the_global_optimum_of_the_bracket(engine):
-    examples = answers(10)
-    report = engine.calibrate(examples, objective="preference", force=True)
-    held = Answers(encode(examples, None))
-    stats = support_stats.collect(engine.pair, held.passages, 0.1)
-    losses = held.losses(stats, "preference")
-    everywhere = [losses(mu).sum() for mu in np.linspace(-64, 64, 4001)]
-    assert losses(report.strength).sum() <= min(everywhere) + 1e-6
-    curve = dict(report.curve)
-    assert min(curve.values()) >= losses(report.strength).mean() - 1e-9
-
-
-def test_supports_at_a_larger_alpha_are_those_collected_there(engine):
-    passages = Answers(encode(answers(6), None)).passages
-    wide = support_stats.collect(engine.pair, passages, 0.01)
-    assert len(wide.p) > len(wide.at(0.3).p) > len(wide.at(1.0).p) >= len(wide.adapted)
-    for alpha in (0.01, 0.3, 1.0):
-        for mine, truth in zip(
-            astuple(wide.at(alpha)),
-            astuple(support_stats.collect(engine.pair, passages, alpha)),
-            strict=True,
-        ):
-            assert torch.equal(mine, truth)
-
-
-@pytest.mark.parametrize("spoilt", ["nothing", "adapted -inf", "base -inf", "both -inf"])
-def test_the_entries_are_what_steering_changes(spoilt):
-    torch.manual_seed(0)
-    adapted, base = 3 * torch.randn(2, 20, VOCAB)
-    target = torch.arange(20) + 1
-    if spoilt in ("adapted -inf", "both -inf"):
-        adapted[::3, 40] = -torch.inf
-    if spoilt in ("base -inf", "both -inf"):
-        base[::3, 40] = -torch.inf
-    parts = [
-        Predictions((adapted[rows], base[rows]), target[rows], rows)
-        for rows in torch.arange(20).split(8)
-    ]
-    got = support_stats.gather(parts, 0.05)
-    z, b = adapted.double(), base.double()
-    kept = reference.steer(z, b, 1.0, alpha=0.05).isfinite()
-    row, token = kept.nonzero().T
-    assert torch.equal(got.position, row)
-    assert torch.equal(got.on_target, token == target[row])
-    torch.testing.assert_close(got.p, z.softmax(-1)[kept], atol=0, rtol=1e-5)
-    delta = reference.steering_vector(z, b)[kept]
-    torch.testing.assert_close(got.delta, delta, atol=1e-6, rtol=1e-5)
-    for mine, logits in ((got.adapted, z), (got.base, b)):
-        every = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
-        torch.testing.assert_close(mine, every, atol=1e-5, rtol=0)
-
-
-def test_the_estimators_by_hand():
-    numerator = np.array([1.0, -2.0, 3.0, 0.5, 40.0] * 4)
-    denominator = np.array([1.0, 4.0, 1.5, 0.5, 1e-3] * 4)
-    ratios = sorted(numerator / denominator)
-    expected = {
-        "mean": np.mean(ratios),
-        "median": 1.0,
-        "trimmed": np.mean(ratios[2:-2]),
-        "ratio": numerator.sum() / denominator.sum(),
-    }
-    for name, of_tokens in estimators.FROM_TOKENS.items():
-        assert of_tokens(numerator, denominator) == pytest.approx(expected[name], rel=1e-6)
-
-
-@pytest.mark.parametrize("hessian", estimators.HESSIANS)
-@pytest.mark.parametrize("estimator", estimators.FROM_TOKENS)
-def test_every_estimator_is_that_of_the_right_answers_tokens(engine, estimator, hessian):
-    examples = answers(8)
-    report = engine.calibrate(examples, estimator=estimator, hessian=hessian, force=True)
-    terms = [[], []]
-    with torch.no_grad():
-        for example in encode(examples, None):
-            adapted, base = rows_of(engine, example.prompt, example.completion)
-            term = reference.project_strength(adapted, base, torch.tensor(example.completion))
-            terms[0].append(term.numerator.numpy())
-            terms[1].append(getattr(term, hessian.replace("-", "_")).numpy())
-    expected = estimators.FROM_TOKENS[estimator](*map(np.concatenate, terms))
-    estimate = report.estimates[f"{estimator} {hessian}"]
-    # A token whose vector is nothing but rounding rules the mean.
-    assert estimate == pytest.approx(expected, rel=0.05 if estimator == "mean" else 1e-3)
-    assert report.strength == np.clip(estimate, -64, 64)
-    assert report.at_bracket == (abs(report.strength) > 63.9)
-    low, high = report.interval
-    assert -64 <= low <= high <= 64
-    assert engine.steering.generation.strength == report.strength
-    assert engine.steering.generation.estimator == estimator
-    exact = engine.calibrate(examples)
-    assert report.optimum == exact.strength and report.estimates == exact.estimates
-
-
-def test_length_normalised_preference_compares_log_probabilities_a_token(engine):
-    examples = answers(6)
-    held = Answers(encode(examples, None))
-    stats = support_stats.collect(engine.pair, held.passages, 0.1)
-    scores = held.scores(stats, 2.0)
-    loss = held.losses(stats, "preference", True)(2.0)
-    for e, (right, wrong) in enumerate(zip(held.right, held.wrong, strict=True)):
-        pairs = [
-            np.log1p(np.exp(scores[w] / held.lengths[w] - scores[r] / held.lengths[r]))
-            for r in right
-            for w in wrong
-        ]
-        assert loss[e] == pytest.approx(np.mean(pairs))
-    report = engine.calibrate(examples, length_normalised=True, force=True)
-    assert report.length_normalised and report.strength != engine.calibrate(examples).strength
+from tests.calibration.cases import answers
+from tests.calibration.cases import engine as engine  # a fixture
+from tests.tiny import VOCAB
 
 
 def test_alpha_is_chosen_by_cross_validation(engine):
@@ -243,28 +32,6 @@ def test_alpha_is_chosen_by_cross_validation(engine):
     assert report.curve == alone.curve and report.strength == alone.strength
     assert dict(report.alpha_losses)[best] == alone.alpha_losses[0][1]
     assert engine.calibrate(examples[:4], alpha=alphas, folds=2).alpha in alphas
-
-
-@pytest.mark.parametrize(
-    "objective, of_margin",
-    [("preference", lambda m: np.log1p(np.exp(m))), ("ranking", lambda m: 1 / (1 + np.exp(-m)))],
-)
-def test_a_loss_is_the_mean_over_pairs(engine, objective, of_margin):
-    examples = answers(5)
-    held = Answers(encode(examples, None))
-    stats = support_stats.collect(engine.pair, held.passages, 0.1)
-    scores = held.scores(stats, -3.0)
-    loss = held.losses(stats, objective)(-3.0)
-    for e, (right, wrong) in enumerate(zip(held.right, held.wrong, strict=True)):
-        pairs = [of_margin(scores[w] - scores[r]) for r in right for w in wrong]
-        assert loss[e] == pytest.approx(np.mean(pairs))
-
-
-def test_ranking_lowers_the_share_of_pairs_in_the_wrong_order(engine):
-    report = engine.calibrate(answers(10), objective="ranking", force=True)
-    curve = dict(report.curve)
-    assert report.loss_name == "ranking loss" and all(0 <= x <= 1 for x in curve.values())
-    assert min(curve.values()) < curve[0.0]
 
 
 class Planted:
@@ -333,21 +100,6 @@ def test_the_likelihood_of_new_examples_never_suffers(chance, count, monkeypatch
     assert used == (8 if (chance, count) == (0.9, 120) else 0) or (chance, count) == (0.9, 20)
 
 
-def test_divergence_is_that_of_whole_rows(engine):
-    passages = Answers(encode(answers(3), None)).passages
-    stats = support_stats.collect(engine.pair, passages, 0.1)
-    order = torch.argsort(stats.passage, stable=True)
-    expected = []
-    with torch.no_grad():
-        for prompt, completion in passages:
-            adapted, base = rows_of(engine, prompt, completion)
-            steered = reference.steer(adapted, base, -3.0, alpha=0.1, penalty=0.0)
-            expected.append(reference.divergence(adapted, steered))
-    torch.testing.assert_close(
-        stats.divergence(-3.0)[order], torch.cat(expected), atol=1e-5, rtol=1e-4
-    )
-
-
 @pytest.mark.parametrize("objective", ["nll", "preference", "ranking"])
 @pytest.mark.parametrize("rounding", [0.0, 1e-9])
 def test_strength_is_0_where_nothing_is_to_choose(objective, rounding):
@@ -362,15 +114,6 @@ def test_strength_is_0_where_nothing_is_to_choose(objective, rounding):
     assert report.strength == report.optimum == report.likelihood_strength == 0
     assert report.interval == (0, 0) and not report.at_bracket and not report.worthwhile
     assert report.loss_after == report.loss_before and "indifferent" in report.verdict
-
-
-def test_strength_0_is_kept_unless_another_is_better():
-    def losses(strength):
-        return np.array([max(strength, 0.0)])
-
-    curves = np.maximum(estimators.GRID, 0.0)[None]  # every strength below 0 is as good
-    assert estimators.exact(losses, np.ones(1), curves) == 0
-    assert estimators.GRID[estimators.best_points(np.ones((1, 1)), curves)] == 0
 
 
 def least(losses, counts):

@@ -6,7 +6,7 @@ from svd_engine import SteeredEngine
 from svd_engine.calibration import text_check
 from svd_engine.generation.outputs import Completion
 from svd_engine.steering_config import SteeringConfig
-from tests.calibration.test_calibrate import answers
+from tests.calibration.cases import answers
 from tests.tiny import assert_same_tokens, teacher_forced_two_pass, tiny_peft
 
 

@@ -8,7 +8,7 @@ import torch
 from svd_engine import SteeredEngine, Steering, SteeringConfig, calibration
 from svd_engine.data import contamination
 from svd_engine.kernels import reference
-from tests.calibration.test_calibrate import answers
+from tests.calibration.cases import answers
 from tests.tiny import assert_same_tokens, teacher_forced_two_pass, tiny_peft
 
 PROMPT, COMPLETION = [5, 17, 40, 9], [33, 2, 101]

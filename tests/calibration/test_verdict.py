@@ -9,8 +9,9 @@ import torch
 from svd_engine.calibration import verdict
 from svd_engine.calibration.verdict import Evidence
 from svd_engine.data.examples import encode
-from tests.calibration.test_calibrate import PLANTED, Planted, answers, calibrated
-from tests.calibration.test_calibrate import engine as engine  # a fixture
+from tests.calibration.cases import answers
+from tests.calibration.cases import engine as engine  # a fixture
+from tests.calibration.test_calibrate import PLANTED, Planted, calibrated
 
 GOOD = Evidence(
     use="generation", examples=80, interval=(-4.0, -1.0), gain=(0.1, 0.3), nll_change=0.01,

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.ops import cpu
 
 REQUESTS = [
     dict(prompt="w005 w021", id="a"),
@@ -55,7 +56,8 @@ def test_requests_are_answered_and_a_killed_run_goes_on(command, tmp_path, tiny_
     ]
     assert ids[0] == ids[1]
     kept = path.read_text()
-    for lines, more in ((REQUESTS[1:], ()), (REQUESTS, ("--alpha", 0.5))):
+    codes = [(REQUESTS, ("--weights", "int8"))] if cpu.unavailable() is None else []
+    for lines, more in ((REQUESTS[1:], ()), (REQUESTS, ("--alpha", 0.5)), *codes):
         code, _, err = command(lines, *more)
         assert code == 2 and "answers another request" in err and path.read_text() == kept
 

@@ -9,6 +9,7 @@ import pytest
 from svd_engine import SteeringConfig
 from svd_engine.data import contamination, examples
 from svd_engine.evaluate import commonsense, truthfulqa
+from svd_engine.ops import cpu
 from tests.evaluate.test_judge import server  # noqa: F401
 
 
@@ -112,10 +113,13 @@ def test_the_folder_is_named_by_adapter_and_settings(
 ):
     monkeypatch.chdir(tmp_path)
     data = ["truthfulqa", "--data", folder / "mc_task.json", *options[:-2]]
-    for more in ((), ("--limit", 2), ("--strength", 2), ("--prompt", "primer")):
+    codes = [("--weights", "int8"), ("--weights", "int4")] if cpu.unavailable() is None else []
+    for more in ((), ("--limit", 2), ("--strength", 2), ("--prompt", "primer"), *codes):
         assert evaluate(*data, "--limit", 1, *more)[0] == 0
     found = sorted(path.name for path in (tmp_path / "runs" / "evaluate").iterdir())
-    assert len(found) == 3 and all(re.fullmatch(r"adapter-[0-9a-f]{8}", name) for name in found)
+    assert len(found) == 3 + len(codes) and all(
+        re.fullmatch(r"adapter-[0-9a-f]{8}", name) for name in found
+    )
 
 
 def test_overlap_is_refused(evaluate, folder, options, tmp_path):

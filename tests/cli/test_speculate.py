@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from svd_engine import loading
 from svd_engine.ops import cpu
 from tests.tiny import tiny_base
 
@@ -49,3 +50,15 @@ def test_errors_name_the_source(command, tmp_path, words):
     assert code == 2 and "vocabulary is another one" in err
     code, _, err = command("w005", "--speculate", "prompt", "--beams", 2)
     assert code == 2 and "num_beams = 2 keeps several" in err
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [("0", "the number of guesses must be an integer from 1"), ("-1", "got -1.0"),
+     ("2.5", "got 2.5"), ("1e3", "got 1000.0"), (str(2**31), "got 2147483648"),
+     ("./missing", "no such folder")],
+)  # fmt: skip
+def test_bad_sources_are_refused_before_the_model_is_loaded(command, monkeypatch, source, message):
+    monkeypatch.setattr(loading, "load_base", lambda *_, **__: pytest.fail("it was loaded"))
+    code, _, err = command("w005", f"--speculate={source}")
+    assert code == 2 and err.count("\n") == 1 and message in err and f"--speculate {source}" in err

@@ -7,6 +7,7 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig
 
 from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.generation.limits import Limits
 from svd_engine.model.cuda_graphs import GraphedRunner
 from svd_engine.model.runner import ModelRunner
 from tests.model.test_cuda_graphs import rerun
@@ -68,6 +69,33 @@ def test_a_second_turn_reads_what_is_new(engine, monkeypatch, sampled):
     assert engine.prefix_cache.hits == 1
     assert engine.prefix_cache.tokens == len(FIRST) + 5
     assert_alike([got], fresh(engine, prompt, **OPTIONS, **sampled))
+
+
+@pytest.mark.parametrize("chunk", [4, 1000], ids=["chunks", "together"])
+def test_submitted_prompts_go_on_from_texts_too(engine, monkeypatch, chunk):
+    """From those of submit and of generate, beside each other, and generate from theirs."""
+    engine.limits = Limits(rows=4, chunk=chunk)
+    (first,) = engine.submit(FIRST, **OPTIONS).completions()
+    (second,) = engine.submit(FIRST + first.token_ids, max_new_tokens=1).completions()
+    engine.generate(OTHER, **OPTIONS)
+    answered, hits = FIRST + first.token_ids, engine.prefix_cache.hits
+    prompts = [
+        answered + second.token_ids + QUESTION, FIRST[:68] + QUESTION * 3, OTHER + QUESTION, FIRST,
+        answered,
+    ]  # fmt: skip
+    sampled = dict(OPTIONS, temperature=0.7, num_return_sequences=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "prefill", None)
+        streams = [engine.submit(prompt, **OPTIONS) for prompt in prompts]
+        copies = engine.submit(OTHER + QUESTION, **sampled).completions()
+        got = [stream.completions()[0] for stream in streams]
+        again = engine.generate(prompts[0] + [9], **OPTIONS)
+    assert engine.prefix_cache.hits == hits + len(prompts) + 2
+    engine.close()
+    for prompt, completion in zip(prompts, got, strict=True):
+        assert_alike([completion], fresh(engine, prompt, **OPTIONS))
+    assert_alike(copies, fresh(engine, OTHER + QUESTION, **sampled))
+    assert_alike(again, fresh(engine, prompts[0] + [9], **OPTIONS))
 
 
 def test_rows_that_part_elsewhere(engine):

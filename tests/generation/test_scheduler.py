@@ -12,8 +12,11 @@ from peft import PrefixTuningConfig
 from transformers import LogitsProcessor
 
 from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine.generation import scheduler
 from svd_engine.generation.limits import Limits
 from svd_engine.generation.scheduler import BusyError, ClosedError
+from svd_engine.model.continuous import ContinuousBatch
+from svd_engine.model.cuda_graphs import Recordings
 from tests.tiny import PROMPTS, assert_same_tokens, tiny_base, tiny_peft, two_pass
 
 LONG = [(7 * i) % 190 + 5 for i in range(60)]
@@ -69,6 +72,54 @@ def same(got, want):
             assert {k: [t for t, _ in v] for k, v in one.items()} == {
                 k: [t for t, _ in v] for k, v in other.items()
             }
+
+
+def recorded(pair, keys):
+    """Returns a batch whose steps are recorded; what a graph holds fast must not have moved."""
+
+    def where():
+        return [
+            (r.positions.data_ptr(), r.cache.first_row, [x[0].data_ptr() for x in memory(r)])
+            for r in batch._pair.runners
+        ]
+
+    def memory(runner):
+        return [runner.cache._layers[i] for i in sorted(runner.cache._layers)]
+
+    def record(run, device, pool):
+        there, outputs = where(), tuple(x.clone() for x in run())
+
+        def replay():
+            assert where() == there
+            for kept, x in zip(outputs, run(), strict=True):
+                kept.copy_(x)
+
+        for places in batch._places:  # the recording itself has taken a step
+            places.runner.positions -= 1
+        return replay, outputs
+
+    class Counted(Recordings):
+        def step(self, key, *arguments):
+            keys.append(key)
+            return super().step(key, *arguments)
+
+    batch = ContinuousBatch(pair, Counted(pair.device, record))
+    return batch
+
+
+def test_recorded_steps_serve_requests_that_come_and_go(engine, monkeypatch):
+    keys = []
+    monkeypatch.setattr(scheduler, "ContinuousBatch", lambda pair: recorded(pair, keys))
+    engine.limits = Limits(rows=7, chunk=8)
+    requests = variety()
+    random.Random(1).shuffle(requests)
+    streams = [engine.submit(**request) for request in requests]
+    together = [stream.completions() for stream in streams]
+    for request, got in zip(requests, together, strict=True):
+        same(got, engine.generate(**request))
+    assert {rows for rows, *_ in keys} >= {4, 6, 7}  # those of 5 are padded, 8 is no room for
+    batch = engine.scheduler._batch
+    assert batch._recordings.failures == 0 and batch._recordings.graphs <= 6
 
 
 def test_requests_of_every_kind_beside_each_other(engine):

@@ -9,7 +9,7 @@ from svd_engine.generation import scoring
 from svd_engine.kernels import reference
 from svd_engine.model.pair import pair_models
 from svd_engine.model.peft_adapter import Adapter
-from tests.tiny import tiny_peft
+from tests.tiny import VOCAB, tiny_peft
 
 PROMPTS = [[5, 17, 40, 9], [7], [120, 3, 88, 61, 14, 90]]
 COMPLETIONS = [[9, 33, 2], [101], [55, 4, 4, 12, 77]]
@@ -89,6 +89,27 @@ def test_details_of_pairs(engine):
     assert engine.score(PROMPTS, continuations) == pytest.approx([s.logprob for s in got])
     for i, prompt in enumerate(PROMPTS):
         assert engine.score(prompt, [continuations[i]]) == pytest.approx([got[i].logprob], abs=1e-4)
+
+
+def test_the_best_in_each_place_under_another_steering(engine):
+    completion, k = [40, 9, 33], 3
+    (got,) = engine.score(
+        [[5, 17]], [completion], details=True, top_logprobs=k, steering=SteeringConfig(2.0)
+    )
+    ids = torch.tensor([[5, 17, *completion[:-1]]])
+    with torch.no_grad():
+        adapted = engine.model(ids).logits[0, 1:].float()
+        with engine.model.disable_adapter():
+            base = engine.model(ids).logits[0, 1:].float()
+    want = reference.steer(adapted, base, 2.0, penalty=0.0).double().log_softmax(-1)
+    for place, listed in enumerate(got.top_logprobs):
+        best = want[place].topk(k)
+        assert [token for token, _ in listed] == best.indices.tolist()
+        assert [x for _, x in listed] == pytest.approx(best.values.tolist(), abs=2e-4)
+        assert got.logprobs[place] == pytest.approx(float(want[place, completion[place]]), abs=2e-4)
+    for k, message in ((VOCAB + 1, "at most the vocabulary's"), (-1, "an integer"), (1, "details")):
+        with pytest.raises(ValueError, match=message):
+            engine.score([[5, 17]], [completion], top_logprobs=k)
 
 
 def test_one_text_is_one_continuation(engine):

@@ -128,6 +128,34 @@ def test_an_assistant_that_is_the_model_is_right(engines, models, monkeypatch):
 
 
 @pytest.mark.usefixtures("costless")
+@pytest.mark.parametrize("form", ["two passes", "checkpoints"])
+def test_the_adapted_model_goes_ahead(engines, form, monkeypatch):
+    rng, engine = random.Random(form), engines[form]
+    for _ in range(8):
+        options = asked(rng, engine, form) | dict(model=None)
+        source = rng.choice(["adapted", ["adapted", 2], ["adapted", "prompt"]])
+        assert engine.generate(**options, speculate=source) == engine.generate(**options), options
+    options = dict(max_new_tokens=13, eos_token_id=[], steering=SteeringConfig(0.0, alpha=0.0))
+    base = engine.pair.runners[1]
+    for temperature in (0.0, 0.7):
+        want = engine.generate(PROMPTS, temperature=temperature, **options)
+        with monkeypatch.context() as patch:
+            steps = calls_of(base, "step", patch)
+            got = engine.generate(
+                PROMPTS, temperature=temperature, speculate=["adapted", 3], **options
+            )
+        assert got == want
+        assert [tuple(tokens.shape) for tokens in steps] == [(4, 4)] * 3  # after the prompt
+
+
+def calls_of(of, name, monkeypatch):
+    """The first argument of each call of a method from now on."""
+    calls, method = [], getattr(of, name)
+    monkeypatch.setattr(of, name, lambda *a: (calls.append(a[0]), method(*a))[1])
+    return calls
+
+
+@pytest.mark.usefixtures("costless")
 def test_plain_transformers_writes_the_same():
     model = tiny_peft("llama")
     engine = SteeredEngine(model, steering=SteeringConfig(0.0))
@@ -186,7 +214,7 @@ def test_recorded_steps(monkeypatch, options):
     prompts = [LOOP, *PROMPTS]
     want = engine.generate(prompts, max_new_tokens=30, **options)
     assert graphed.generate(prompts, max_new_tokens=30, speculate=4, **options) == want
-    assert {key[1] for key in decoder._steps} == {1, 5}
+    assert {key[1] for key in decoder._recordings._steps} == {1, 5}
 
 
 def test_memory_does_not_grow(engines):
@@ -211,6 +239,12 @@ def test_what_no_guesses_come_from(engines, speculate, message):
 
 
 def test_what_cannot_speculate(engines, words):
+    for form, options in (("lora", {}), ("two passes", dict(model="adapted"))):
+        with pytest.raises(ValueError, match="needs a pass of each"):
+            engines[form].generate(LOOP, max_new_tokens=5, speculate="adapted", **options)
+    with pytest.raises(ValueError, match="or an assistant model, not both"):
+        both = ["adapted", tiny_base("llama")]
+        engines["two passes"].generate(LOOP, max_new_tokens=5, speculate=both)
     with pytest.raises(ValueError, match="num_beams = 2 keeps several"):
         engines["lora"].generate(LOOP, max_new_tokens=5, num_beams=2, speculate="prompt")
     walked = SteeredEngine(tiny_peft("gpt2"), steering=STEERING)

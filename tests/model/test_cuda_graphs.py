@@ -223,10 +223,10 @@ def test_graphs_share_a_pool_until_memory_has_moved(monkeypatch):
         return rerun(run, device)
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(GraphedRunner, "device", torch.device("cuda"))
     monkeypatch.setattr(cuda_graphs, "SLOTS", 8)
     _, graphed = engines(record=record)
     decoder = graphed._decoders[graphed.pair]
+    decoder._recordings._device = torch.device("cuda")
     for prompt, steps in (([5, 6], 9), ([5] * 40, 2)):
         decoder.prefill([prompt], 12)
         for _ in range(steps):

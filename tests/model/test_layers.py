@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from svd_engine.model.layers import attention, linear
+from svd_engine.model.layers import attention, feed_forward, linear
 from svd_engine.model.module_tree import base_tree, paired_tree
 from svd_engine.model.peft_adapter import Adapter
 from svd_engine.model.runner import ModelRunner
@@ -314,6 +314,40 @@ def test_prompts_from_the_first_slot_need_no_mask(architecture, lengths, causal_
     assert len(causal_calls) == config.num_hidden_layers
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (5.0, False), (None, True)])
+@pytest.mark.parametrize("length", [128, 300])
+def test_a_prompt_attends_in_blocks(length, softcap, sinks, window, dtype, monkeypatch):
+    query, key = (normal(2, heads, length, 8, dtype=dtype, seed=heads) for heads in (4, 2))
+    value, s_aux = normal(2, 2, length, 3, dtype=dtype, seed=1), normal(4, dtype=dtype, seed=5)
+    positions = torch.arange(length)[None]
+    mask = attention.causal_mask(positions, length, dtype)
+    seen, compute = [], attention._composed
+    monkeypatch.setattr(
+        attention, "_composed", lambda *of: (seen.append(of[1].shape[2]), compute(*of))[1]
+    )
+    with attention.causal(mask):
+        got, _ = attention.attend(
+            nn.Module(), query, key, value, mask, sliding_window=window, softcap=softcap,
+            position_ids=positions, s_aux=s_aux if sinks else None,
+        )  # fmt: skip
+    assert seen == [*range(128, length, 128), length]
+    slots = torch.arange(length)
+    hidden = slots > slots[:, None]
+    if window:
+        hidden |= slots <= slots[:, None] - window
+    for head in range(4):
+        scores = query[:, head].double() @ key[:, head // 2].double().mT * 8**-0.5
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        scores.masked_fill_(hidden, -torch.inf)
+        if sinks:
+            scores = torch.cat([scores, s_aux[head].double().expand(2, length, 1)], -1)
+        want = scores.softmax(-1)[..., :length] @ value[:, head // 2].double()
+        close(got[:, :, head], want, scale=8)
+
+
 def test_what_hides_more_than_later_slots_keeps_its_mask(causal_calls):
     runner = ModelRunner(base_tree(Adapter.read(tiny_peft("llama"))))
     runner.prefill([[5, 3, 8]] * 2, max_new_tokens=4)
@@ -332,3 +366,31 @@ def test_what_hides_more_than_later_slots_keeps_its_mask(causal_calls):
         assert causal_calls == []
         attention.attend(attention_mask=mask, sliding_window=5, **of)
     assert len(causal_calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@torch.inference_mode(False)
+def test_a_gate_is_multiplied_in_pieces(architecture, dtype, monkeypatch):
+    monkeypatch.setattr(feed_forward, "PIECE", 200)  # 4 rows
+    plain = tiny_base(architecture).to(dtype).model.layers[0].mlp
+    ours = base_tree(Adapter.read(tiny_peft(architecture).to(dtype))).model.layers[0].mlp
+    sizes: list[int] = []
+    ours.act_fn.register_forward_hook(lambda module, x, y: sizes.append(len(y)))
+    x = normal(2, 9, 32, dtype=dtype).requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+    assert sizes == [4, 4, 4, 4, 2]
+    ours(x).sum().backward()
+    assert x.grad is not None and sizes[5:] == [2]
+
+
+def test_another_feed_forward_layer_is_left_alone():
+    class Mlp(nn.Module):
+        def forward(self, x):
+            down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+            return down_proj
+
+    layer = Mlp()
+    feed_forward.multiply_in_pieces(layer)
+    assert type(layer) is Mlp

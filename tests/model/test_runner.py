@@ -1,11 +1,14 @@
 """Rows of a runner: static steps, moved rows, and memory that outlives a request."""
 
+import platform
+
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
+from svd_engine.model.freed_memory import keep_freed_memory
 from svd_engine.model.kv_cache import KVCache
-from svd_engine.model.pair import SequentialRunner, pair_models
+from svd_engine.model.pair import SequentialRunner, adapted_runner, pair_models
 from svd_engine.model.peft_adapter import Adapter
 from tests.tiny import tiny_peft
 
@@ -131,3 +134,18 @@ def test_memory_outlives_a_request_and_what_lies_in_it_does_not():
         assert again[:, :, 2:].eq(0).all()
     grown, _ = store(6, 41, 1.0)
     assert grown.shape == (6, 3, 41, 8)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators do as they like")
+def test_activations_come_back_to_memory_that_was_freed():
+    """Not to fresh pages, of which each is handed out at its first touch."""
+    resource = pytest.importorskip("resource")
+    keep_freed_memory.cache_clear()
+    SequentialRunner(adapted_runner(Adapter.read(tiny_peft()), native=False))
+    faults = []
+    for _ in range(2):
+        for _ in range(4):
+            layer = [torch.ones(3 << 19) for _ in range(4)]  # 6 MB each, 1536 pages
+            del layer
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[1] - faults[0] < 1000

@@ -149,3 +149,18 @@ def test_it_is_found_in_bfloat16_too(model):
     assert not is_found(runner, plans[0]) and not is_found(wide, plans[1])
     for (field, wrong), (_, wide_wrong) in zip(*map(changes, plans), strict=True):
         assert is_found(runner, wrong) or is_found(wide, wide_wrong), field
+
+
+@pytest.mark.parametrize("wrong", ["many rows", "far positions"])
+def test_what_is_wrong_of_many_rows_or_far_away_alone_is_found(model, wrong):
+    class Step(CpuStep):
+        def run(self, embedded, positions, *others):
+            out = super().run(embedded, positions, *others)
+            is_wrong = len(positions) > 16 if wrong == "many rows" else positions.max() > 1024
+            return out * (1.01 if is_wrong else 1.0)
+
+    runner = PairedRunner(Adapter.read(model)).runner
+    plan = read_plan(runner)
+    trial.check(runner, CpuStep(plan))
+    with pytest.raises(NotDescribed, match="off by"):
+        trial.check(runner, Step(plan))

@@ -191,7 +191,7 @@ def test_cuts_follow_transformers():
         (dict(min_p=0.2), MinPLogitsWarper(0.2)),
     ):
         arguments = dict(top_k=0, top_p=1.0, min_p=0.0) | kwargs
-        ours = ref._cut((steered / 0.8).log_softmax(-1), **arguments).isfinite()
+        ours = ref.cut((steered / 0.8).log_softmax(-1), **arguments).isfinite()
         theirs = warper(torch.zeros(8, 1, dtype=torch.int64), steered / 0.8).isfinite()
         assert torch.equal(ours, theirs), kwargs
 

@@ -6,9 +6,11 @@ import time
 
 import httpx2
 import pytest
+import torch
 
 from svd_engine import SteeredEngine, SteeringConfig
 from svd_engine.generation.limits import Limits
+from svd_engine.kernels import reference
 from tests.tiny import VOCAB, tiny_peft
 
 pytest.importorskip("fastapi")
@@ -67,6 +69,49 @@ def test_a_completion_is_the_engines(client, engine):
     assert got.usage.prompt_tokens == 5
     echoed = complete(client, max_tokens=12, echo=True).choices[0].text
     assert echoed == PROMPT + want.text
+
+
+@torch.no_grad()
+def test_echoed_log_probabilities(client, engine):
+    """Of a prompt's tokens, and the two best in each place, by two plain passes in float64."""
+    ids, model = [5, 17, 40, 9, 33], engine.model
+    adapted = model(torch.tensor([ids])).logits[0, :-1].float()
+    with model.disable_adapter():
+        base = model(torch.tensor([ids])).logits[0, :-1].float()
+    cases = [
+        ({}, reference.steer(adapted, base, -4.0, penalty=0.0)),
+        (
+            dict(strength=2.0, alpha=0.3),
+            reference.steer(adapted, base, 2.0, alpha=0.3, penalty=0.0),
+        ),
+        (dict(model="base"), base),
+    ]
+    for asked, logits in cases:
+        want = logits.double().log_softmax(-1)
+        extra = {k: v for k, v in asked.items() if k != "model"}
+        options = dict(max_tokens=2, logprobs=2, model=asked.get("model", "tiny"), extra_body=extra)
+        plain = complete(client, **options).choices[0]
+        got = complete(client, **options, echo=True).choices[0]
+        told = got.logprobs
+        assert got.text == f"{PROMPT}{plain.text}"
+        assert told.tokens == [*PROMPT.split(), *plain.logprobs.tokens]
+        assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+        logprobs = [float(row[token]) for row, token in zip(want, ids[1:], strict=True)]
+        assert told.token_logprobs[1:5] == pytest.approx(logprobs, abs=1e-3)
+        assert told.token_logprobs[5:] == pytest.approx(plain.logprobs.token_logprobs, abs=1e-4)
+        assert told.top_logprobs[5:] == plain.logprobs.top_logprobs
+        for listed, row in zip(told.top_logprobs[1:5], want, strict=True):
+            best = row.topk(2)
+            assert [*listed] == [f"w{token:03}" for token in best.indices.tolist()]
+            assert [*listed.values()] == pytest.approx(best.values.tolist(), abs=1e-3)
+        assert told.text_offset[:2] == [0, 4]
+    two = complete(client, prompt=[[5], [5, 17]], echo=True, logprobs=0, max_tokens=0).choices
+    assert [choice.logprobs.tokens for choice in two] == [["w005"], ["w005", "w017"]]
+    assert two[1].logprobs.top_logprobs == [None, {}]
+    sampled = complete(
+        client, prompt=[[5, 6], [7, 8]], n=2, temperature=1, echo=True, logprobs=1, max_tokens=1
+    ).choices
+    assert [c.logprobs.tokens[0] for c in sampled] == ["w005", "w005", "w007", "w007"]
 
 
 def test_a_stream_is_the_completion(client, engine):
@@ -128,7 +173,7 @@ def test_options_reach_the_engine(client, engine):
         (400, dict(extra_body=dict(strength=1), model="base")),
         (400, dict(presence_penalty=2.5)),
         (400, dict(extra_body=dict(tools=[1]))),
-        (400, dict(echo=True, logprobs=1)),
+        (400, dict(echo=True, stream=True)),
         (400, dict(logit_bias={"x": 1})),
         (404, dict(model="gpt-4")),
         (413, dict(prompt="w005 " * 5000)),

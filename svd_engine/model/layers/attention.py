@@ -15,6 +15,7 @@ from svd_engine.ops import cpu
 from svd_engine.ops.head import softcapped
 
 NAME = "svd_engine"
+BLOCK = 128  # queries of a prompt that a CPU computes at once
 # What models hand to any attention and what changes nothing in evaluation over a cache.
 WITHOUT_EFFECT = frozenset(
     {"dropout", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
@@ -56,7 +57,7 @@ _causal: ContextVar[Tensor | None] = ContextVar("causal", default=None)
 def causal(mask: Tensor | None) -> Iterator[None]:
     """Let attention know that `mask` hides from token i of every row all but slots 0 to i.
 
-    Attention that is handed this very tensor may compute without it.
+    Attention that is handed this very tensor may leave out what it hides.
     """
     token = _causal.set(mask)
     try:
@@ -113,7 +114,6 @@ def attend(
     if not kwargs.keys() <= WITHOUT_EFFECT:
         _refuse_unknown(module, kwargs)
     rows, heads, length, dim = query.shape
-    group = heads // key.shape[1]
     mask = attention_mask
     if sliding_window is not None and key.shape[2] > sliding_window:
         assert position_ids is not None
@@ -132,17 +132,39 @@ def attend(
         out = query.new_empty(rows, 1, heads, value.shape[3])
         cpu.attend(query, key, value, mask, scaling, softcap, out)
         return out, None
-    is_plain = softcap is None and s_aux is None
-    is_causal = mask is not None and mask is _causal.get()
-    if is_causal and is_plain and _has_causal_kernel(query, key, value):
+    is_causal = attention_mask is not None and attention_mask is _causal.get()
+    is_alone = mask is attention_mask and softcap is None and s_aux is None  # nothing else counts
+    if is_causal and is_alone and _has_causal_kernel(query, key, value):
         out = scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
+    if not is_causal or not query.is_cpu or length <= BLOCK:
+        return _composed(query, key, value, mask, scaling, softcap, s_aux), None
+    assert mask is not None
+    blocks = []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        seen = key[:, :, :end], value[:, :, :end], mask[:, :, start:end, :end]
+        blocks.append(_composed(query[:, :, start:end], *seen, scaling, softcap, s_aux))
+    return torch.cat(blocks, 1), None
+
+
+def _composed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    rows, heads, length, dim = query.shape
+    group = heads // key.shape[1]
     if mask is not None and length > 1:
         mask = mask.repeat(1, 1, group, 1)
     packed = query.reshape(rows, key.shape[1], group * length, dim)
-    if is_plain:
+    if softcap is None and s_aux is None:
         out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     else:
         weights = packed @ key.transpose(-1, -2) * scaling
@@ -155,7 +177,7 @@ def attend(
         weights = weights.softmax(-1, dtype=torch.float32).to(value.dtype)
         out = weights[..., : key.shape[2]] @ value
     # On a GPU the kernels of SDPA return other strides than the query's.
-    return out.reshape(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
+    return out.reshape(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous()
 
 
 def _refuse_unknown(module: torch.nn.Module, arguments: dict[str, Any]) -> None:

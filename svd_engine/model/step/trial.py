@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 PROMPTS = [[5, 3, 11, 7], [2, 9]]  # any tokens
 TEXTS = torch.tensor([[4, 12, 8, 6], [13, 1, 10, 3]])  # that follow them
 SIZES = 3, 1  # of the steps that read them
+MANY = 10  # copies of both: more rows than a tile has
+FAR = 100, 1100  # slots from prompt to text: in several parts of attention, a block each or more
 LONGEST_WINDOW = 1 << 13  # that is tried
 # Of the norm of hidden states or logits: rounding in two layers or more. Tiny random models have
 # 1e-6 and 3e-2.
@@ -28,18 +30,20 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 def check(runner: "ModelRunner", step: CpuStep | CudaStep) -> None:
     """Raise NotDescribed unless a step gives what the modules give.
 
-    It gives hidden states of three tokens, then logits of one, in ragged rows. Where there is a
-    window, they are so far away from the prompt that some of it is outside.
+    It gives hidden states of three tokens, then logits of one, in ragged rows: in many that follow
+    their prompts, and in a few that are far away from them, so far that some of a prompt is outside
+    where there is a window.
     """
-    copies = 2 if runner.paired else 1
-    texts = TEXTS.repeat(copies, 1).to(runner.model.device)
+    models = 2 if runner.paired else 1
     with attention.recorded() as calls:
-        runner.prefill(PROMPTS * copies, sum(SIZES))
+        runner.prefill(PROMPTS * models)
     windows = {call.window for call in calls if call.window is not None}
-    for gap in {x for x in windows if x <= LONGEST_WINDOW} or {0}:
+    far = {x for x in windows if x <= LONGEST_WINDOW} | {*FAR}
+    for copies, gap in [(MANY, 0), *((1, gap) for gap in sorted(far))]:
+        runner.prefill(PROMPTS * copies * models, gap + sum(SIZES))
         if gap:
-            runner.prefill(PROMPTS * copies, gap + sum(SIZES))
             _move_away(runner, gap)
+        texts = TEXTS.repeat(copies * models, 1).to(runner.model.device)
         three, last = texts.split(SIZES, 1)
         error = max(
             _error(runner, step, partial(runner.extend, three)),
