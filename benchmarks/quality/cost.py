@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.tasks import Rows, tokenizer, truthfulqa_split
+from benchmarks.quality.tasks import Rows, tokenizer, truthfulqa_fold
+from benchmarks.quality.work import DTYPE
 from svd_engine import loading
 from svd_engine.calibration.calibrate import calibrate
 from svd_engine.calibration.objectives import Answers
@@ -31,7 +32,7 @@ LOAD = "import svd_engine as s, sys; s.SteeredEngine.from_pretrained('smollm2', 
 
 def commands(data: Path, adapter: Path) -> list[dict[str, Any]]:
     """Measure loading alone, `svd-engine calibrate` and `svd-engine evaluate truthfulqa`."""
-    task = truthfulqa_split(data, 0)
+    task = truthfulqa_fold(data, 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for path in adapter.iterdir():
@@ -54,7 +55,7 @@ def commands(data: Path, adapter: Path) -> list[dict[str, Any]]:
 
 def overhead(adapter: Path, rows: Rows) -> dict[str, float]:
     """Time the forward passes over `TOKENS` answer tokens, and calibration including them."""
-    engine = SteeredEngine.from_pretrained(loading.SMOLLM2, adapter, dtype="bfloat16")
+    engine = SteeredEngine.from_pretrained(loading.SMOLLM2, adapter, dtype=DTYPE)
     examples = encode(rows, tokenizer())
     tokens = np.cumsum([sum(map(len, (e.completion, *e.accepted, *e.rejected))) for e in examples])
     examples = examples[: int(np.searchsorted(tokens, TOKENS)) + 1]

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from benchmarks.quality import work
 from benchmarks.quality.measure import summary
 from benchmarks.quality.tasks import Task
-from svd_engine import loading
 from svd_engine.calibration.report import CalibrationReport
-from svd_engine.engine import SteeredEngine
 from svd_engine.evaluate.commonsense import GENERATION_METRICS, Problem
 from svd_engine.evaluate.journal import Journal
 from svd_engine.steering_config import SteeringConfig
@@ -26,12 +25,17 @@ PROBLEMS, TOKENS, BATCH = 100, 8, 20  # "the correct answer is answer1" is 7 tok
 
 def strategies(task: Task, folder: Path, report: CalibrationReport) -> list[dict[str, Any]]:
     """Measure accuracy by generation on the first test problems, one case per strategy."""
-    engine = SteeredEngine.from_pretrained(loading.SMOLLM2, folder, dtype="bfloat16")
-    engine.steering = SteeringConfig(report.strength, alpha=report.alpha)
+    engine = work.load(task, folder)
+    engine.steering = SteeringConfig(
+        report.strength, alpha=report.alpha, direction=report.direction
+    )
     items = [item for item in task.test.items[:PROBLEMS] if isinstance(item, Problem)]
     passages = task.test.answers
     prompts = [passages.passages[right[0]].prompt for right in passages.right[:PROBLEMS]]
-    settings = dict(strength=report.strength, alpha=report.alpha, problems=PROBLEMS, tokens=TOKENS)
+    settings = dict(
+        strength=report.strength, alpha=report.alpha, direction=report.direction,
+        problems=PROBLEMS, tokens=TOKENS,
+    )  # fmt: skip
     journal = Journal(folder / "decoding.jsonl", settings)
     cases = []
     runs = [(name, model) for name in STRATEGIES for model in ("adapted", "steered")]

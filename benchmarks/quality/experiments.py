@@ -1,120 +1,175 @@
-"""The experiments, one function per command; each takes the folder of the data sets."""
+"""The experiments, one function per command."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.quality import measure
-from benchmarks.quality.ablations import alphas, variants
+from benchmarks.quality import measure, work
+from benchmarks.quality.ablations import alphas, calibrated, variants
+from benchmarks.quality.choices import judged
 from benchmarks.quality.cost import commands, overhead
 from benchmarks.quality.decoding import strategies
 from benchmarks.quality.measure import Table, summary
-from benchmarks.quality.objectives import compared
-from benchmarks.quality.tasks import Task, commonsense_split, truthfulqa_split
-from benchmarks.quality.work import Pass, adapter, passes
+from benchmarks.quality.tasks import FOLDS, Task, commonsense_split, truthfulqa_fold
+from benchmarks.quality.work import Passes
 
 METHODS = ("lora", "ia3", "prompt", "prefix")
+SEEDS = (0,)  # of the warm starts
 STEPS, STEPS_TRIED = 30, (10, 30, 80)
-SEEDS = (0, 1, 2, 3)
 COMMONSENSE = ("obqa", "boolq", "arc-easy")
 COMMONSENSE_TRAINING = {"steps": 20, "batch_size": 8}
+Case = dict[str, Any]
 
 
-def made(task: Task, method: str, steps: int = STEPS, **training: Any) -> tuple[Pass, Pass]:
-    """Return the passes of a warm start over the calibration part and over the test part."""
-    return passes(task, adapter(task, method, steps, **training))
+class Place(NamedTuple):
+    """Where an experiment finds its data and where it runs."""
+
+    data: Path
+    device: str
+    jobs: int  # processes at the same time
 
 
-def truthfulqa(data: Path) -> dict[str, Any]:
-    """Measure Table 1: four methods calibrated on ranking, every objective, every estimator."""
-    cases: list[dict[str, Any]] = []
-    gains: list[Table] = []
-    for seed in SEEDS:
-        task = truthfulqa_split(data, seed)
-        for method in METHODS:
-            found = made(task, method)
-            case, models = measure.worth(task, *found)
-            gains.append(models["steered"] - models["adapted"])
-            likelihood = measure.likelihood(task, *found)
-            case |= {"objectives": compared(task, *found), "nll": likelihood}
-            cases.append({"seed": seed, "method": method} | case)
-    changes = [[each.pop("changes") for each in case["objectives"]] for case in cases]
-    names = tuple(each["objective"] for each in cases[0]["objectives"])
+def each(place: Place, measured: Callable[[Place, Any], Any], parts: Sequence[Any]) -> list[Any]:
+    """Measure the parts of an experiment, `place.jobs` at a time."""
+    places = [place] * len(parts)
+    if place.jobs == 1:
+        return list(map(measured, places, parts))
+    with ProcessPoolExecutor(place.jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(measured, places, parts))
+
+
+def truthfulqa(place: Place) -> Case:
+    """Measure Table 1: four methods, every question in the test once, every way to choose."""
+    parts = [(fold, seed) for seed in SEEDS for fold in range(FOLDS)]
+    cases, gains = map(list, zip(*each(place, fold_of_truthfulqa, parts), strict=True))
+    return summarised(list(chain.from_iterable(cases)), parts, gains)
+
+
+def fold_of_truthfulqa(place: Place, part: tuple[int, int]) -> tuple[list[Case], list[Table]]:
+    """Measure every method on one fold, with one seed: cases, and gains of every question."""
+    fold, seed = part
+    task = truthfulqa_fold(place.data, fold, place.device)
+    cases, gains = [], []
+    for method, passes, _ in made(task, STEPS, seed=seed):
+        report = measure.calibrated(task, passes)
+        case, models = measure.worth(task, passes, report)
+        gains.append(models["steered"] - models["adapted"])
+        case |= {"choices": judged(task, passes, report), "nll": measure.likelihood(task, passes)}
+        if part == (0, 0):
+            case |= measure.estimators(task, passes, calibrated(task, passes))
+        cases.append({"fold": fold, "seed": seed, "method": method} | case)
+    return cases, gains
+
+
+def summarised(
+    cases: list[Case], parts: Sequence[tuple[int, int]], gains: Sequence[Sequence[Table]]
+) -> Case:
+    """Pool the questions of all folds: by method, over all methods, and by way to choose.
+
+    gains: of each part, by method. The cases lose their "changes".
+    """
+    columns = list(cases[0]["gain"])
+    names = [choice["name"] for choice in cases[0]["choices"]]
+    folds = [fold for fold, _ in parts]
+    changes = [np.array([c.pop("changes") for c in case["choices"]]).T for case in cases]
+    count = len(cases) // len(parts)
+    by_part = [changes[start : start + count] for start in range(0, len(cases), count)]
+    methods = [case["method"] for case in cases[:count]]
     return {
-        "mean_gain": summary(task.columns, pooled(gains)),
-        "objective_gain": summary(names, pooled(list(np.array(changes).transpose(0, 2, 1)))),
+        "mean_gain": summary(columns, pooled(folds, gains)),
+        "method_gain": {
+            method: summary(columns, pooled(folds, [[found[i]] for found in gains]))
+            for i, method in enumerate(methods)
+        },
+        "choice_gain": summary(names, pooled(folds, by_part)),
         "cases": cases,
     }
 
 
-def pooled(gains: Sequence[Table]) -> Table:
-    """Average the methods of each split and concatenate the splits, `[questions, columns]`.
+def pooled(folds: Sequence[int], tables: Sequence[Sequence[Table]]) -> Table:
+    """Average whatever has the questions of a fold, then concatenate the folds.
 
-    Methods share the questions of a split, so they are averaged before any resampling.
+    The result is `[questions, columns]`: methods and seeds share the questions of a fold, so they
+    are averaged before any resampling.
     """
-    table = np.array(gains).reshape(len(SEEDS), len(METHODS), *np.shape(gains[0]))
-    return np.concatenate(table.mean(1))
+    shared: dict[int, list[Table]] = {}
+    for fold, found in zip(folds, tables, strict=True):
+        shared.setdefault(fold, []).extend(found)
+    return np.concatenate([np.mean(found, axis=0) for _, found in sorted(shared.items())])
 
 
-def commonsense(data: Path) -> dict[str, Any]:
+def made(task: Task, steps: int, **training: Any) -> Iterator[tuple[str, Passes, Path]]:
+    """Yield each method with its passes and the folder of its warm start."""
+    for method in METHODS:
+        folder = work.adapter(task, method, steps, **training)
+        yield method, work.passes(task, folder), folder
+
+
+def commonsense(place: Place) -> Case:
     """Measure Table 2: four methods, accuracy by likelihood."""
+    return {"cases": list(chain.from_iterable(each(place, commonsense_task, COMMONSENSE)))}
+
+
+def commonsense_task(place: Place, name: str) -> list[Case]:
+    task = commonsense_split(place.data, name, place.device)
     cases = []
-    for name in COMMONSENSE:
-        task = commonsense_split(data, name)
-        for method in METHODS:
-            case, _ = measure.worth(task, *made(task, method, **COMMONSENSE_TRAINING))
-            cases.append({"task": name, "method": method} | COMMONSENSE_TRAINING | case)
-    return {"cases": cases}
+    for method, passes, _ in made(task, **COMMONSENSE_TRAINING):
+        report = measure.calibrated(task, passes)
+        case, _ = measure.worth(task, passes, report)
+        cases.append({"task": name, "method": method} | COMMONSENSE_TRAINING | case)
+    return cases
 
 
-def ablations(data: Path) -> dict[str, Any]:
+def ablations(place: Place) -> Case:
     """Measure Figure 2 and Table 3: without the projection, without the mask."""
-    return over_methods(data, variants)
+    return over_methods(place, variants)
 
 
-def alpha(data: Path) -> dict[str, Any]:
+def alpha(place: Place) -> Case:
     """Measure Figure 4: every alpha at its own strength."""
-    return over_methods(data, alphas)
+    return over_methods(place, alphas)
 
 
-def over_methods(
-    data: Path, measure: Callable[[Task, Pass, Pass], list[dict[str, Any]]]
-) -> dict[str, Any]:
-    task = truthfulqa_split(data, SEEDS[0])
+def over_methods(place: Place, measure: Callable[[Task, Passes, Path], list[Case]]) -> Case:
+    task = truthfulqa_fold(place.data, 0, place.device)
     return {
         "cases": [
             {"method": method} | case
-            for method in METHODS
-            for case in measure(task, *made(task, method))
+            for method, passes, folder in made(task, STEPS)
+            for case in measure(task, passes, folder)
         ]
     }
 
 
-def steps(data: Path) -> dict[str, Any]:
+def steps(place: Place) -> Case:
     """Measure Figure 3: LoRA after warm starts of several lengths."""
-    task = truthfulqa_split(data, SEEDS[0])
+    task = truthfulqa_fold(place.data, 0, place.device)
     cases = []
     for count in STEPS_TRIED:
-        case, _ = measure.worth(task, *made(task, "lora", count))
+        passes = work.passes(task, work.adapter(task, "lora", count))
+        case, _ = measure.worth(task, passes, measure.calibrated(task, passes))
         cases.append({"steps": count} | case)
     return {"cases": cases}
 
 
-def decoding(data: Path) -> dict[str, Any]:
+def decoding(place: Place) -> Case:
     """Measure Table 5: greedy, beams, top-p and top-k; accuracy by generation."""
-    task = commonsense_split(data, COMMONSENSE[0])
-    folder = adapter(task, "lora", **COMMONSENSE_TRAINING)
-    report = measure.calibrated(task, passes(task, folder)[0])
+    task = commonsense_split(place.data, COMMONSENSE[0], place.device)
+    folder = work.adapter(task, "lora", **COMMONSENSE_TRAINING)
+    report = measure.calibrated(task, work.passes(task, folder))
     return {"cases": strategies(task, folder, report)}
 
 
-def cost(data: Path) -> dict[str, Any]:
+def cost(place: Place) -> Case:
     """Measure CPU seconds and peak memory of calibration and evaluation."""
-    task = truthfulqa_split(data, SEEDS[0])
-    folder = adapter(task, "lora", STEPS)
+    task = truthfulqa_fold(place.data, 0)
+    folder = work.adapter(task, "lora", STEPS)
     return {
-        "cases": commands(data, folder),
+        "cases": commands(place.data, folder),
         "overhead": overhead(folder, task.calibration.rows),
     }

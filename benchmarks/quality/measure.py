@@ -7,18 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.quality.tasks import Part, Task
-from benchmarks.quality.work import Pass
+from benchmarks.quality.work import Passes
 from svd_engine.calibration.calibrate import fit
 from svd_engine.calibration.estimators import BRACKET, GRID
-from svd_engine.calibration.options import CalibrationOptions
+from svd_engine.calibration.options import AUTO, AUTO_ALPHAS, CalibrationOptions
 from svd_engine.calibration.report import CalibrationReport
 from svd_engine.calibration.support_stats import SupportStats
 from svd_engine.utils import bootstrap
 
-ALPHAS = (0.01, 0.1, 0.3)  # the candidates of a calibration
-OBJECTIVE, PER_TOKEN = "ranking", True  # of the calibrations
 CURVE = [float(mu) for mu in GRID[::4]]
 REPORTED = (
+    "objective",
+    "length_normalised",
+    "direction",
     "strength",
     "alpha",
     "interval",
@@ -33,12 +34,12 @@ REPORTED = (
 Table = NDArray[np.float64]
 
 
-def at(part: Part, entries: SupportStats, strength: float) -> Table:
+def at(part: Part, stats: SupportStats, strength: float) -> Table:
     """Return the figures of every question at a strength, `[questions, columns]`."""
-    return part.figures(part.answers.scores(entries, strength))
+    return part.figures(part.answers.scores(stats, strength))
 
 
-def summary(columns: tuple[str, ...], values: Table) -> dict[str, dict[str, float]]:
+def summary(columns: Sequence[str], values: Table) -> dict[str, dict[str, float]]:
     """Return each column's mean and 95 % bootstrap interval over questions."""
     spans = bootstrap.of_means(values)
     return {
@@ -47,43 +48,45 @@ def summary(columns: tuple[str, ...], values: Table) -> dict[str, dict[str, floa
     }
 
 
-def calibrated(
-    task: Task, calibration: Pass, alphas: Sequence[float] = ALPHAS
-) -> CalibrationReport:
-    """Calibrate strength and alpha on the calibration part."""
-    answers = task.calibration.answers
-    options = CalibrationOptions(OBJECTIVE, alphas=tuple(alphas), length_normalised=PER_TOKEN)
-    return fit(answers, calibration.entries, options)
+def calibrated(task: Task, passes: Passes) -> CalibrationReport:
+    """Choose objective, direction, alpha and strength on the calibration part."""
+    options = CalibrationOptions(AUTO, alphas=AUTO_ALPHAS, direction=AUTO, use="ranking")
+    return fit(task.calibration.answers, passes.calibration, options)
 
 
-def worth(task: Task, calibration: Pass, test: Pass) -> tuple[dict[str, Any], Mapping[str, Table]]:
+def worth(
+    task: Task, passes: Passes, report: CalibrationReport
+) -> tuple[dict[str, Any], Mapping[str, Table]]:
     """Return a case of results, and the figures of every test question by model."""
-    report = calibrated(task, calibration)
-    entries = test.entries.at(report.alpha)
-    totals = entries.totals(entries.base, len(task.test.answers.passages))
+    stats = passes.test.at(report.alpha).along(report.direction)
+    totals = stats.totals(stats.base, len(task.test.answers.passages))
     models = {
         "base": task.test.figures(totals.numpy()),
-        "adapted": at(task.test, entries, 0.0),
-        "steered": at(task.test, entries, report.strength),
+        "adapted": at(task.test, stats, 0.0),
+        "steered": at(task.test, stats, report.strength),
     }
-    strengths = {"optimum": report.strength, "likelihood": report.likelihood_strength}
-    strengths |= report.estimates
-
-    def figure(mu: float) -> float:
-        return float(at(task.test, entries, mu)[:, -1].mean())
-
     case = {
         "questions": [len(task.calibration.items), len(task.test.items)],
         "calibration": found(report),
         "models": {name: summary(task.columns, values) for name, values in models.items()},
         "gain": summary(task.columns, models["steered"] - models["adapted"]),
-        "estimators": {
-            name: {"mu": mu, "figure": figure(float(np.clip(mu, -BRACKET, BRACKET)))}
-            for name, mu in strengths.items()
-        },
-        "curve": [[mu, figure(mu)] for mu in CURVE],
     }
     return case, models
+
+
+def estimators(task: Task, passes: Passes, report: CalibrationReport) -> dict[str, Any]:
+    """Measure the figure on the test at the strength of every estimator, and along a curve."""
+    stats = passes.test.at(report.alpha).along(report.direction)
+    strengths = {"optimum": report.optimum, "likelihood": report.likelihood_strength}
+    strengths |= report.estimates
+
+    def figure(mu: float) -> float:
+        return float(at(task.test, stats, float(np.clip(mu, -BRACKET, BRACKET)))[:, -1].mean())
+
+    return {
+        "estimators": {name: {"mu": mu, "figure": figure(mu)} for name, mu in strengths.items()},
+        "curve": [[mu, figure(mu)] for mu in CURVE],
+    }
 
 
 def found(report: CalibrationReport) -> dict[str, Any]:
@@ -92,14 +95,14 @@ def found(report: CalibrationReport) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def likelihood(task: Task, calibration: Pass, test: Pass) -> dict[str, Any]:
+def likelihood(task: Task, passes: Passes) -> dict[str, Any]:
     """Calibrate on the likelihood, and measure the change in the NLL of the test's answers."""
-    options = CalibrationOptions("nll", alphas=ALPHAS)
-    report = fit(task.calibration.answers, calibration.entries, options)
-    answers, entries = task.test.answers, test.entries.at(report.alpha)
+    options = CalibrationOptions("nll", alphas=AUTO_ALPHAS)
+    report = fit(task.calibration.answers, passes.calibration, options)
+    answers, stats = task.test.answers, passes.test.at(report.alpha)
     right = np.concatenate(answers.right)
     before, after = (
-        -answers.scores(entries, mu)[right].sum() / answers.tokens().sum()
+        -answers.scores(stats, mu)[right].sum() / answers.tokens().sum()
         for mu in (0.0, report.strength)
     )
     return found(report) | {

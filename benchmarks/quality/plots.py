@@ -28,7 +28,7 @@ def draw(results: Path) -> list[Path]:
 def curves(cases: list[dict[str, Any]]) -> Any:
     """Plot the average of MC1, MC2 and MC3 against mu, the chosen strength marked."""
     figure, axes = _axes()
-    for i, case in enumerate(case for case in cases if case["seed"] == cases[0]["seed"]):
+    for i, case in enumerate(case for case in cases if "curve" in case):
         axes.plot(*zip(*case["curve"], strict=True), color=f"C{i}", label=METHODS[case["method"]])
         point = case["calibration"]["strength"], case["models"]["steered"]["average"]["mean"]
         axes.plot(*point, "o", color=f"C{i}")
@@ -43,17 +43,18 @@ def curves(cases: list[dict[str, Any]]) -> Any:
 
 
 def gains(cases: list[dict[str, Any]]) -> Any:
-    """Plot the gain of steering by method and split, with 95 % intervals."""
+    """Plot the gain of steering by method, a point per fold and seed, with 95 % intervals."""
     figure, axes = _axes()
     methods = list(dict.fromkeys(case["method"] for case in cases))
-    seeds = list(dict.fromkeys(case["seed"] for case in cases))
-    for i, seed in enumerate(seeds):
-        found = [case["gain"]["average"] for case in cases if case["seed"] == seed]
+    parts = list(dict.fromkeys((case["seed"], case["fold"]) for case in cases))
+    for i, (seed, fold) in enumerate(parts):
+        found = [c["gain"]["average"] for c in cases if (c["seed"], c["fold"]) == (seed, fold)]
         means, lows, highs = (np.array([x[key] for x in found]) for key in ("mean", "low", "high"))
-        places = np.arange(len(found)) + 0.15 * (i - (len(seeds) - 1) / 2)
+        places = np.arange(len(found)) + 0.08 * (i - (len(parts) - 1) / 2)
         axes.errorbar(
-            places, means, [means - lows, highs - means], fmt="o", capsize=4, label=f"split {seed}"
-        )
+            places, means, [means - lows, highs - means], fmt="os"[seed % 2], capsize=2,
+            color=f"C{fold}", label=f"fold {fold}" if seed == parts[0][0] else None,
+        )  # fmt: skip
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set_xticks(range(len(methods)), [METHODS[method] for method in methods])
     axes.legend(fontsize="small")

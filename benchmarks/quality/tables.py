@@ -24,10 +24,21 @@ def mean(figures: dict[str, float]) -> str:
     return f"{figures['mean']:.1f}"
 
 
-def calibrated(case: Result) -> tuple[str, str, str]:
-    """Format strength, alpha and verdict of a case's calibration."""
+def calibrated(case: Result) -> list[str]:
+    """Format the choice of a case's calibration, its strength and its verdict."""
     found = case["calibration"]
-    return f"{found['strength']:+.2f}", f"{found['alpha']:g}", found["verdict"].partition(":")[0]
+    choice = words(found["objective"], found["length_normalised"], found["direction"])
+    return [choice, f"{found['strength']:+.2f}", f"{found['alpha']:g}", advice(found)]
+
+
+def advice(found: Result) -> str:
+    return str(found["verdict"].partition(":")[0])
+
+
+def words(objective: str, per_token: bool, direction: str) -> str:
+    """Name a way to calibrate."""
+    name = objective + (" per token" if per_token else "")
+    return name if direction == "projected" else f"{name}, without the projection"
 
 
 def command(origin: str) -> str:
@@ -41,74 +52,94 @@ def source(result: Result) -> str:
 
 
 def truthfulqa(result: Result) -> str:
-    """Format Table 1 of the paper, at this size."""
+    """Format Table 1 of the paper, at this size: what direction="auto" gains."""
     rows = []
-    for case in result["cases"]:
-        what = f"{METHODS[case['method']]}, split {case['seed']}"
-        means = [mean(case["models"][name]["average"]) for name in MODELS]
-        gains = [span(case["gain"][column]) for column in COLUMNS]
-        rows.append([what, *means, *gains, *calibrated(case)])
+    for method, cases in by_method(result).items():
+        means = [f"{average(cases, name):.1f}" for name in MODELS]
+        gains = [span(result["method_gain"][method][column]) for column in COLUMNS]
+        found = [case["calibration"] for case in cases]
+        without = sum(each["direction"] == "difference" for each in found)
+        used = sum(advice(each) == "use it" for each in found)
+        mus = sorted(each["strength"] for each in found)
+        strengths = f"{mus[0]:+.1f} to {mus[-1]:+.1f}"
+        rows.append([METHODS[method], *means, *gains, strengths, str(without), str(used)])
     gains = [span(result["mean_gain"][column]) for column in COLUMNS]
     rows.append(["mean of all", "", "", "", *gains, "", "", ""])
-    head = ["", *MODELS, "gain", "MC1", "MC2", "MC3", "mu", "alpha", "verdict"]
-    questions = result["cases"][0]["questions"]
+    head = ["", *MODELS, "gain", "MC1", "MC2", "MC3", "mu", "without the projection", "use it"]
+    questions = [case["questions"] for case in result["cases"]]
+    tested = sum({case["fold"]: case["questions"][1] for case in result["cases"]}.values())
     return (
-        f"{source(result)}.\n\n{table(head, rows)}\n\nAverage of MC1, MC2 and MC3 in per cent on "
-        f"{questions[1]} test questions a split; gains of steered over adapted with 95 % bootstrap "
-        f"intervals over questions. mu and alpha come from {questions[0]} calibration questions."
+        f"{source(result)}.\n\n{table(head, rows)}\n\nAverage of MC1, MC2 and MC3 in per cent; "
+        f"every one of {tested} questions is in the test of one fold, {seeds(result)}. Gains of "
+        "steered over adapted with 95 % bootstrap intervals over questions. "
+        f"{questions[0][0]} questions of the other folds calibrate; the strength is used whatever "
+        f"the verdict. The last columns count, of {len(found)}, the calibrations that chose the "
+        "direction without the projection and those whose verdict is to use it."
     )
+
+
+def by_method(result: Result) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for case in result["cases"]:
+        found.setdefault(case["method"], []).append(case)
+    return found
+
+
+def average(cases: list[Result], model: str) -> float:
+    """Return the mean over questions, every fold with its number of them."""
+    weights = [case["questions"][1] for case in cases]
+    values = [case["models"][model]["average"]["mean"] for case in cases]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+def seeds(result: Result) -> str:
+    count = len({case["seed"] for case in result["cases"]})
+    return f"with {count} warm starts by seed" if count > 1 else "with one warm start"
 
 
 def gain(result: Result) -> str:
-    """Format what steering gains in the paper's direction and without the projection."""
-    rows = [
-        [words, span(result["objective_gain"][f"ranking a token{variant}"])]
-        for words, variant in (
-            ("the paper's direction", ""),
-            ('without the projection (`direction="difference"`)', ", without the projection"),
-        )
-    ]
-    methods, splits = (len({case[key] for case in result["cases"]}) for key in ("method", "seed"))
+    """Format what steering gains as `auto` chooses it and as the paper does."""
+    names = {
+        "auto": 'as `direction="auto"` chooses it',
+        "the paper's estimate": "the paper's direction and estimate of the strength",
+    }
+    rows = [[what, span(result["choice_gain"][name])] for name, what in names.items()]
+    methods, folds = (len({case[key] for case in result["cases"]}) for key in ("method", "fold"))
     return (
         f"{table(['steered over adapted', 'points, 95 % interval'], rows)}\n\nTruthfulQA: average "
-        f"of MC1, MC2 and MC3 on test questions, mean of {methods} PEFT methods and {splits} "
-        f"splits. {result['model']}, {result['date']}; `{result['command']}`."
+        f"of MC1, MC2 and MC3, every question in the test of one of {folds} folds, mean of "
+        f"{methods} PEFT methods, {seeds(result)}. {result['model']}, {result['date']}; "
+        f"`{result['command']}`."
     )
 
 
-def objectives(result: Result) -> str:
-    """Format the objectives of a calibration, and what they are worth."""
-    methods = list(dict.fromkeys(case["method"] for case in result["cases"]))
-    names = [each["objective"] for each in result["cases"][0]["objectives"]]
+def choices(result: Result) -> str:
+    """Format every way to choose, and what it is worth."""
+    methods = by_method(result)
     rows = []
-    for i, name in enumerate(names):
-        cells, every = [], []
-        for method in methods:
-            found = [c["objectives"][i] for c in result["cases"] if c["method"] == method]
-            every += found
-            mus = sorted({f"{each['mu']:+.1f}" for each in found}, key=float)
-            cells.append(
-                f"{' '.join(mus)}: {averaged(found, 'held out')}, {averaged(found, 'test')}"
-            )
-        gain = span(result["objective_gain"][name])
-        rows.append([name, *cells, f"{averaged(every, 'held out')}, {gain}"])
-    head = ["objective", *(METHODS[method] for method in methods), "mean"]
+    for i, name in enumerate(each["name"] for each in result["cases"][0]["choices"]):
+        cells, used = [], 0
+        for cases in methods.values():
+            found = [case["choices"][i] for case in cases]
+            used += sum(advice(each["calibration"]) == "use it" for each in found)
+            mus = sorted(each["mu"] for each in found)
+            gain = sum(each["gain"]["mean"] for each in found) / len(found)
+            cells.append(f"{gain:+.1f} ({mus[0]:+.1f} to {mus[-1]:+.1f})")
+        rows.append([name, *cells, span(result["choice_gain"][name]), str(used)])
+    head = ["", *(METHODS[method] for method in methods), "mean", "use it"]
     return (
-        f"{table(head, rows)}\n\nEach cell is the mu of every split: gain of the average of MC1, "
-        "MC2 and MC3 on calibration questions held out (5-fold), gain on the test, in points, "
-        "averaged over splits."
+        f"{table(head, rows)}\n\nEach cell is the gain of the average of MC1, MC2 and MC3 on the "
+        "test in points, averaged over folds and seeds, and the range of mu; the last column "
+        f"counts the verdicts, of {len(result['cases'])}, that are to use it."
     )
-
-
-def averaged(found: list[Result], part: str) -> str:
-    return f"{sum(each[part]['mean'] for each in found) / len(found):+.1f}"
 
 
 def estimators(result: Result) -> str:
     """Format every estimator's strength and its figure on the test."""
-    cases = [case for case in result["cases"] if case["seed"] == result["cases"][0]["seed"]]
+    cases = [case for case in result["cases"] if "estimators" in case]
+    names = [name for name in cases[0]["estimators"] if all(name in c["estimators"] for c in cases)]
     rows = []
-    for name in cases[0]["estimators"]:
+    for name in names:
         found = [case["estimators"][name] for case in cases]
         rows.append([name, *(f"{each['mu']:+.3g}: {each['figure']:.1f}" for each in found)])
     rows.append(["un-steered", *(mean(case["models"]["adapted"]["average"]) for case in cases)])
@@ -119,16 +150,20 @@ def estimators(result: Result) -> str:
 def likelihood(result: Result) -> str:
     """Format calibration on the likelihood."""
     rows = []
-    for case in result["cases"]:
-        found = case["nll"]
-        low, high = found["interval"]
-        what = f"{METHODS[case['method']]}, split {case['seed']}"
-        strength = f"{found['strength']:+.2f} [{low:+.2f}, {high:+.2f}]"
-        held_out = [f"{found['nll_before']:.3f}", f"{found['held_out_change']:+.4f}"]
-        test = [f"{found['test_before']:.3f}", f"{found['test_change']:+.4f}"]
-        rows.append([what, strength, *held_out, *test])
-    head = ["", "mu", "held out, mu = 0", "calibrated", "test, mu = 0", "calibrated"]
-    note = "NLL of the right answers in nats per token, and what steering adds to it."
+    for method, cases in by_method(result).items():
+        found = [case["nll"] for case in cases]
+        mus = sorted(each["strength"] for each in found)
+        keys = ("nll_before", "held_out_change", "test_before", "test_change")
+        cells = [sum(each[key] for each in found) / len(found) for key in keys]
+        forms = ("{:.3f}", "{:+.4f}", "{:.3f}", "{:+.4f}")
+        formed = [form.format(cell) for form, cell in zip(forms, cells, strict=True)]
+        worst = max(each["test_change"] for each in found)
+        strengths = f"{mus[0]:+.2f} to {mus[-1]:+.2f}"
+        rows.append([METHODS[method], strengths, *formed, f"{worst:+.4f}"])
+    head = ["", "mu", "held out, mu = 0", "calibrated", "test, mu = 0", "calibrated", "worst fold"]
+    note = (
+        "NLL of the right answers in nats per token, and what steering adds to it; means of folds."
+    )
     return f"{table(head, rows)}\n\n{note}"
 
 
@@ -139,7 +174,7 @@ def commonsense(result: Result) -> str:
         what = f"{case['task']}, {METHODS[case['method']]}"
         means = [mean(case["models"][name]["accuracy"]) for name in MODELS]
         rows.append([what, *means, span(case["gain"]["accuracy"]), *calibrated(case)])
-    head = ["", *MODELS, "gain", "mu", "alpha", "verdict"]
+    head = ["", *MODELS, "gain", "choice", "mu", "alpha", "verdict"]
     case = result["cases"][0]
     return (
         f"{source(result)}.\n\n{table(head, rows)}\n\nAccuracy by likelihood in per cent on "
@@ -161,7 +196,7 @@ def alphas(result: Result) -> str:
 
 
 def over_methods(result: Result, key: str, note: str) -> str:
-    methods = list(dict.fromkeys(case["method"] for case in result["cases"]))
+    methods = list(by_method(result))
     values = list(dict.fromkeys(case[key] for case in result["cases"]))
     found = {(case[key], case["method"]): case for case in result["cases"]}
     rows = []
@@ -179,8 +214,9 @@ def steps(result: Result) -> str:
     rows = []
     for case in result["cases"]:
         means = [mean(case["models"][name]["average"]) for name in MODELS]
-        strength, *_ = calibrated(case)
-        rows.append([str(case["steps"]), *means, span(case["gain"]["average"]), strength])
+        rows.append(
+            [str(case["steps"]), *means, span(case["gain"]["average"]), calibrated(case)[1]]
+        )
     head = ["steps of 16 answers", *MODELS, "gain", "mu"]
     return f"{source(result)}.\n\n{table(head, rows)}"
 
@@ -216,7 +252,7 @@ def cost(result: Result) -> str:
 TABLES = (
     ("README.md", "gain", "quality_truthfulqa", gain),
     ("docs/method.md", "truthfulqa", "quality_truthfulqa", truthfulqa),
-    ("docs/method.md", "objectives", "quality_truthfulqa", objectives),
+    ("docs/method.md", "choices", "quality_truthfulqa", choices),
     ("docs/method.md", "estimators", "quality_truthfulqa", estimators),
     ("docs/method.md", "likelihood", "quality_truthfulqa", likelihood),
     ("docs/method.md", "ablations", "quality_ablations", ablations),

@@ -1,5 +1,6 @@
 """The tasks of the quality experiments, each split into training, calibration and test."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from svd_engine.calibration.objectives import Answers
 from svd_engine.data.examples import encode
 from svd_engine.evaluate import commonsense, truthfulqa, truthfulqa_files
 
+FOLDS = 5  # of TruthfulQA; each question is in the test of one
 TRUTHFULQA_CALIBRATION = 250  # questions; a warm start of 30 steps uses a third of the rest
 COMMONSENSE_CALIBRATION, COMMONSENSE_TEST = 100, 200  # problems
 Rows = list[dict[str, Any]]
@@ -57,31 +59,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Task:
-    """One split of one benchmark; `columns` names the figures, and the last one counts."""
+    """One split of a benchmark; `columns` names the figures, and the last one counts."""
 
     name: str
     columns: tuple[str, ...]
     training: Rows
     calibration: Part
     test: Part
-    dtype: str = "bfloat16"  # of both models when they are scored
+    device: str = "cpu"
 
 
-def truthfulqa_split(data: Path, seed: int) -> Task:
-    """Split TruthfulQA by seed: 403 questions to train on, 250 to calibrate, 164 to test."""
+def truthfulqa_fold(data: Path, fold: int, device: str = "cpu") -> Task:
+    """Take a fifth of TruthfulQA as the test; 250 of the others calibrate, the rest train."""
     questions = truthfulqa_files.read(data / "truthfulqa" / "mc_task.json")
-    parts = truthfulqa.split(questions, seed, TRUTHFULQA_CALIBRATION)
+    random.Random(0).shuffle(questions)
+    size = -(-len(questions) // FOLDS)
+    start, end = fold * size, (fold + 1) * size
+    others = questions[end:] + questions[:start]
+    parts = {
+        "training": others[:-TRUTHFULQA_CALIBRATION],
+        "calibration": others[-TRUTHFULQA_CALIBRATION:],
+        "test": questions[start:end],
+    }
     rows = {k: [truthfulqa.example(q, truthfulqa.PLAIN) for q in v] for k, v in parts.items()}
     calibration, test = (Part(parts[k], rows[k]) for k in ("calibration", "test"))
     columns = (*truthfulqa.METRICS, "average")
-    return Task(f"truthfulqa-{seed}", columns, rows["training"], calibration, test)
+    return Task(f"truthfulqa-{fold}", columns, rows["training"], calibration, test, device)
 
 
-def commonsense_split(data: Path, name: str) -> Task:
-    """Split a task of LLM-Adapters: problems of its training file, and the first of its test.
-
-    Answers differ by one token, whose logits are often equal in bfloat16: scored in float32.
-    """
+def commonsense_split(data: Path, name: str, device: str = "cpu") -> Task:
+    """Split a task of LLM-Adapters: problems of its training file, and the first of its test."""
     training, testing = (
         commonsense.read(commonsense.find(data / "commonsense", name, part))
         for part in ("train", "test")
@@ -90,4 +97,4 @@ def commonsense_split(data: Path, name: str) -> Task:
     parts["test"] = parts["test"][:COMMONSENSE_TEST]
     rows = {k: [commonsense.example(p) for p in v] for k, v in parts.items()}
     calibration, test = (Part(parts[k], rows[k]) for k in ("calibration", "test"))
-    return Task(name, commonsense.METRICS, rows["training"], calibration, test, "float32")
+    return Task(name, commonsense.METRICS, rows["training"], calibration, test, device)

@@ -1,10 +1,9 @@
 """Warm starts and passes of the quality experiments, made once and kept in runs/quality."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,90 +12,61 @@ from benchmarks.quality.tasks import Part, Task
 from benchmarks.records import ROOT
 from svd_engine import loading
 from svd_engine.calibration import support_stats
+from svd_engine.calibration.support_stats import SupportStats
 from svd_engine.engine import SteeredEngine
-from svd_engine.generation import scoring
+from svd_engine.model.pair import ModelPair
 from svd_engine.training.warm_start import warm_start
 
 RUNS = ROOT / "runs" / "quality"
-BLOCK = 8  # rows of logits processed at once, so that the intermediates stay in the cache
+DTYPE = "float32"  # in bfloat16 answers that differ by one token tie
 ALPHA = 0.001  # of the supports kept, which contain those of every larger alpha
-# The strengths of `raw` and `whole`, which need the whole vocabulary.
-RAW = (-8.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
-WHOLE = (-64.0, -48.0, -32.0, -24.0, -16.0, -12.0, -8.0, -4.0, -2.0, 0.0, 2.0, 4.0, 8.0, 16.0)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """The results of one pass of both models over all answers of some questions."""
+class Passes(NamedTuple):
+    """The results of both models over all answers of a task, the supports at ALPHA."""
 
-    entries: support_stats.SupportStats  # at ALPHA
-    raw: Tensor  # log P of each answer under z + mu g, the gradient itself, [answers, RAW]
-    whole: Tensor  # log P of each answer under z + mu delta, no mask, [answers, WHOLE]
+    calibration: SupportStats
+    test: SupportStats
 
 
-def adapter(task: Task, method: str, steps: int, **training: Any) -> Path:
-    """Return the folder of a warm start of smollm2 in bfloat16; train it if it is missing."""
-    folder = RUNS / task.name / f"{method}-{steps}"
+def adapter(task: Task, method: str, steps: int, seed: int = 0, **training: Any) -> Path:
+    """Return the folder of a warm start of smollm2; train it if it is missing."""
+    folder = RUNS / task.name / f"{method}-{steps}-{seed}"
     if not folder.is_dir():
-        base, tokenizer = loading.load_base(loading.SMOLLM2, dtype="bfloat16")
-        training |= {"method": method, "steps": steps, "learning_rate": "auto"}
+        base, tokenizer = loading.load_base(loading.SMOLLM2, dtype=DTYPE, device=task.device)
+        training |= {"method": method, "steps": steps, "seed": seed, "learning_rate": "auto"}
         warm_start(base, tokenizer, task.training, folder, **training)
     return folder
 
 
-def passes(task: Task, folder: Path) -> tuple[Pass, Pass]:
+def passes(task: Task, folder: Path) -> Passes:
     """Return the passes over the calibration and over the test part, made if missing."""
     parts = {"calibration": task.calibration, "test": task.test}
     missing = [name for name in parts if not (folder / f"{name}.pt").is_file()]
     if missing:
-        engine = SteeredEngine.from_pretrained(loading.SMOLLM2, folder, dtype=task.dtype)
+        pair = load(task, folder).pair
         for name in missing:
-            _make(engine, parts[name], folder / f"{name}.pt", f"{folder.name}, {name}")
-    calibration, test = (_read(folder / f"{name}.pt") for name in parts)
-    return calibration, test
+            make(pair, parts[name], folder / f"{name}.pt", f"{folder.name}, {name}")
+    return Passes(*(read(folder / f"{name}.pt") for name in parts))
 
 
-def _make(engine: SteeredEngine, part: Part, path: Path, words: str) -> None:
-    passages = part.answers.passages
-    raw = torch.zeros(len(passages), len(RAW), dtype=torch.float64)
-    whole = torch.zeros(len(passages), len(WHOLE), dtype=torch.float64)
+def load(task: Task, folder: Path) -> SteeredEngine:
+    return SteeredEngine.from_pretrained(
+        loading.SMOLLM2, folder, dtype=DTYPE, device=task.device, probe=False
+    )
 
-    def seen() -> Iterator[scoring.Predictions]:
-        for predicted in scoring.predictions(engine.pair, passages, words):
-            _add(raw, whole, *predicted)
-            yield predicted
 
-    entries = support_stats.gather(seen(), ALPHA)
-    kept = {field.name: _narrow(getattr(entries, field.name)) for field in fields(entries)}
+def make(pair: ModelPair, part: Part, path: Path, words: str) -> None:
+    """Run both models over the answers and write the supports to `path`."""
+    stats = support_stats.collect(pair, part.answers.passages, ALPHA, words)
+    kept = {field.name: _narrow(getattr(stats, field.name)) for field in fields(stats)}
     partial = path.with_suffix(".partial")
-    torch.save({"entries": kept, "raw": raw, "whole": whole}, partial)
+    torch.save(kept, partial)
     os.replace(partial, path)
 
 
-def _read(path: Path) -> Pass:
-    found = torch.load(path)
-    entries = {name: _wide(values) for name, values in found["entries"].items()}
-    return Pass(support_stats.SupportStats(**entries), found["raw"], found["whole"])
-
-
-@torch.inference_mode()
-def _add(
-    raw: Tensor, whole: Tensor, logits: Sequence[Tensor], target: Tensor, passage: Tensor
-) -> None:
-    """Add log P of these tokens to their passages, for every strength of RAW and WHOLE.
-
-    The gradient is g = -(log p - log q + 1), so z + mu g is (1 - mu) z + mu b up to a constant.
-    """
-    for rows in torch.arange(len(target)).split(BLOCK):
-        z, b, y = logits[0][rows].float(), logits[-1][rows].float(), target[rows, None]
-        d = z - b
-        p = z.softmax(-1)
-        delta = p * (torch.linalg.vecdot(p, d)[:, None] - d)
-        for table, strengths, direction in ((raw, RAW, -d), (whole, WHOLE, delta)):
-            for column, mu in enumerate(strengths):
-                steered = torch.add(z, direction, alpha=mu)
-                logp = steered.gather(-1, y)[:, 0] - steered.logsumexp(-1)
-                table[:, column].index_add_(0, passage[rows], logp.double())
+def read(path: Path) -> SupportStats:
+    return SupportStats(**{name: _wide(values) for name, values in torch.load(path).items()})
 
 
 def _narrow(values: Tensor) -> Tensor:
