@@ -214,9 +214,8 @@ def steps(result: Result) -> str:
     rows = []
     for case in result["cases"]:
         means = [mean(case["models"][name]["average"]) for name in MODELS]
-        rows.append(
-            [str(case["steps"]), *means, span(case["gain"]["average"]), calibrated(case)[1]]
-        )
+        mu = f"{case['calibration']['strength']:+.2f}"
+        rows.append([str(case["steps"]), *means, span(case["gain"]["average"]), mu])
     head = ["steps of 16 answers", *MODELS, "gain", "mu"]
     return f"{source(result)}.\n\n{table(head, rows)}"
 
