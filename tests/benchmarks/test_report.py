@@ -20,7 +20,7 @@ ABOUT = {
 }
 README = """# Title
 <!-- figures:summary -->
-old
+stale
 <!-- /figures -->
 between
 <!-- figures:step -->
@@ -275,7 +275,7 @@ def test_the_readme_is_filled_once_and_then_passes_the_check(root):
     assert (root / "README.md").read_text() == README
     assert report.main([], root) is None
     text = (root / "README.md").read_text()
-    assert "old" not in text and "\nbetween\n" in text and text.endswith("\nend\n")
+    assert "stale" not in text and "\nbetween\n" in text and text.endswith("\nend\n")
     assert report.main(["--check"], root) is None
 
 
