@@ -16,7 +16,7 @@ from svd_engine.kernels import launch, launch_linear, launch_step, triton_step_a
 from svd_engine.model import step
 from svd_engine.model.pair import PairedRunner
 from svd_engine.model.peft_adapter import Adapter
-from svd_engine.model.step import cpu, cuda
+from svd_engine.model.step import cpu, cuda, trial
 from svd_engine.model.step.cuda import CudaStep
 from svd_engine.model.step.read import read_plan
 from tests.model import architecture_cases
@@ -200,6 +200,8 @@ def test_bytes_of_a_step(monkeypatch):
 def test_who_runs_is_said(monkeypatch):
     monkeypatch.setattr(step, "CpuStep", CudaStep)  # as for weights on a GPU
     monkeypatch.setattr(cpu, "why_not", cuda.why_not)
+    monkeypatch.setattr(trial, "MANY", 1)  # rows and slots take the interpreter long
+    monkeypatch.setattr(trial, "FAR", (40,))
     pair, other = (PairedRunner(Adapter.read(one_layer(tiny_peft("llama")))) for _ in range(2))
     step.use_native_step(pair.runner, lambda: other.runner)
     assert pair.runner.how == "cuda"
