@@ -22,6 +22,7 @@ class CpuStep:
     """A plan as the words of csrc/cpu/decoder.h, which hold addresses of the plan's tensors."""
 
     most_tokens = MOST_TOKENS
+    is_tried_at_length = False
     lengths_on_device = False
 
     def __init__(self, plan: Plan) -> None:
