@@ -46,6 +46,7 @@ def test_likelihood_by_hand(tmp_path):
         ("Answer2.", [1, 1]),
         ("answer1, not answer2", [0, 1]),
         ("answer22 or none", [0, 0]),
+        ("the correct answer is answer2assistant", [1, 1]),
         ("", [0, 0]),
     ],
 )

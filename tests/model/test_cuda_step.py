@@ -197,14 +197,14 @@ def test_bytes_of_a_step(monkeypatch):
 
 
 @pytest.mark.slow
-def test_who_runs_is_said(monkeypatch, caplog):
+def test_who_runs_is_said(monkeypatch):
     monkeypatch.setattr(step, "CpuStep", CudaStep)  # as for weights on a GPU
     monkeypatch.setattr(cpu, "why_not", cuda.why_not)
     monkeypatch.setattr(trial, "MANY", 1)  # rows and slots take the interpreter long
     monkeypatch.setattr(trial, "FAR", (40,))
     pair, other = (PairedRunner(Adapter.read(one_layer(tiny_peft("llama")))) for _ in range(2))
     step.use_native_step(pair.runner, lambda: other.runner)
-    assert pair.runner.how == "cuda" and "Texts from a GPU" in caplog.text
+    assert pair.runner.how == "cuda"
     other = PairedRunner(Adapter.read(copy.deepcopy(tiny_peft("llama")).double()))
     step.use_native_step(other.runner, lambda: other.runner)
     assert other.runner.how == "module by module, because the weights are float64"

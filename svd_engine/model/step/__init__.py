@@ -1,6 +1,5 @@
 """One decode step of a recognised decoder, run from a plan instead of by its modules."""
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -40,16 +39,6 @@ def use_native_step(runner: "ModelRunner", build_short: Callable[[], "ModelRunne
         runner.how = f"module by module, because a trial failed: {type(error).__name__}"
     else:
         runner.how = runner.native.how
-        if isinstance(runner.native, CudaStep):
-            _warn_of_texts()
-
-
-@functools.cache  # once in a process
-def _warn_of_texts() -> None:
-    logger.warning(
-        "Texts from a GPU were wrong in a run whose cause is not known: docs/limits.md, "
-        "'Texts on a GPU'. Check yours: python -m benchmarks.gpu --only engine --only step."
-    )
 
 
 def _native(runner: "ModelRunner") -> CpuStep | CudaStep:
