@@ -38,6 +38,7 @@ LATER = {  # figures of one machine
     "cpu_serving": "`make bench`",
     "cpu_speculation": "`make bench`",
     "cpu_prefix": "`make bench`",
+    "cpu_levers": "`make bench`",
     "cpu_vllm": "`python -m benchmarks.vllm`",
     "gpu": "`python -m benchmarks.gpu`",
 }

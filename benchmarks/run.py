@@ -22,6 +22,7 @@ SUITES = {
     "cpu_weights": "engine/test_weights.py",
     "cpu_serving": "serving/test_serving.py",
     "cpu_prefix": "engine/test_prefix.py",
+    "cpu_levers": "engine/test_levers.py",
 }
 QUICK = "test_token or test_step or test_start or test_batch or host_overhead or 151936-1- "
 QUICK += "or 151936-32-"

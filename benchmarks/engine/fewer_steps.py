@@ -64,7 +64,23 @@ def prefix(result: dict[str, Any]) -> str:
     )
 
 
+def levers(result: dict[str, Any]) -> str:
+    """Format what each lever gains on one request, alone and together."""
+    (case,) = result["cases"]
+    rows = [
+        [name, number(found["median"]), f"{found['speedup']:.2f}x"]
+        for name, found in case["contenders"].items()
+    ]
+    return (
+        f"Seconds of a request: {case['tokens']} new tokens, which repeat the end of the prompt, "
+        f"after {case['prompt']}, of which an earlier request began with {case['before']}. CPU "
+        f"time of one thread, in turns. {source(result, 'transformers', 'peft')}.\n\n"
+        f"{table(['levers', 's', 'speed'], rows)}"
+    )
+
+
 TABLES = (
     ("docs/performance.md", "speculation", "cpu_speculation", speculation),
     ("docs/performance.md", "prefix", "cpu_prefix", prefix),
+    ("docs/performance.md", "levers", "cpu_levers", levers),
 )
