@@ -98,5 +98,5 @@ def tokens_of(blocks, block, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def flat(block, TILE: tl.constexpr):
-    """A block's lanes in any order, for a reduction."""
-    return tl.reshape(block, (TILE,), can_reorder=True)
+    """A block's lanes in a row, for a reduction."""
+    return tl.reshape(block, (TILE,))
