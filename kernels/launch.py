@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .arguments import Draw, Mask, PerRow, log_alpha
 from .triton_cut import cut_rows
-from .triton_measure import ROW, STATISTICS, combine_rows, measure_tiles
+from .triton_measure import CAPACITY, ROW, STATISTICS, combine_rows, measure_tiles
 from .triton_sample import choose_tiles, sample_rows, settle_rows
 from .triton_score import project_rows, score_rows
 from .triton_steer import steer_tiles
@@ -30,6 +30,7 @@ STREAM_WARPS = 4  # of a program that streams one tile
 ROW_WARPS = 8  # of a program that walks a row's tiles one after the other
 # At most so many registers per thread: without a bound ptxas chooses a lower one and spills.
 STREAM_REGISTERS, ROW_REGISTERS = 128, 168
+MEASURE_REGISTERS = 72  # so that 7 programs of the first pass fit a multiprocessor at once
 
 # From so many rows on, a launch that combines each row's tiles costs less than doing so in every
 # program of the second pass.
@@ -54,7 +55,8 @@ def takes(device: str) -> bool:
 
 def workspace_size(rows: int, vocab: int) -> int:
     """Return how many float32 elements a call on `[rows, vocab]` needs as `workspace`."""
-    return rows * (STATISTICS.value * _tiles(vocab) + ROW.value)
+    numbers = (STATISTICS.value + 1) * _tiles(vocab)
+    return rows * (numbers + ROW.value + CAPACITY.value)
 
 
 # For every operator: adapted, base: `[N, V]`, each float32, bfloat16 or float16, last stride 1.
@@ -101,18 +103,22 @@ def sample(
     If a token may come from any tile, every tile gets a program and a third launch settles the row.
     Otherwise, and for cuts, one program per row walks the tiles that it needs.
     """
-    rows = _Rows(adapted, base, workspace)
+    every_tile = mask.alpha == 0 or not mask.removes
+    marks = None if draw.is_cut or every_tile else mask.alpha
+    rows = _Rows(adapted, base, workspace, marks=marks)
     steering, noise = rows.steering(mask), _noise(draw, token)
     greedy = draw.temperature == 0
     if draw.is_cut:
         top_k, top_p, log_min_p = draw.cuts
         cuts = min(top_k, rows.vocab), top_p, log_min_p
         rows.each_row(cut_rows, *steering, *noise, *cuts, token, logprob, REMOVE=mask.removes)
-    elif mask.alpha == 0 or not mask.removes:
+    elif every_tile:
         rows.each_tile(choose_tiles, *steering, *noise, REMOVE=mask.removes, GREEDY=greedy)
         rows.settle(settle_rows, token, logprob)
     else:
-        rows.each_row(sample_rows, *steering, *noise, token, logprob, GREEDY=greedy)
+        rows.each_row(
+            sample_rows, *steering, *noise, token, logprob, GREEDY=greedy, CHUNK=rows.chunk
+        )
 
 
 def topk(
@@ -140,12 +146,17 @@ def score(
     workspace: Tensor | None = None,
 ) -> None:
     """logprob = reference.score(adapted, base, strength, target)."""
-    rows = _Rows(adapted, base, workspace)
-    steering, options = rows.steering(mask), dict(REMOVE=mask.removes)
-    if mask.alpha == 0:
-        rows.each_tile(choose_tiles, *steering, *_noise(GREEDY, target), GREEDY=True, **options)
     chosen = mask.alpha == 0
-    rows.each_row(score_rows, *steering, target.contiguous(), logprob, CHOSEN=chosen, **options)
+    marks = mask.alpha if mask.removes and not chosen else None
+    rows = _Rows(adapted, base, workspace, marks=marks)
+    steering = rows.steering(mask)
+    if chosen:
+        noise = _noise(GREEDY, target)
+        rows.each_tile(choose_tiles, *steering, *noise, REMOVE=mask.removes, GREEDY=True)
+    rows.each_row(
+        score_rows, *steering, target.contiguous(), logprob,
+        REMOVE=mask.removes, CHOSEN=chosen, CHUNK=rows.chunk,
+    )  # fmt: skip
 
 
 def project_strength(
@@ -237,8 +248,14 @@ class _Rows:
     """
 
     def __init__(
-        self, adapted: Tensor, base: Tensor, workspace: Tensor | None, BASE: bool = False
+        self,
+        adapted: Tensor,
+        base: Tensor,
+        workspace: Tensor | None,
+        BASE: bool = False,
+        marks: float | None = None,
     ) -> None:
+        """`marks`: the alpha of the support whose cells the first pass marks, if it does."""
         self.count, self.vocab = adapted.shape
         size = workspace_size(self.count, self.vocab)
         if workspace is None:
@@ -249,7 +266,13 @@ class _Rows:
         self.operands = adapted, adapted.stride(0), base, base.stride(0), workspace, self.vocab
         self.aligned = aligned(adapted, base)
         self.overlaps = overlaps(adapted.device)
-        self._stream(measure_tiles, *self.operands, ALIGNED=self.aligned, BASE=BASE)
+        # What a thread loads at once, so that a cell is what a thread holds.
+        self.chunk = 16 // min(adapted.itemsize, base.itemsize) if self.aligned else 1
+        self._stream(
+            measure_tiles, *self.operands, 0.0 if marks is None else log_alpha(marks),
+            MARKED=marks is not None, CHUNK=self.chunk, ALIGNED=self.aligned, BASE=BASE,
+            maxnreg=STREAM_REGISTERS if BASE else MEASURE_REGISTERS,
+        )  # fmt: skip
 
     def steering(self, mask: Mask) -> tuple[Any, ...]:
         strength = _per_row(mask.strength, self.workspace)
@@ -280,7 +303,7 @@ class _Rows:
         self._launch(kernel, self.count, *own, num_warps=1, **self._after())
 
     def _stream(self, kernel: Any, *arguments: Any, **options: Any) -> None:
-        options |= {"num_warps": STREAM_WARPS, "maxnreg": STREAM_REGISTERS}
+        options = {"num_warps": STREAM_WARPS, "maxnreg": STREAM_REGISTERS} | options
         self._launch(kernel, self.count * _tiles(self.vocab), *arguments, **options)
 
     def _after(self) -> dict[str, Any]:

@@ -26,11 +26,17 @@ from .triton_rows import (
 )
 
 # workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its 3 extra ones if BASE, or the 5
-# of `choose_tiles`.
-STATISTICS = tl.constexpr(9)
+# of `choose_tiles`; then the 4 words of `mark_cells`.
+STATISTICS = tl.constexpr(13)
 EXTRA = tl.constexpr(4)
-# Behind those of the tiles: the 3 numbers of a row that `combine_rows` writes.
+MARKS = tl.constexpr(9)
+# Behind those of the tiles: the 3 numbers of a row that `combine_rows` writes, then the list of
+# `triton_blocks`.
 ROW = tl.constexpr(3)
+# A tile has up to 128 cells of equal size: if rows are aligned, those of its tokens that one thread
+# of `measure_tiles` holds.
+CELLS = tl.constexpr(128)
+CAPACITY = tl.constexpr(512)  # a longer list is one of tiles, not of cells
 # The numbers of a row are read by each warp as a whole, a tile per lane of the warp. Of a tensor of
 # this size every warp has a copy, so a reduction of it needs no barrier.
 WARP = tl.constexpr(32)
@@ -88,7 +94,44 @@ def exp_from(x, peak):
 @triton.jit
 def numbers(workspace, row, count):
     """Where the numbers of a row begin."""
-    return workspace + row.to(tl.int64) * (STATISTICS * count + ROW)
+    return workspace + row.to(tl.int64) * ((STATISTICS + 1) * count + ROW + CAPACITY)
+
+
+@triton.constexpr_function
+def shape_of(CHUNK, TILE):
+    """A tile as rounds, cells and chunks: CHUNK tokens are what a thread loads at once.
+
+    A round is what all threads load at once; a cell is at one place of every round.
+    """
+    cells = min(CELLS.value, TILE // CHUNK)
+    return TILE // (cells * CHUNK), cells, CHUNK
+
+
+@triton.constexpr_function
+def words_of(CHUNK, TILE):
+    """The words that mark the cells of a tile, and the bits of each."""
+    cells = min(CELLS.value, TILE // CHUNK)
+    return max(cells // 32, 1), min(cells, 32)
+
+
+@triton.jit
+def greatest_of_cells(tile, CHUNK: tl.constexpr):
+    """The greatest number of each cell."""
+    return tl.max(tl.max(tl.reshape(tile, shape_of(CHUNK, tile.shape[0])), 2), 0)
+
+
+@triton.jit
+def mark_cells(place, count, cells, threshold, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Write the tile's words: a bit for each cell, set if its greatest logit is >= threshold."""
+    WORDS: tl.constexpr = words_of(CHUNK, TILE)[0]
+    BITS: tl.constexpr = words_of(CHUNK, TILE)[1]
+    bits = tl.where(cells >= threshold, 1 << tl.arange(0, WORDS * BITS) % BITS, 0)
+    words = tl.sum(tl.reshape(bits, (WORDS, BITS)), 1, keep_dims=True)
+    # Every lane of a warp has the word, so no other layout is needed for the store.
+    word = tl.arange(0, WORDS)[:, None]
+    lane = tl.arange(0, BITS)[None, :]
+    places = place.to(tl.pointer_type(tl.int32)) + (MARKS + word) * count + lane
+    tl.store(places, words + lane * 0, lane == 0)
 
 
 @kernel
@@ -99,7 +142,10 @@ def measure_tiles(
     base_stride: tl.int64,
     workspace,
     vocab: tl.int32,
+    log_alpha: tl.float32,
     BASE: tl.constexpr,
+    MARKED: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
@@ -113,6 +159,9 @@ def measure_tiles(
     away, and 3 extra numbers follow: base_peak, base_sum_exp, and whether a token is possible in z
     and not in b.
 
+    If MARKED: the words of its cells, for `triton_blocks`. A bit is set if the cell has a token
+    within log(alpha) of the tile's peak; no other cell can have a token of the support.
+
     The sums are first formed as if every logit were finite, in half the instructions. A logit that
     is not makes sum_exp_d infinite or NaN, and the tile is summed again with care.
     """
@@ -125,9 +174,16 @@ def measure_tiles(
     z, b, inside = load_finite_tile(rows, row, token, ALIGNED)
     place = numbers(workspace, row, count) + tile
 
+    cells = greatest_of_cells(z, CHUNK)
     if BASE:
         b = tl.where(inside, b, -3.38e38)
-        peak, base_peak = tl.reduce((z, b), 0, max_2)
+        peak, base_peak = tl.reduce((cells, greatest_of_cells(b, CHUNK)), 0, max_2)
+    else:
+        peak = tl.max(cells)
+    if MARKED:
+        mark_cells(place, count, cells, peak + log_alpha, CHUNK, TILE)
+
+    if BASE:
         e, factor = exp_from(z, peak)
         base_e, base_factor = exp_from(b, base_peak)
         d = (z - peak) - (b - base_peak)
@@ -138,7 +194,6 @@ def measure_tiles(
         only_adapted = tl.cast(0, tl.int32)
         usual = tl.abs(base_peak) < USUAL_PEAK
     else:
-        peak = tl.max(z)
         e, factor = exp_from(z, peak)
         sum_exp, sum_exp_d = tl.reduce((e, e * (z - b)), 0, add_2)
         usual = True
@@ -150,6 +205,8 @@ def measure_tiles(
     if usual == 0:
         z, b = load_tile(rows, row, token, ALIGNED)
         peak = tl.max(z)
+        if MARKED:
+            mark_cells(place, count, cells, peak + log_alpha, CHUNK, TILE)
         origin = tl.where(peak > -INF, peak, 0.0)  # so that e is 0, not NaN, if all are -inf
         e = exp(z - origin)
         d = difference(z, b)

@@ -74,7 +74,10 @@ def locate(matrix, stride, row, token, vocab, ALIGNED: tl.constexpr):
     if ALIGNED:
         # Both hold for the caller's tensors. The arguments are not specialised, so this is how the
         # compiler learns it, and it can emit 16-byte accesses with one mask for 8 tokens.
-        pointers = tl.multiple_of(pointers, 16)
+        if len(token.shape) == 3:
+            pointers = tl.multiple_of(pointers, (1, 1, 16))
+        else:
+            pointers = tl.multiple_of(pointers, 16)
         vocab = vocab // 8 * 8
     return pointers, token < vocab
 

@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
+from .triton_blocks import flat, list_blocks, tokens_of
 from .triton_measure import (
     EXTRA,
-    active_tiles,
     combine,
     is_active,
-    next_tile,
     numbers,
+    shape_of,
     statistic,
     steer_row,
     steer_row_of_tile,
@@ -115,12 +115,13 @@ def sample_rows(
     token_out,
     logprob_out,
     GREEDY: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program per row: the best token and its log-probability, from the tiles with support."""
+    """One program per row: the best token and its log-probability, from cells with support."""
     wait_for_first_pass(PDL)
     row = tl.program_id(0)
     row_strength = per_row(strength, strengths, per_strength, row)
@@ -131,28 +132,30 @@ def sample_rows(
         workspace, row, vocab, row_strength, log_alpha, penalty, difference, LANES, TILE
     )
 
+    blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
     # An invalid row has no active tile: these initial values are then its result, -1 and NaN.
-    best = tl.full((TILE,), -INF, tl.float32)  # the greatest merit so far, in each lane
-    best_token = tl.full((TILE,), -1, tl.int32)
-    best_logit = tl.full((TILE,), -INF, tl.float32)
-    lse_peak = tl.full((TILE,), LOWEST, tl.float32)
-    lse_sum_exp = tl.zeros((TILE,), tl.float32)
-    for first in tl.range(0, LANES, 128):
-        low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
-        while (low | high) != 0:
-            tile, low, high = next_tile(low, high)
-            token = (first + tile) * TILE + tl.arange(0, TILE)
-            logits, merit = choose(
-                rows, steering, row, token, temperature, row_seed, row_position,
-                True, GREEDY, ALIGNED,
-            )  # fmt: skip
-            best, best_token, best_logit = keep_better(
-                best, best_token, best_logit, merit, token, logits
-            )
-            lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
+    SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
+    best = tl.full(SHAPE, -INF, tl.float32)  # the greatest merit so far, in each lane
+    best_token = tl.full(SHAPE, -1, tl.int32)
+    best_logit = tl.full(SHAPE, -INF, tl.float32)
+    lse_peak = tl.full(SHAPE, LOWEST, tl.float32)
+    lse_sum_exp = tl.zeros(SHAPE, tl.float32)
+    for block in tl.range(0, blocks.number):
+        token = tokens_of(blocks, block, vocab, CHUNK, TILE)
+        logits, merit = choose(
+            rows, steering, row, token, temperature, row_seed, row_position, True, GREEDY, ALIGNED
+        )
+        best, best_token, best_logit = keep_better(
+            best, best_token, best_logit, merit, token, logits
+        )
+        lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
     _, token, logit, peak, sum_exp = tl.reduce(
-        (best, best_token, best_logit, lse_peak, lse_sum_exp), 0, better_and_join
-    )
+        (
+            flat(best, TILE), flat(best_token, TILE), flat(best_logit, TILE),
+            flat(lse_peak, TILE), flat(lse_sum_exp, TILE),
+        ),
+        0, better_and_join,
+    )  # fmt: skip
     tl.store(token_out + row, token)
     tl.store(logprob_out + row, logit - peak - tl.log(sum_exp))
 

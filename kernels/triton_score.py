@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .triton_blocks import flat, list_blocks, tokens_of
 from .triton_measure import (
     WARP,
     active_tiles,
@@ -10,6 +11,7 @@ from .triton_measure import (
     is_active,
     next_tile,
     relative,
+    shape_of,
     statistic,
     steer_row,
     tiles_lse,
@@ -69,6 +71,7 @@ def score_rows(
     out,
     REMOVE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
@@ -76,10 +79,10 @@ def score_rows(
 ):
     """One program per row: the log-probability of its target.
 
-    If CHOSEN, `choose_tiles` has summed the tiles. Else the tiles with support are read here. A
-    tile without support is not read: a finite penalty shifts all its logits by the same amount, so
-    its share of the sum follows from its sum_exp. The parts are only added, never subtracted from a
-    total, so no digits cancel.
+    If CHOSEN, `choose_tiles` has summed the tiles. Else what may have support is read here: cells
+    with REMOVE, tiles without it. A tile without support is not read: a finite penalty shifts all
+    its logits by the same amount, so its share of the sum follows from its sum_exp. The parts are
+    only added, never subtracted from a total, so no digits cancel.
     """
     wait_for_first_pass(PDL)
     row = tl.program_id(0)
@@ -91,15 +94,26 @@ def score_rows(
     if CHOSEN:
         lse = tiles_lse(workspace, row, tl.cdiv(vocab, TILE), LANES)
     else:
-        lse_peak = tl.full((TILE,), LOWEST, tl.float32)
-        lse_sum_exp = tl.zeros((TILE,), tl.float32)
-        for first in tl.range(0, LANES, 128):
-            low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
-            while (low | high) != 0:
-                tile, low, high = next_tile(low, high)
-                token = (first + tile) * TILE + tl.arange(0, TILE)
-                logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+        if REMOVE:
+            blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
+            SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
+            lse_peak = tl.full(SHAPE, LOWEST, tl.float32)
+            lse_sum_exp = tl.zeros(SHAPE, tl.float32)
+            for block in tl.range(0, blocks.number):
+                token = tokens_of(blocks, block, vocab, CHUNK, TILE)
+                logits = steered_tile(rows, steering, row, token, True, ALIGNED)
                 lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
+            lse_peak, lse_sum_exp = flat(lse_peak, TILE), flat(lse_sum_exp, TILE)
+        else:
+            lse_peak = tl.full((TILE,), LOWEST, tl.float32)
+            lse_sum_exp = tl.zeros((TILE,), tl.float32)
+            for first in tl.range(0, LANES, 128):
+                low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
+                while (low | high) != 0:
+                    tile, low, high = next_tile(low, high)
+                    token = (first + tile) * TILE + tl.arange(0, TILE)
+                    logits = steered_tile(rows, steering, row, token, False, ALIGNED)
+                    lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
         peak, sum_exp = tl.reduce((lse_peak, lse_sum_exp), 0, join_lse)
         if not REMOVE:
             rest = off_support(workspace, row, vocab, steering, LANES, TILE)

@@ -63,12 +63,12 @@ def steps(result: dict[str, Any]) -> str:
     """Format milliseconds per token by model, batch and context, the sampler included."""
     measured = _result(result, "step")
     weights = {m["model"]: m["MB"] for m in measured["models"] if "MB" in m}
-    copy = _result(result, "bandwidth")["GB/s"]
+    read = _result(result, "bandwidth")["read GB/s"]
     rows = []
     for case in sorted(measured["cases"], key=lambda c: (c["model"], c["batch"], c["context"])):
         times = (case.get(name) for name in CONTENDERS)
         cells = [number(x) if isinstance(x, float) else "-" for x in times]
-        limit = number(weights[case["model"]] / copy)
+        limit = number(weights[case["model"]] / read)
         rows.append([f"{case['model']}, {case['batch']} x {case['context']}", *cells, limit])
     head = ["model, batch x context", *CONTENDERS.values(), "reading the weights"]
     return table(head, rows)

@@ -24,17 +24,21 @@ MODULES = {
     "cuda": "svd_engine.ops.cuda",
     "cpu": "svd_engine.ops.cpu",
 }
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # What "auto" takes, by device. On an H200 (benchmarks/results/gpu.json) CUDA C++ is as fast as
-# Triton or faster for most operators, most of all with noise or cuts and at many rows. The number
-# of rows decides nothing: a row's bits would depend on its batch.
+# Triton or faster for some operators, most of all with cuts. The number of rows decides nothing: a
+# row's bits would depend on its batch.
 PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-# The order on a CUDA device where Triton is faster, by operator and dtype of the adapted rows.
+# The order on a CUDA device where Triton is faster for a few rows, by operator and dtype of the
+# adapted rows; not for cuts.
 MEASURED: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
     (name, dtype): ("triton", "cuda")
     for name, dtypes in {
         "steer": (torch.float32,),
-        "topk": (torch.float32, torch.bfloat16, torch.float16),
-        "project_strength": (torch.float32, torch.bfloat16, torch.float16),
+        "sample": FLOATS,
+        "score": FLOATS,
+        "topk": FLOATS,
+        "project_strength": FLOATS,
     }.items()
     for dtype in dtypes
 }
@@ -141,13 +145,17 @@ def unavailable(backend: str) -> str | None:
 
 @cache
 def choose(
-    operator: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32
+    operator: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    is_cut: bool = False,
 ) -> ModuleType:
     """Return the module that computes `operator` on a device. Raises ValueError."""
     kind = device.type
     if backend == "auto":
         order = PREFERENCE.get(kind, ())
-        if kind == "cuda":
+        if kind == "cuda" and not is_cut:
             order = MEASURED.get((operator, dtype), order)
         modules = (import_module(MODULES[name]) for name in order if unavailable(name) is None)
         able = (module for module in modules if module.takes(kind) and hasattr(module, operator))
@@ -181,7 +189,8 @@ def launch(
 ) -> tuple[Tensor, ...]:
     """Run an operator on checked arguments; return its outputs, the first in `out` if given."""
     adapted = arguments[0]
-    module = choose(name, backend, adapted.device, adapted.dtype)
+    is_cut = any(isinstance(x, Draw) and x.is_cut for x in arguments)
+    module = choose(name, backend, adapted.device, adapted.dtype, is_cut)
     operator = OPERATORS[name]
     if module is reference or adapted.numel() == 0:
         with torch.no_grad():

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from svd_engine.kernels import launch, reference
+from svd_engine.kernels import launch, reference, triton_blocks
 from svd_engine.kernels.triton_noise import gumbel_noise, random_bits
 
 from . import packed
@@ -118,7 +118,7 @@ def test_noise_is_the_reference_s():
 @pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's loads")
 @pytest.mark.usefixtures("running")
 def test_elements_read(monkeypatch):
-    """One read of a row, and then the tiles with support; off it the sums of the tiles suffice."""
+    """One read of a row, and then the cells or tiles with support; off it sums of tiles suffice."""
     tile = launch.TILE
     vocab = 20 * tile + 5
     z, b = logits(1, vocab, DEVICE, spread=0.1)
@@ -144,12 +144,37 @@ def test_elements_read(monkeypatch):
 
     monkeypatch.setattr(builder, "create_masked_load", count)
     near = vocab + 2 * tile
-    assert reads("sample greedy") == reads("sample noisy") == reads("steer") == near
+    assert reads("steer") == near
+    # A tile of 64 has cells of one token each, and three are in reach of their tile's peak.
+    assert reads("sample greedy") == reads("sample noisy") == vocab + 3
     assert reads("sample greedy", alpha=0.0) == reads("steer", penalty=-1.0) == 2 * vocab
     assert reads("divergence") == vocab
     assert reads("steering_vector") == 2 * vocab
     assert reads("project_strength") == near + 1
-    assert reads("score") == reads("score", penalty=0.0) == near + 1
+    assert reads("score") == vocab + 3 + 1
+    assert reads("score", penalty=0.0) == near + 1
     assert reads("score", alpha=0.0) == 2 * vocab + 1
     # For each of 3 tokens that are picked, one of each tile with support.
     assert reads("topk") == near + 3 * 2
+    # More cells than the list may have: the tiles that have them are read.
+    monkeypatch.setattr(triton_blocks, "CAPACITY", tl.constexpr(2))
+    assert reads("sample greedy") == near
+    assert reads("score") == near + 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="changes a constant of compiled kernels")
+@pytest.mark.parametrize("vocab", [5 * 64 + 8, 5 * 64 + 3])
+@pytest.mark.usefixtures("running")
+def test_a_list_of_tiles_says_what_one_of_cells_does(vocab, monkeypatch):
+    z, b = logits(2, vocab, DEVICE, BF16, spread=1.0)
+    o = options(z, alpha=0.05)
+
+    def found(name):
+        return OPERATORS[name].run(z, b, o, "triton", None)
+
+    cells = found("sample noisy"), found("score")
+    monkeypatch.setattr(triton_blocks, "CAPACITY", tl.constexpr(2))
+    (token, logprob), (nats,) = found("sample noisy"), found("score")
+    assert torch.equal(token, cells[0][0])
+    torch.testing.assert_close(logprob, cells[0][1])
+    torch.testing.assert_close(nats, cells[1][0])
