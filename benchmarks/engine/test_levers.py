@@ -22,16 +22,16 @@ from svd_engine import SteeredEngine, SteeringConfig, loading
 
 ROUNDS, BEFORE, TOKENS = 3, 400, 48
 WEIGHTS: dict[str, dict[str, Any]] = {
-    "bfloat16": {"dtype": torch.bfloat16},
+    "float32": {"dtype": torch.float32},
     "int8": {"dtype": torch.float32, "weights": "int8"},
 }
 # contender -> (weights, whether the first turn is kept, guesses)
 CONTENDERS: dict[str, tuple[str, bool, str | None]] = {
-    "none": ("bfloat16", False, None),
-    "the first turn is kept": ("bfloat16", True, None),
-    "guesses": ("bfloat16", False, "prompt"),
+    "none": ("float32", False, None),
+    "the first turn is kept": ("float32", True, None),
+    "guesses": ("float32", False, "prompt"),
     "int8": ("int8", False, None),
-    "kept, guesses": ("bfloat16", True, "prompt"),
+    "kept, guesses": ("float32", True, "prompt"),
     "kept, int8": ("int8", True, None),
     "guesses, int8": ("int8", False, "prompt"),
     "all three": ("int8", True, "prompt"),
