@@ -267,3 +267,29 @@ def test_traces():
     traced = torch.compile(linear.few_rows_linear, backend="eager", fullgraph=True)
     want = composed(x, weight, bias, low_rank, 1)[0].float()
     torch.testing.assert_close(traced(x, weight, bias, low_rank, 1), want)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, linear.FEW, 37])
+def test_bfloat16_goes_through_float32_where_that_is_faster(
+    rows, with_bias, capability, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    x, weight, bias, _ = case(rows, 64, 48, dtype=BF16)
+    bias = bias if with_bias else None
+    multiplied, plain = [], nn.functional.linear
+
+    def seen(x, *rest):
+        multiplied.append(x.dtype)
+        return plain(x, *rest)
+
+    monkeypatch.setattr(nn.functional, "linear", seen)
+    got = linear.product(x, weight, bias)
+    assert multiplied == [F32 if capability == "AVX2" and rows > 1 else BF16]
+    want = x.double() @ weight.double().T
+    want += 0.0 if bias is None else bias.double()
+    assert got.dtype == BF16
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-3)
+    with torch.inference_mode(False), torch.enable_grad():
+        assert not linear.is_slow(x)
