@@ -19,7 +19,7 @@ from svd_engine.cli.export import export
 from svd_engine.cli.generate import generate
 from svd_engine.cli.harness import SETTINGS as HARNESS
 from svd_engine.cli.harness import lm_eval
-from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode
+from svd_engine.cli.options import Base, Device, DType, TrustRemoteCode, Weights
 from svd_engine.cli.serve import serve
 from svd_engine.cli.train import warm_start
 
@@ -67,6 +67,7 @@ def env(
     ] = None,
     base: Base = None,
     dtype: DType = "auto",
+    weights: Weights = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -78,7 +79,9 @@ def env(
 
     step = None
     if adapter is not None:
-        step = engines.load(adapter, base, dtype, device, trust_remote_code).step
+        step = engines.load(adapter, base, dtype, device, trust_remote_code, weights).step
+    elif base is not None or weights is not None:
+        raise ValueError("--base and --weights are about an adapter; give --adapter as well.")
     terminal.show(tables.environment(step))
 
 

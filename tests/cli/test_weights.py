@@ -1,11 +1,15 @@
 """`--weights`: every command that decodes hands it to the engine."""
 
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
 
+from svd_engine.ops import cpu
+
 COMMANDS = {
+    "env": ["env"],
     "generate": ["generate", "w005"],
     "chat": ["chat"],
     "explain": ["explain", "prompts.jsonl", "page.html"],
@@ -29,5 +33,17 @@ def test_every_command_has_it(run, tiny_folder, tmp_path, monkeypatch, name):
     problem |= dict(output="the correct answer is answer1", answer="answer1")
     (tmp_path / "arc.json").write_text(json.dumps([problem]))
     options = ["--adapter", tiny_folder / "adapter", "--base", tiny_folder / "base"]
-    code, _, err = run(*COMMANDS[name], *options, "--strength", -2, "--weights", "int3")
+    steered = [] if name == "env" else ["--strength", -2]
+    code, _, err = run(*COMMANDS[name], *options, *steered, "--weights", "int3")
     assert (code, err) == (2, "error: weights must be int8 or int4; got 'int3'.\n"), err
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no native kernels")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_env_says_how_a_step_runs_over_codes(run, tiny_folder, weights):
+    asked = ["env", "--adapter", tiny_folder / "adapter", "--base", tiny_folder / "base"]
+    code, out, err = run(*asked, "--weights", weights)
+    assert code == 0 and re.search("decode step +one native call", out), err
+
+    code, out, err = run("env", "--weights", weights)
+    assert (code, out) == (2, "") and "--base and --weights are about an adapter" in err

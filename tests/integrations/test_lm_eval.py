@@ -210,8 +210,8 @@ def test_the_harness_and_evaluate_agree(engine, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the data folder is not there")
-@pytest.mark.parametrize("benchmark", ["truthfulqa", "arc-easy"])
-def test_the_harness_and_evaluate_agree_on_smollm2(smollm2, benchmark, tmp_path):
+@pytest.mark.parametrize("questions", ["truthfulqa", "arc-easy"])
+def test_the_harness_and_evaluate_agree_on_smollm2(smollm2, questions, tmp_path):
     model, tokenizer = smollm2
     peft_model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     torch.manual_seed(0)
@@ -220,11 +220,11 @@ def test_the_harness_and_evaluate_agree_on_smollm2(smollm2, benchmark, tmp_path)
             torch.nn.init.normal_(parameter, std=0.01)
     try:
         engine = SteeredEngine(peft_model, tokenizer, SteeringConfig(-5.0))
-        if benchmark == "truthfulqa":
+        if questions == "truthfulqa":
             items = truthfulqa.test(truthfulqa_files.read(SHARED / "truthfulqa" / "mc_task.json"))
             compare(engine, items[:3], truthfulqa.PLAIN, tmp_path)
         else:
-            items = commonsense.read(commonsense.find(SHARED / "commonsense", benchmark, "test"))
+            items = commonsense.read(commonsense.find(SHARED / "commonsense", questions, "test"))
             compare(engine, items[:3], commonsense.TEMPLATE, tmp_path)
     finally:
         peft_model.unload()
