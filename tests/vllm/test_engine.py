@@ -5,11 +5,13 @@ import torch
 
 from svd_engine import SteeredEngine
 from svd_engine.integrations.vllm import engine_args
+from svd_engine.kernels import reference
 from tests.tiny import assert_same_tokens, teacher_forced_two_pass
 from tests.vllm import models
 
 NEW = 24
 TIE = 1e-4
+MOST_BAD_WORDS = 128  # that vLLM takes
 REQUESTS = {}, {"strength": 2.0}, {"strength": 0.0}, {"model": "adapted"}, {}, {"model": "base"}
 
 
@@ -112,12 +114,29 @@ class TestOneEngine:
             tokens = list(output[0].outputs[0].token_ids)[:2]
             assert tokens == [second, first]
 
-    def test_min_tokens_and_banned_tokens(self, vllm, llm):
-        """Even if all that is left is off the support, the best of the rest is chosen."""
-        plain = generate(vllm, llm, [[5, 17, 40]], logprobs=None)[0]
-        banned = {token: -100.0 for token in plain[:1]}
-        other = generate(vllm, llm, [[5, 17, 40]], logit_bias=banned)[0]
-        assert other[0] != plain[0] and other[0] != 0
+    def test_min_tokens_bad_words_and_banned_tokens(self, vllm, llm, folder_of):
+        """Only allowed tokens come, and of these the best, even if it is off the support."""
+        _, model = folder_of("llama")
+        prompt = [5, 17, 40]
+        with torch.no_grad():
+            adapted = model(torch.tensor([prompt])).logits[0, -1:]
+            with model.disable_adapter():
+                base = model(torch.tensor([prompt])).logits[0, -1:]
+        config = models.STEERING.generation
+        steered = reference.steer(adapted, base, config.strength, alpha=config.alpha)[0]
+        steered = torch.where(steered == -torch.inf, adapted[0] - 1e4, steered)
+        kept = int((steered > -1e3).sum())
+        order = steered.argsort(descending=True).tolist()
+        assert generate(vllm, llm, [prompt], logprobs=None)[0][0] == order[0]
+        for banned in (order[:1], order[: kept + 1]):  # the best; the whole support and one more
+            params = [
+                dict(min_tokens=8, max_tokens=8, stop_token_ids=banned),
+                dict(logit_bias=dict.fromkeys(banned, -1e6)),
+                dict(bad_words=[f"w{token:03}" for token in banned]),
+            ]
+            for given in params[: 3 if len(banned) <= MOST_BAD_WORDS else 2]:
+                tokens = generate(vllm, llm, [prompt], **given)[0]
+                assert tokens[0] == order[len(banned)] and not set(tokens) & set(banned)
 
     def test_logprobs_are_finite_and_sum_to_one(self, vllm, llm):
         params = vllm.SamplingParams(temperature=0.0, max_tokens=1, logprobs=models.VOCAB)
