@@ -11,6 +11,9 @@ from tests.vllm import models
 
 NEW = 24
 TIE = 1e-4
+TIE_IN_BFLOAT16 = 0.5
+TIE_IF_ROUNDED = 0.05  # to 8 bits, where inputs fall on different sides of a half
+MODELS = "base", "adapted"
 MOST_BAD_WORDS = 128  # that vLLM takes
 REQUESTS = {}, {"strength": 2.0}, {"strength": 0.0}, {"model": "adapted"}, {}, {"model": "base"}
 
@@ -45,10 +48,10 @@ def truth(model, prompt, tokens, extra):
     return list(zip(best.indices[:, 0].tolist(), gaps.tolist(), strict=True))
 
 
-def assert_equal(model, prompts, got, requests):
+def assert_equal(model, prompts, got, requests, tie=TIE):
     for prompt, tokens, extra in zip(prompts, got, requests, strict=True):
         assert len(tokens) == NEW
-        assert_same_tokens(tokens, truth(model, prompt, tokens, extra), TIE)
+        assert_same_tokens(tokens, truth(model, prompt, tokens, extra), tie)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,42 @@ class TestOneEngine:
     def test_prompt_logprobs_have_no_strength_of_their_own(self, vllm, llm):
         with pytest.raises(vllm.exceptions.VLLMValidationError, match="steering for ranking"):
             generate(vllm, llm, [[5, 6]], [{"strength": 1.0}], prompt_logprobs=1)
+
+
+def test_bfloat16(vllm, engine, folder_of, prompts):
+    """Up to ties, which are wider."""
+    root, model = folder_of("llama")
+    with engine(**engine_args(root / "base", root / "adapter"), dtype="bfloat16") as llm:
+        got = generate(vllm, llm, prompts, REQUESTS)
+    assert_equal(model, prompts, got, REQUESTS, TIE_IN_BFLOAT16)
+
+
+def test_a_quantised_base(vllm, engine, tmp_path, words, prompts):
+    """Of 8 bits: each model of the two against vLLM's own, with its own LoRA."""
+    from vllm.lora.request import LoRARequest
+
+    models.save(models.build("llama"), tmp_path)
+    models.quantise(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    with engine(**engine_args(tmp_path / "base", tmp_path / "adapter")) as llm:
+        got = {name: generate(vllm, llm, prompts, [{"model": name}] * 6) for name in MODELS}
+        steered = generate(vllm, llm, prompts)
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=2)
+    adapter = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
+    with engine(model=str(tmp_path / "base"), enable_lora=True, max_lora_rank=8) as llm:
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        for name, lora in zip(MODELS, (None, adapter), strict=True):
+            outputs = llm.generate(given, params, lora_request=lora, use_tqdm=False)
+            for tokens, output in zip(got[name], outputs, strict=True):
+                assert_same_tokens(tokens, with_gaps(output.outputs[0]), TIE_IF_ROUNDED)
+    assert got["base"] != got["adapted"] and steered not in got.values()
+
+
+def with_gaps(completion):
+    """Its tokens, each with its distance to the runner-up."""
+    ranked = [sorted(x.logprob for x in step.values()) for step in completion.logprobs]
+    gaps = [values[-1] - values[-2] for values in ranked]
+    return list(zip(completion.token_ids, gaps, strict=True))
 
 
 def test_preemption(vllm, engine, folder_of, prompts):
