@@ -1,10 +1,12 @@
 """Tiny models whose heads vLLM's CPU kernels can take, adapters for them, and plain answers."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -87,3 +89,22 @@ def save(model: PeftModel, folder: Path) -> None:
     base.save_pretrained(folder / "base")
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     STEERING.save_pretrained(folder / "adapter")
+
+
+def quantise(folder: Path) -> None:
+    """Round the layers of a saved base to 8 bits; its inputs are rounded with each call."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / 127
+        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weights = dict(num_bits=8, type="int", symmetric=True, strategy="channel", dynamic=False)
+    inputs = weights | dict(strategy="token", dynamic=True)
+    group = dict(targets=["Linear"], weights=weights, input_activations=inputs)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = dict(
+        quant_method="compressed-tensors", format="int-quantized", quantization_status="compressed",
+        config_groups={"group_0": group}, ignore=["lm_head"],
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))

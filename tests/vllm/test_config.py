@@ -64,7 +64,6 @@ def arguments(folder_of, tmp_path):
          {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}),
         ("decode_context_parallel_size",
          {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}),
-        ("pipeline_parallel_size", {"pipeline_parallel_size": 2}),
         ("enable_prompt_embeds", {"enable_prompt_embeds": True}),
         ("load_format='dummy'", {"load_format": "dummy"}),
         ("load_format='sharded_state'", {"load_format": "sharded_state"}),

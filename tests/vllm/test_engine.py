@@ -5,11 +5,15 @@ import torch
 
 from svd_engine import SteeredEngine
 from svd_engine.integrations.vllm import engine_args
+from svd_engine.kernels import reference
 from tests.tiny import assert_same_tokens, teacher_forced_two_pass
 from tests.vllm import models
 
 NEW = 24
 TIE = 1e-4
+TIE_IN_BFLOAT16 = 0.5
+TIE_IF_ROUNDED = 0.05  # to 8 bits, where inputs fall on different sides of a half
+MOST_BAD_WORDS = 128  # that vLLM takes
 REQUESTS = {}, {"strength": 2.0}, {"strength": 0.0}, {"model": "adapted"}, {}, {"model": "base"}
 
 
@@ -43,10 +47,10 @@ def truth(model, prompt, tokens, extra):
     return list(zip(best.indices[:, 0].tolist(), gaps.tolist(), strict=True))
 
 
-def assert_equal(model, prompts, got, requests):
+def assert_equal(model, prompts, got, requests, tie=TIE):
     for prompt, tokens, extra in zip(prompts, got, requests, strict=True):
         assert len(tokens) == NEW
-        assert_same_tokens(tokens, truth(model, prompt, tokens, extra), TIE)
+        assert_same_tokens(tokens, truth(model, prompt, tokens, extra), tie)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +116,29 @@ class TestOneEngine:
             tokens = list(output[0].outputs[0].token_ids)[:2]
             assert tokens == [second, first]
 
-    def test_min_tokens_and_banned_tokens(self, vllm, llm):
-        """Even if all that is left is off the support, the best of the rest is chosen."""
-        plain = generate(vllm, llm, [[5, 17, 40]], logprobs=None)[0]
-        banned = {token: -100.0 for token in plain[:1]}
-        other = generate(vllm, llm, [[5, 17, 40]], logit_bias=banned)[0]
-        assert other[0] != plain[0] and other[0] != 0
+    def test_min_tokens_bad_words_and_banned_tokens(self, vllm, llm, folder_of):
+        """Only allowed tokens come, and of these the best, even if it is off the support."""
+        _, model = folder_of("llama")
+        prompt = [5, 17, 40]
+        with torch.no_grad():
+            adapted = model(torch.tensor([prompt])).logits[0, -1:]
+            with model.disable_adapter():
+                base = model(torch.tensor([prompt])).logits[0, -1:]
+        config = models.STEERING.generation
+        steered = reference.steer(adapted, base, config.strength, alpha=config.alpha)[0]
+        steered = torch.where(steered == -torch.inf, adapted[0] - 1e4, steered)
+        kept = int((steered > -1e3).sum())
+        order = steered.argsort(descending=True).tolist()
+        assert generate(vllm, llm, [prompt], logprobs=None)[0][0] == order[0]
+        for banned in (order[:1], order[: kept + 1]):  # the best; the whole support and one more
+            params = [
+                dict(min_tokens=8, max_tokens=8, stop_token_ids=banned),
+                dict(logit_bias=dict.fromkeys(banned, -1e6)),
+                dict(bad_words=[f"w{token:03}" for token in banned]),
+            ]
+            for given in params[: 3 if len(banned) <= MOST_BAD_WORDS else 2]:
+                tokens = generate(vllm, llm, [prompt], **given)[0]
+                assert tokens[0] == order[len(banned)] and not set(tokens) & set(banned)
 
     def test_logprobs_are_finite_and_sum_to_one(self, vllm, llm):
         params = vllm.SamplingParams(temperature=0.0, max_tokens=1, logprobs=models.VOCAB)
@@ -150,6 +171,47 @@ class TestOneEngine:
     def test_prompt_logprobs_have_no_strength_of_their_own(self, vllm, llm):
         with pytest.raises(vllm.exceptions.VLLMValidationError, match="steering for ranking"):
             generate(vllm, llm, [[5, 6]], [{"strength": 1.0}], prompt_logprobs=1)
+
+
+def test_bfloat16(vllm, engine, folder_of, prompts):
+    """Up to ties, which are wider."""
+    root, model = folder_of("llama")
+    with engine(**engine_args(root / "base", root / "adapter"), dtype="bfloat16") as llm:
+        got = generate(vllm, llm, prompts, REQUESTS)
+    assert_equal(model, prompts, got, REQUESTS, TIE_IN_BFLOAT16)
+
+
+def test_a_quantised_base(vllm, engine, tmp_path, words, prompts):
+    """Of 8 bits: the base's tokens are those of vLLM alone, and an adapter adds what PEFT adds."""
+    model = models.build("llama")
+    models.save(model, tmp_path)
+    models.quantise(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    x = torch.randn(3, 96)
+
+    def rows_of_both(steered):
+        layer = steered.model.layers[1].mlp.down_proj
+        return layer.quant_method.apply(layer, torch.cat((x, x)))
+
+    with engine(**engine_args(tmp_path / "base", tmp_path / "adapter")) as llm:
+        base, adapted = llm.apply_model(rows_of_both)[0].chunk(2)
+        got = generate(vllm, llm, prompts, [{"model": "base"}] * len(prompts))
+        assert generate(vllm, llm, prompts) != got
+    lora = model.get_base_model().model.layers[1].mlp.down_proj
+    term = lora.lora_B["default"](lora.lora_A["default"](x)) * lora.scaling["default"]
+    torch.testing.assert_close(adapted - base, term, rtol=1e-4, atol=1e-4)
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=2)
+    with engine(model=str(tmp_path / "base")) as llm:
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        for tokens, output in zip(got, llm.generate(given, params, use_tqdm=False), strict=True):
+            assert_same_tokens(tokens, with_gaps(output.outputs[0]), TIE_IF_ROUNDED)
+
+
+def with_gaps(completion):
+    """Its tokens, each with its distance to the runner-up."""
+    ranked = [sorted(x.logprob for x in step.values()) for step in completion.logprobs]
+    gaps = [values[-1] - values[-2] for values in ranked]
+    return list(zip(completion.token_ids, gaps, strict=True))
 
 
 def test_preemption(vllm, engine, folder_of, prompts):

@@ -20,6 +20,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
+# vLLM's CPU worker makes the buffer between stages while it warms up, which it leaves out if eager.
+TRACED = {"mode": 2, "backend": "eager"}  # by Dynamo, without Inductor, which takes minutes
 
 
 @pytest.fixture
@@ -38,9 +40,19 @@ def test_tensor_parallel(vllm, engine, folder_of, prompts, two_processes, archit
     assert_equal(model, prompts, got, REQUESTS)
 
 
+@pytest.mark.parametrize(("architecture", "adapter"), [("llama", "all"), ("gemma2", None)])
+def test_pipeline_parallel(vllm, engine, folder_of, prompts, two_processes, architecture, adapter):
+    """A layer in each stage: embeddings are adapted in the first one, the head in the last."""
+    root, model = folder_of(architecture, adapter)
+    arguments = engine_args(root / "base", root / "adapter", pipeline_parallel_size=2)
+    with engine(**arguments, enforce_eager=False, compilation_config=TRACED) as llm:
+        got = generate(vllm, llm, prompts, REQUESTS)
+    assert_equal(model, prompts, got, REQUESTS)
+
+
 @pytest.fixture(scope="module")
 def server(vllm, folder_of, tmp_path_factory):
-    """The address of a server that was given an exported folder and no flag about steering."""
+    """A server that was given an exported folder and no flag about steering: address, process."""
     root, _ = folder_of("llama")
     folder = tmp_path_factory.mktemp("served") / "model"
     export_folder(folder, str(root / "base"), root / "adapter", models.STEERING)
@@ -67,7 +79,9 @@ def server(vllm, folder_of, tmp_path_factory):
             except OSError:
                 assert process.poll() is None, log.read_text()[-3000:]
                 time.sleep(1)
-        yield address
+        else:
+            pytest.fail(f"the server never came up: {log.read_text()[-3000:]}")
+        yield address, process
     finally:
         process.terminate()
         process.wait(60)
@@ -77,7 +91,7 @@ def test_server(server, folder_of):
     """The openai client: streamed, with a strength of its own, and a bad one."""
     openai = pytest.importorskip("openai")
     _, model = folder_of("llama")
-    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0)
     prompt = [5, 17, 40, 9, 33]
     words = " ".join(f"w{token:03}" for token in prompt)
 
@@ -102,3 +116,24 @@ def test_server(server, folder_of):
         client.completions.create(
             model="tiny", prompt=words, extra_body={"vllm_xargs": {"strength": "x"}}
         )
+
+
+def test_a_worker_that_is_killed(server):
+    """The request fails and the server ends, both by vLLM's own means; nobody waits."""
+    openai, psutil = pytest.importorskip("openai"), pytest.importorskip("psutil")
+    address, process = server
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+    body = {"ignore_eos": True}
+    stream = client.completions.create(
+        model="tiny", prompt="w005 w017", max_tokens=120, stream=True, extra_body=body
+    )
+    next(stream)
+    below = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in below if "VLLM::Worker" in " ".join(child.cmdline())]
+    assert len(workers) == 1
+    workers[0].kill()
+    with pytest.raises(openai.APIError):
+        for chunk in stream:
+            assert chunk.choices[0].finish_reason is None
+    process.wait(120)
+    assert psutil.wait_procs(below, timeout=60)[1] == []

@@ -24,8 +24,6 @@ OFF: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
      "it counts the heads of one model"),
     ("parallel_config.prefill_context_parallel_size", "prefill_context_parallel_size", (1,),
      "it counts the heads of one model"),
-    ("parallel_config.pipeline_parallel_size", "pipeline_parallel_size", (1,),
-     "what a stage hands to the next is not known to be right"),
     ("parallel_config.enable_dbo", "enable_dbo", (False,), "it cuts the batch by tokens"),
     ("model_config.enable_prompt_embeds", "enable_prompt_embeds", (False,),
      "an adapter may change the embeddings"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from svd_engine.integrations.vllm.terms import Terms
 from svd_engine.model.adapter_layers import AdaptedEmbedding, AdaptedLinear
@@ -23,9 +24,13 @@ PARTS = "down", "up", "bias", "input_scale", "output_scale"  # buffers svd_<part
 def attach(model: Any, found: dict[str, Terms], config: Any) -> None:
     """Add terms, by the names of transformers, to the layers of vLLM's model.
 
-    Raise ValueError for one that has no layer.
+    Raise ValueError for one that has no layer in any stage of the pipeline.
     """
-    rest, dtype = dict(found), config.dtype
+    elsewhere = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, PPMissingLayer)
+    )
+    rest = {name: x for name, x in found.items() if not f"{name}.".startswith(elsewhere)}
+    dtype = config.dtype
     head = getattr(model, "lm_head", None) or model.model.embed_tokens
     if "lm_head" in rest:
         if config.head_dtype != dtype:

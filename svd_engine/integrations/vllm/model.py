@@ -1,6 +1,6 @@
 """`Steered<Architecture>`: vLLM's own class on 2N rows, [base; adapted], and one set of weights."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
+from vllm.sequence import IntermediateTensors
 
 from svd_engine.integrations.vllm import arguments, attention, layers, ledger, plugin
 from svd_engine.integrations.vllm.steering import SteeredLogits
 from svd_engine.integrations.vllm.terms import AdapterTerms
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
+def _side_by_side(rows: Tensor) -> Tensor:
+    """Return `[2N, H]`, the base's rows first, as `[N, 2H]`, which vLLM may cut by tokens."""
+    return torch.cat(rows.chunk(2), -1)
+
+
+def _one_below_the_other(rows: Tensor) -> Tensor:
+    return torch.cat(rows.chunk(2, -1))
+
+
+def _map(change: Callable[[Tensor], Tensor], tensors: IntermediateTensors) -> IntermediateTensors:
+    """Change each tensor that a stage of a pipeline hands to the next."""
+    return IntermediateTensors({name: change(x) for name, x in tensors.items()})
+
+
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0,
+    }
+)  # fmt: skip
 class Doubled(nn.Module):
     """N rows in, and `[N, 2H]` out: the inner model's rows of both models, side by side.
 
@@ -30,17 +49,23 @@ class Doubled(nn.Module):
         self,
         input_ids: Tensor | None,
         positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        if inputs_embeds is None:
-            inputs_embeds = self.model.embed_input_ids(input_ids)
-        adapted = inputs_embeds
-        if self.embedding is not None:
-            adapted = self.embedding(input_ids, inputs_embeds)
-        inputs_embeds = torch.cat((inputs_embeds, adapted))
+    ) -> Tensor | IntermediateTensors:
+        if intermediate_tensors is None:  # the first stage of a pipeline
+            if inputs_embeds is None:
+                inputs_embeds = self.model.embed_input_ids(input_ids)
+            adapted = inputs_embeds
+            if self.embedding is not None:
+                adapted = self.embedding(input_ids, inputs_embeds)
+            inputs_embeds = torch.cat((inputs_embeds, adapted))
+        else:
+            intermediate_tensors = _map(_one_below_the_other, intermediate_tensors)
         positions = torch.cat((positions, positions), -1)
-        out = self.model(None, positions, None, inputs_embeds)
-        return torch.cat(out.chunk(2), -1)
+        out = self.model(None, positions, intermediate_tensors, inputs_embeds)
+        if isinstance(out, IntermediateTensors):
+            return _map(_side_by_side, out)
+        return _side_by_side(out)
 
 
 class Steered:
@@ -63,6 +88,10 @@ class Steered:
         with attention.paired():
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore
         attention.check(vllm_config.compilation_config.static_forward_context)
+        empty = self.make_empty_intermediate_tensors  # type: ignore[has-type]
+        self.make_empty_intermediate_tensors = lambda *args, **kwargs: _map(
+            lambda x: torch.cat((x, x), -1), empty(*args, **kwargs)
+        )
         self.terms: AdapterTerms | None = terms
         self.model_config = config
         doubled = Doubled(vllm_config=vllm_config, prefix=prefix, model=self.model)  # type: ignore
@@ -75,11 +104,11 @@ class Steered:
         self, input_ids: Any, positions: Any, intermediate_tensors: Any = None,
         inputs_embeds: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        return self.doubled(input_ids, positions, inputs_embeds)
+        return self.doubled(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         rows = self.steered.take()
-        both = torch.cat(hidden_states.chunk(2, -1))
+        both = _one_below_the_other(hidden_states)
         logits = super().compute_logits(both, *args, **kwargs)  # type: ignore[misc]
         if logits is None:  # another rank gathers
             return None
