@@ -9,15 +9,17 @@ from tests.tiny import tiny_peft
 pytest.importorskip("fastapi")
 schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")
+CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
 MODES = list(schemathesis.GenerationMode)  # valid and invalid
 
 
 @pytest.fixture
-def schema(chat_words):
+def schema(letters, monkeypatch):
     from svd_engine.serve.app import make_app
     from svd_engine.serve.settings import Settings
 
-    engine = SteeredEngine(tiny_peft(), chat_words, SteeringConfig(-4.0))
+    monkeypatch.setattr(letters, "chat_template", CHAT, raising=False)
+    engine = SteeredEngine(tiny_peft(), letters, SteeringConfig(-4.0))
     engine.limits = Limits(rows=4, chunk=16)
     yield schemathesis.openapi.from_asgi("/openapi.json", make_app(engine, Settings(max_tokens=20)))
     engine.close()
