@@ -205,8 +205,8 @@ def _check_device(device: str | torch.device) -> None:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(
-            f"device {str(device)!r} is not available: {_first_line(error)} "
-            "Give cpu, or see svd-engine env."
+            f"device {str(device)!r} is not available: "
+            f"{_first_line(error).rstrip('.')}. Give cpu, or see svd-engine env."
         ) from error
 
 

@@ -69,7 +69,7 @@ def test_the_option(own, tiny_folder, run):
 
 @pytest.mark.parametrize("device", ["cuda", "meta", "foo", "cpu:x"])
 def test_devices(tiny_folder, device):
-    with pytest.raises(ValueError, match=f"device '{device}' is not available"):
+    with pytest.raises(ValueError, match=f"device '{device}' is not available: .*[^.]\\. Give cpu"):
         loading.load_base(tiny_folder / "base", device=device)
 
 

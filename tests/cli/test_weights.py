@@ -43,7 +43,8 @@ def test_every_command_has_it(run, tiny_folder, tmp_path, monkeypatch, name):
 def test_env_says_how_a_step_runs_over_codes(run, tiny_folder, weights):
     asked = ["env", "--adapter", tiny_folder / "adapter", "--base", tiny_folder / "base"]
     code, out, err = run(*asked, "--weights", weights)
-    assert code == 0 and re.search("decode step +one native call", out), err
+    says = f"decode step +one native call, {weights} weights"
+    assert code == 0 and re.search(says, out), err
 
     code, out, err = run("env", "--weights", weights)
     assert (code, out) == (2, "") and "--base and --weights are about an adapter" in err
