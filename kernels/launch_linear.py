@@ -154,6 +154,8 @@ def multiply(x: Tensor, joined: Joined, parts: Tensor, splits: int | None = None
     sizes = *(len(w) for w in weights), ranks
     tiles = sum(-(-size // out_tile) for size in sizes)
     block = ROWS if rows <= ROWS or x.itemsize > 2 else MANY_ROWS
+    if x.itemsize > 2:
+        warps = out_tile // 8
     if block > ROWS:
         stages, warps = min(stages, MANY_ROWS_STAGES), MANY_ROWS_WARPS
     stride = parts.stride(-2) if parts.dim() > 1 else joined.outputs + ranks

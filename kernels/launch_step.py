@@ -92,6 +92,7 @@ def finish_with_norm(
     """
     rows, outputs = residual.shape
     tile = _power(outputs)
+    warps = min(16, max(4, tile // 256))
     weights = [x.weight for x in (after, before) if x is not None]
     wide = outputs % 8 == 0 and all(x.data_ptr() % 16 == 0 for x in (residual, stream, *weights))
     with torch.cuda.device_of(residual):
@@ -99,8 +100,8 @@ def finish_with_norm(
             *_finish(parts, rows, outputs, first_adapted, residual),
             *_norm(after, residual), residual, residual_scale, *_norm(before, residual),
             stream, normal, **_forms(parts), AFTER=after is not None, BEFORE=before is not None,
-            ALIGNED=wide, TILE=tile, num_warps=min(16, max(4, tile // 256)),
-            enable_fp_fusion=True, **overlap(residual),
+            ALIGNED=wide, TILE=tile, num_warps=warps, enable_fp_fusion=True, **overlap(residual),
+            maxnreg=STREAM_REGISTERS if warps == 16 else None,
         )  # fmt: skip
 
 
@@ -168,12 +169,13 @@ def attend(
     peaks, sums = workspace[: 2 * count], workspace[2 * count :]
     group = max(LEAST_DOT, _power(form.heads // form.kv_heads))
     aligned = form.dim * keys.itemsize % 16 == 0 and form.dim % 8 == 0
+    stages = 3 if block * form.lanes * keys.itemsize <= BLOCK_BYTES else 2  # in shared memory
     with torch.cuda.device_of(query):
         attend_tiles[(rows * form.kv_heads * SPLITS.value,)](
             query, keys, values, places.positions, places.new, places.slots, form.window,
             form.heads, form.kv_heads, form.scaling, form.softcap, sums, peaks,
             SOFTCAP=form.softcap > 0, ALIGNED=aligned, GROUP=group, **sizes,
-            STAGES=3 if aligned else 1, num_warps=4 if keys.itemsize == 2 else 8,
+            STAGES=stages if aligned else 1, num_warps=4 if keys.itemsize == 2 else 8,
             enable_fp_fusion=True, **overlap(query),
         )  # fmt: skip
         attend_rows[(rows * form.heads,)](
