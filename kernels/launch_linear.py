@@ -18,10 +18,9 @@ JOINED = 3  # layers of one input at most
 # Of x per program: more if there are more, of two bytes an element. A row's bits are the same.
 ROWS, MANY_ROWS = 16, 32
 MANY_ROWS_STAGES, MANY_ROWS_WARPS = 5, 4
-# (least outputs, outputs per program, tiles of weights in flight, warps), as in a sweep on an H200.
-# With few programs each keeps more tiles in flight. More splits make a matrix of few outputs faster
-# and what adds them up slower. The number of rows does not enter: a row's bits do not depend on it.
-TILES = ((32768, 32, 5, 4), (8192, 32, 3, 2), (4096, 16, 5, 2), (0, 16, 9, 2))
+# (least outputs, outputs per program, tiles of weights in flight). With few programs each keeps
+# more tiles in flight. The number of rows does not enter, so a row's bits do not depend on it.
+TILES = ((8192, 32, 5), (4096, 16, 5), (0, 16, 9))
 PROGRAMS = 256  # where there are fewer tiles, columns are split among several programs,
 COLUMNS = 512  # but hardly into less than so many
 SPLITS = 8
@@ -66,12 +65,12 @@ class Joined(NamedTuple):
     def rank(self) -> int:
         return self.up.shape[0]
 
-    def tile(self) -> tuple[int, int, int, int]:
-        """Outputs per program, tiles in flight, warps, splits."""
+    def tile(self) -> tuple[int, int, int]:
+        """Outputs per program, tiles in flight, splits."""
         outputs, fan_in = self.outputs, self.weights[0].shape[1]
-        tile, stages, warps = next(rest for least, *rest in TILES if outputs >= least)
+        tile, stages = next(rest for least, *rest in TILES if outputs >= least)
         splits = min(SPLITS, PROGRAMS // -(-outputs // tile), fan_in // COLUMNS)
-        return tile, stages, warps, max(1, splits)
+        return tile, stages, max(1, splits)
 
     def finish(self, splits: int) -> dict[str, Any]:
         """What `triton_linear.finished` takes besides tensors."""
@@ -117,7 +116,7 @@ def join(layers: Sequence[Layer]) -> Joined:
 
 def parts_size(joined: Joined, rows: int) -> int:
     """Return how many float32 elements `multiply` writes."""
-    return joined.tile()[3] * rows * (joined.outputs + len(joined.down))
+    return joined.tile()[2] * rows * (joined.outputs + len(joined.down))
 
 
 def overlap(x: Tensor) -> dict[str, bool]:
@@ -144,7 +143,7 @@ def multiply(x: Tensor, joined: Joined, parts: Tensor, splits: int | None = None
     any row stride for a plain layer in one split.
     """
     (rows, fan_in), weights, down = x.shape, joined.weights, joined.down
-    out_tile, stages, warps, planned = joined.tile()
+    out_tile, stages, planned = joined.tile()
     splits = planned if splits is None else splits
     unread = weights[0]
     each = [(w, w.stride(0), len(w)) for w in weights]
@@ -154,8 +153,7 @@ def multiply(x: Tensor, joined: Joined, parts: Tensor, splits: int | None = None
     sizes = *(len(w) for w in weights), ranks
     tiles = sum(-(-size // out_tile) for size in sizes)
     block = ROWS if rows <= ROWS or x.itemsize > 2 else MANY_ROWS
-    if x.itemsize > 2:
-        warps = out_tile // 8
+    warps = out_tile // 8
     if block > ROWS:
         stages, warps = min(stages, MANY_ROWS_STAGES), MANY_ROWS_WARPS
     stride = parts.stride(-2) if parts.dim() > 1 else joined.outputs + ranks
@@ -182,7 +180,7 @@ def linear(x: Tensor, joined: Joined, first: int, out: Tensor) -> None:
     rows, outputs = out.shape
     if rows * outputs == 0:
         return
-    if joined.is_plain and joined.tile()[3] == 1:
+    if joined.is_plain and joined.tile()[2] == 1:
         multiply(x, joined, out)
         return
     parts = torch.empty(parts_size(joined, rows), dtype=torch.float32, device=x.device)

@@ -205,7 +205,7 @@ BY_FILE = {
     ],
     "kernels/launch_linear.py": [
         (
-            "if joined.is_plain and joined.tile()[3] == 1:",
+            "if joined.is_plain and joined.tile()[2] == 1:",
             "if joined.is_plain:",
             "tests/ops/test_triton_linear.py -k any_size",
         ),

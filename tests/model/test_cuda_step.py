@@ -44,7 +44,7 @@ def few_programs(monkeypatch):
     """The interpreter takes a millisecond per program."""
     for module in (triton_step_attend, launch_step):
         monkeypatch.setattr(module, "SPLITS", tl.constexpr(2))
-    monkeypatch.setattr(launch_linear, "TILES", ((0, 128, 1, 16),))
+    monkeypatch.setattr(launch_linear, "TILES", ((0, 128, 1),))
     monkeypatch.setattr(launch_linear, "COLUMNS", 16)
     monkeypatch.setattr(launch_linear, "PROGRAMS", 2)
     monkeypatch.setattr(launch_step, "BLOCK_BYTES", 1)

@@ -36,7 +36,7 @@ NONE = (None, None, None)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Every kind of tile at small sizes, and NaN in memory that is yet to be written."""
-    monkeypatch.setattr(launch_linear, "TILES", ((96, 32, 5, 4), (64, 16, 9, 2), (0, 16, 9, 2)))
+    monkeypatch.setattr(launch_linear, "TILES", ((96, 32, 5), (64, 16, 9), (0, 16, 9)))
     monkeypatch.setattr(launch_linear, "PROGRAMS", 9)
     monkeypatch.setattr(launch_linear, "COLUMNS", 48)
     monkeypatch.setattr(launch_linear, "IN_BYTES", 64)
