@@ -30,7 +30,7 @@ STREAM_WARPS = 4  # of a program that streams one tile
 ROW_WARPS = 8  # of a program that walks a row's tiles one after the other
 # At most so many registers per thread: without a bound ptxas chooses a lower one and spills.
 STREAM_REGISTERS, ROW_REGISTERS = 128, 168
-MEASURE_REGISTERS = 72  # so that 7 programs of the first pass fit a multiprocessor at once
+MEASURE_REGISTERS = 80  # so that 6 programs of the first pass fit a multiprocessor at once
 
 # From so many rows on, a launch that combines each row's tiles costs less than doing so in every
 # program of the second pass.

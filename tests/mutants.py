@@ -198,8 +198,8 @@ BY_FILE = {
     ],
     "kernels/launch.py": [
         (
-            "return rows * (STATISTICS.value * _tiles(vocab) + ROW.value)",
-            "return rows * STATISTICS.value * _tiles(vocab)",
+            "return rows * (numbers + ROW.value + CAPACITY.value)",
+            "return rows * numbers",
             f"{TRITON}greedy and stretches'",
         ),
     ],

@@ -45,6 +45,8 @@ PERFORMANCE = """<!-- figures:operators -->
 <!-- /figures -->
 <!-- figures:prefix -->
 <!-- /figures -->
+<!-- figures:levers -->
+<!-- /figures -->
 <!-- figures:gpu -->
 <!-- /figures -->
 """
@@ -237,6 +239,14 @@ def test_the_table_of_codes():
     lines = engine_tables.weights(ABOUT | {"cases": [case]}).splitlines()
     assert "| int8 | 135 | 6.00 | 8.00 | 0.75 |" in lines
     assert "| int4 | 76.0 | 5.00 | - | - |" in lines
+
+
+def test_the_table_of_levers():
+    found = {"median": 2.0, "min": 1.9, "speedup": 2.25}
+    case = {"tokens": 48, "prompt": 444, "before": 400, "contenders": {"guesses, int8": found}}
+    text = fewer_steps.levers(ABOUT | {"cases": [case]})
+    assert "| guesses, int8 | 2.00 | 2.25x |" in text
+    assert "48 new tokens, which repeat the end of the prompt, after 444" in text
 
 
 def test_the_table_of_vllm():
