@@ -58,7 +58,8 @@ def named(known: Mapping[str, Any], *packages: str) -> list[str]:
 
 def source(result: Mapping[str, Any], *where: str) -> str:
     """Say in one line where, when and by which command a result was measured."""
-    return f"{', '.join([*where, result['date']])}; `{result['command']}`"
+    note = f" ({result['note']})" if "note" in result else ""
+    return f"{', '.join([*where, result['date']])}; `{result['command']}`{note}"
 
 
 def plain(value: Any) -> Any:

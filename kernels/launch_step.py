@@ -101,7 +101,7 @@ def finish_with_norm(
             *_norm(after, residual), residual, residual_scale, *_norm(before, residual),
             stream, normal, **_forms(parts), AFTER=after is not None, BEFORE=before is not None,
             ALIGNED=wide, TILE=tile, num_warps=warps, enable_fp_fusion=True, **overlap(residual),
-            maxnreg=STREAM_REGISTERS if warps == 16 else None,
+            maxnreg=STREAM_REGISTERS if warps == 16 else None,  # without a bound it spills
         )  # fmt: skip
 
 
@@ -169,7 +169,8 @@ def attend(
     peaks, sums = workspace[: 2 * count], workspace[2 * count :]
     group = max(LEAST_DOT, _power(form.heads // form.kv_heads))
     aligned = form.dim * keys.itemsize % 16 == 0 and form.dim % 8 == 0
-    stages = 3 if block * form.lanes * keys.itemsize <= BLOCK_BYTES else 2  # in shared memory
+    # Of larger blocks two at once: two programs of a multiprocessor share its memory.
+    stages = 3 if block * form.lanes * keys.itemsize <= BLOCK_BYTES else 2
     with torch.cuda.device_of(query):
         attend_tiles[(rows * form.kv_heads * SPLITS.value,)](
             query, keys, values, places.positions, places.new, places.slots, form.window,

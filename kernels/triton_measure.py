@@ -31,7 +31,7 @@ STATISTICS = tl.constexpr(13)
 EXTRA = tl.constexpr(4)
 MARKS = tl.constexpr(9)
 # Behind those of the tiles: the 3 numbers of a row that `combine_rows` writes, then the list of
-# `triton_blocks`.
+# `triton_blocks`, with room for CAPACITY cells or every tile. `launch.workspace_size` counts alike.
 ROW = tl.constexpr(3)
 # A tile has up to 128 cells of equal size: if rows are aligned, those of its tokens that one thread
 # of `measure_tiles` holds.

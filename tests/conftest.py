@@ -77,6 +77,17 @@ def smollm2():
     return loading.load_base(loading.SMOLLM2, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Ray on two CPUs of this machine."""
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(params=["native", "walk"])
 def executor(request, monkeypatch):
     """Runs a test with each way in which decode steps run on a CPU."""

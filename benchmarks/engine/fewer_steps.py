@@ -73,8 +73,8 @@ def levers(result: dict[str, Any]) -> str:
     ]
     return (
         f"Seconds of a request: {case['tokens']} new tokens, which repeat the end of the prompt, "
-        f"after {case['prompt']}, of which an earlier request began with {case['before']}. float32 "
-        f"where nothing is said; CPU time of one thread, in turns. "
+        f"after {case['prompt']}, of which an earlier request began with {case['before']}. Weights "
+        "are float32 where not said otherwise; CPU time of one thread, in turns. "
         f"{source(result, 'transformers', 'peft')}.\n\n"
         f"{table(['levers', 's', 'speed'], rows)}"
     )

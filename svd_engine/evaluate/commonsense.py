@@ -54,7 +54,7 @@ class Problem:
     def judged(self, text: str) -> list[float]:
         """Accuracy by the first option named in the text, and whether the text names one."""
         words = "|".join(re.escape(option) for option in self.options)
-        # A letter may follow: what a model writes on where it does not end is glued to the answer.
+        # Letters may follow: a model that does not stop may go on without a space.
         named = re.search(rf"\b(?:{words})(?!\d)", text, re.IGNORECASE)
         right = named is not None and named[0].lower() == self.options[0].lower()
         return [float(right), float(named is not None)]

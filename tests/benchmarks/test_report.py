@@ -336,3 +336,8 @@ def test_a_record_is_plain():
     assert json.loads(records.to_json({"head": 1 / 3, "cases": [1 / 3], "none": []})) == {
         "head": 1 / 3, "cases": [0.3333], "none": [],
     }  # fmt: skip
+
+
+def test_a_note_stands_behind_the_command():
+    said = records.source(ABOUT | {"note": "in two runs"}, "a machine")
+    assert said.endswith(f"`{ABOUT['command']}` (in two runs)")

@@ -8,20 +8,11 @@ import pytest
 from svd_engine import SteeredEngine, SteeringConfig
 
 ray = pytest.importorskip("ray")
-pytest.importorskip("ray.data")
 ROWS = 1000
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
-def test_actors(cluster, tiny_folder, tmp_path):
+def test_actors(ray_cluster, tiny_folder, tmp_path):
     """Every row comes once, with the tokens of a call without Ray: seeds are the rows' own."""
     folders = str(tiny_folder / "base"), str(tiny_folder / "adapter")
     options = dict(temperature=1.3, max_new_tokens=6, steering=SteeringConfig(-3.0, alpha=0.01))

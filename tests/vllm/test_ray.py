@@ -1,7 +1,5 @@
 """`ray.data.llm` with the plugin's engine arguments; its actor is killed midway."""
 
-import os
-
 import pytest
 
 from svd_engine.integrations.vllm import engine_args
@@ -12,19 +10,10 @@ from tests.vllm.test_processes import ENVIRONMENT
 
 ray = pytest.importorskip("ray")
 llm = pytest.importorskip("ray.data.llm")
-ROWS = int(os.environ.get("ROWS", 200))
-CHECKED, NEW = 40, 6
+ROWS, CHECKED, NEW = 1000, 40, 6
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
-
-
-def test_ray_data(vllm, cluster, folder_of, tmp_path):
+def test_ray_data(vllm, ray_cluster, folder_of, tmp_path):
     """Rows with strengths and models of their own come once each, with the tokens of plain PEFT."""
     import psutil
 

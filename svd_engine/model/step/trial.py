@@ -32,7 +32,7 @@ def check(runner: "ModelRunner", step: CpuStep | CudaStep) -> None:
 
     It gives hidden states of three tokens, then logits of one, in ragged rows, which follow their
     prompts or, where there is a window, are so far away that some of a prompt is outside. A step
-    whose kernels are not proven on each machine is also tried on many rows and far away from them.
+    that is compiled on each machine is also tried on many rows, and far away from the prompts.
     """
     models = 2 if runner.paired else 1
     with attention.recorded() as calls:
