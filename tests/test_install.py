@@ -1,6 +1,11 @@
 """Every way to install or import the package, beside a stand-in for Hugging Face's `kernels`."""
 
+import ctypes
+import math
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -144,3 +149,36 @@ def test_importing_needs_no_transformers_and_no_network():
         "assert 'transformers' not in sys.modules; from svd_engine import SteeredEngine"
     )
     python(code, ROOT)
+
+
+USES_NEW_GLIBC = """
+#include <cmath>
+#include <memory>
+extern "C" double count_and_log(double x) {
+  auto one = std::make_shared<double>(x), other = one;
+  return other.use_count() == 2 ? std::log(*other) : 0;
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64 alone")
+def test_a_wheel_asks_for_no_glibc_after_2_28(tmp_path):
+    """What `make wheel` links in, with code that on a newer glibc would ask for a newer one."""
+    if not shutil.which("g++") or not shutil.which("objdump"):
+        pytest.skip("no g++ or objdump")
+    (tmp_path / "code.cpp").write_text(USES_NEW_GLIBC)
+    (line,) = re.findall(r"\$\(CC\) (.*glibc\.c) ", (ROOT / "Makefile").read_text())
+    for command in (
+        ["gcc", *line.split(), "-o", tmp_path / "glibc.o"],
+        ["g++", "-O2", "-fPIC", "-c", tmp_path / "code.cpp", "-o", tmp_path / "code.o"],
+        ["g++", "-shared", tmp_path / "code.o", tmp_path / "glibc.o", "-o", tmp_path / "code.so"],
+    ):
+        subprocess.run(command, cwd=ROOT, check=True)
+    needed = subprocess.check_output(["objdump", "-T", tmp_path / "code.so"], text=True)
+    versions = [tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_([\d.]+)", needed)]
+    assert versions and max(versions) <= (2, 28), needed
+    function = ctypes.CDLL(tmp_path / "code.so").count_and_log
+    function.argtypes, function.restype = [ctypes.c_double], ctypes.c_double
+    for x in (1e-300, 0.1, 0.75, 1.0, 1.5, 7.0, 1e300):
+        assert function(x) == math.log(x)
+    assert function(0.0) == -math.inf and math.isnan(function(-1.0))
