@@ -20,7 +20,6 @@ from svd_engine.calibration.report import CalibrationReport
 from svd_engine.data import examples as example_files
 from svd_engine.data.tokenization import as_list
 from svd_engine.generation import constrained, logits_processors, passages, scoring
-from svd_engine.generation.arguments import count
 from svd_engine.generation.call_lock import CallLock
 from svd_engine.generation.completions import complete, events
 from svd_engine.generation.grammar import Grammars
@@ -40,6 +39,7 @@ from svd_engine.model.layers import quantised
 from svd_engine.model.models import Models
 from svd_engine.model.pair import Decoder, ModelPair, PairedRunner
 from svd_engine.steering_config import Steering, SteeringConfig
+from svd_engine.utils.arguments import count
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -92,6 +92,11 @@ class Steering:
     generation: SteeringConfig | None = None
     ranking: SteeringConfig | None = None
 
+    def __post_init__(self) -> None:
+        for use in USES:
+            if not isinstance(value := getattr(self, use), SteeringConfig | None):
+                raise ValueError(f"{use} must be a SteeringConfig; got {value!r}.")
+
     @classmethod
     def of(cls, value: "Steering | SteeringConfig | None") -> "Steering":
         """Return a steering of both uses; a `SteeringConfig` serves both. Raises ValueError."""
@@ -137,15 +142,16 @@ class Steering:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Steering":
-        """Read the file from a folder, or from a Hub repository if no such folder exists.
+        """Read the file from a folder, or from an adapter on the Hub if no such folder exists.
 
         One object without uses serves both; one that was fitted to rank serves only ranking.
+        Raises ValueError.
         """
-        path = Path(folder) / FILE_NAME
-        if not Path(folder).is_dir():
-            from huggingface_hub import hf_hub_download
+        from svd_engine import hub  # the operators alone do not need it
 
-            path = Path(hf_hub_download(str(folder), FILE_NAME))
+        hub.check_name("folder", folder)
+        is_here = Path(folder).is_dir()
+        path = (Path(folder) if is_here else hub.adapter_folder(folder)) / FILE_NAME
         if not path.is_file():
             raise ValueError(f"{path} does not exist. Write it with `svd-engine calibrate`.")
         values = read_object(path, "a steering configuration")

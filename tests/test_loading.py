@@ -192,10 +192,13 @@ def test_what_looks_like_a_path_is_not_sought_on_the_hub(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for name in ("snapshot_download", "HfApi"):
         monkeypatch.setattr(hub, name, lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.snapshot_download)
     away = ["/no/such", "./no", "../no", "~/no", "a/b/c", "base/no", "no/", str(folder / "no")]
     for name in (*away, "no", "adapter/no"):
         with pytest.raises(ValueError, match="does not exist"):
             SteeredEngine.from_pretrained("base", name)
+        with pytest.raises(ValueError, match="does not exist"):
+            SteeringConfig.from_pretrained(name)
     for name in away:
         with pytest.raises(ValueError, match="there is no such folder"):
             SteeredEngine.from_pretrained(name, "adapter")
@@ -220,6 +223,7 @@ def test_hub_names_without_the_hub(folder, monkeypatch):
     engine = SteeredEngine.from_pretrained("owner/adapter")
     assert engine.generate([[5, 7]], model="adapted", max_new_tokens=4) == [truth]
     assert engine.steering.generation.strength == -3.0
+    assert SteeringConfig.from_pretrained("owner/adapter").strength == -3.0
     with pytest.raises(ValueError, match=r"adapter 'owner/no' does not exist: .* the Hub does not"):
         SteeredEngine.from_pretrained("owner/no")
     for base in ("owner/no", "no"):

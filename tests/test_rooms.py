@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": {"utils"},
     "ops": {"kernels"},
     "model": {"ops"},
-    "steering_config": {"ops", "utils"},
+    "steering_config": {"hub", "ops", "utils"},
     "hub": set(),
     "loading": {"hub", "model", "steering_config", "utils"},
     "generation": {"model", "ops", "kernels", "data", "utils", "steering_config"},

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from svd_engine.calibration.estimators import ESTIMATORS, HESSIANS
 from svd_engine.calibration.objectives import OBJECTIVES
+from svd_engine.data.tokenization import as_list
 from svd_engine.ops import checks
 from svd_engine.steering_config import USES
+from svd_engine.utils.arguments import count, number
 
 AUTO = "auto"
 AUTO_ALPHAS = (0.01, 0.1, 0.3)
@@ -124,7 +127,10 @@ class CalibrationOptions:
             objective = AUTO if is_auto and any(wrong) else objective
         if alpha is None:
             alpha = AUTO_ALPHAS if is_auto else 0.1
-        alphas = tuple(float(a) for a in ([alpha] if isinstance(alpha, int | float) else alpha))
+        given = (
+            [alpha] if isinstance(alpha, Real) else as_list(alpha, "alpha", "a number or several")
+        )
+        alphas = tuple(number("alpha", one) for one in given)
         options = cls(objective, alphas=alphas, use=use, **kept)
         for name, value, known in (
             ("use", use, USES),
@@ -158,9 +164,8 @@ class CalibrationOptions:
             raise ValueError("objective='auto' chooses it; leave out length_normalised.")
         if options.length_normalised and objective == "nll":
             raise ValueError("length_normalised compares answers; objective='nll' does not.")
-        if not isinstance(options.seed, int) or options.seed < 0:
-            raise ValueError(f"seed must be an integer >= 0; got {options.seed!r}.")
-        if not 2 <= options.folds <= len(wrong):
+        count("seed", options.seed, most=2**64 - 1)
+        if not 2 <= count("folds", options.folds) <= len(wrong):
             raise ValueError(
                 f"folds must lie in [2, number of examples = {len(wrong)}]; got {options.folds}."
             )

@@ -198,8 +198,8 @@ def _source(text: str) -> int | str:
     """Read a value of --speculate: a word, a number of guesses, or the name of an assistant."""
     from svd_engine import loading
     from svd_engine.data.tokenization import located
-    from svd_engine.generation.arguments import count
     from svd_engine.generation.speculation import ADAPTED, PROMPT
+    from svd_engine.utils.arguments import count
 
     if text in (PROMPT, ADAPTED):
         return text

@@ -171,14 +171,17 @@ def token_ids(values: Sequence[int]) -> list[int]:
         raise ValueError(f"token ids must be integers; got {_line(values)}.") from error
 
 
-def as_list(values: Any, name: str) -> list[Any]:
-    """Return the items of a list, tuple, array or tensor. Raises ValueError for anything else."""
+def as_list(values: Any, name: str, kind: str = "a list") -> list[Any]:
+    """Return the items of a list, tuple, array or tensor. Raises ValueError for anything else.
+
+    kind: what the error says that the values may be.
+    """
     try:
         if isinstance(values, str | bytes | bytearray | Mapping) or not len(values) >= 0:
             raise TypeError
         items = list(values)
     except TypeError as error:
-        raise ValueError(f"{name} must be a list; got {_line(values)}.") from error
+        raise ValueError(f"{name} must be {kind}; got {_line(values)}.") from error
     if any(isinstance(item, bool) for item in items):
         raise ValueError(f"{name} must hold no booleans; got {_line(values)}.")
     return items

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from svd_engine.generation import text_form
-from svd_engine.generation.arguments import count, ids, number
+from svd_engine.generation.arguments import ids
+from svd_engine.utils.arguments import count, number
 
 # (index of the completion, or of the prompt with beams; its ids so far) -> the ids allowed next
 AllowedTokens = Callable[[int, Tensor], Sequence[int]]
@@ -43,7 +44,7 @@ class Constraints:
 
     def __post_init__(self) -> None:
         for name in ("min_new_tokens", "min_length", "no_repeat_ngram_size"):
-            count(name, getattr(self, name))
+            object.__setattr__(self, name, count(name, getattr(self, name)))
         for name in ("presence_penalty", "frequency_penalty"):
             number(name, getattr(self, name))
         if not 0 < number("repetition_penalty", self.repetition_penalty):

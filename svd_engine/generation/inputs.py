@@ -18,11 +18,11 @@ from svd_engine.data.tokenization import (
     token_ids,
 )
 from svd_engine.generation import sequence
-from svd_engine.generation.arguments import count
 from svd_engine.generation.detokenizer import Detokenizer, special_in
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.scoring import Passage
 from svd_engine.model.layers import longrope
+from svd_engine.utils.arguments import count
 
 Prompt = Text
 Message = Mapping[str, str]  # role and content
@@ -80,7 +80,7 @@ class Inputs:
     def _texts(self, prompts: Any) -> list[list[int]]:
         if isinstance(prompts, str):
             prompts = [prompts]
-        prompts = as_list(prompts, "prompts")
+        prompts = as_list(prompts, "prompts", "text, token ids or a list of these")
         if len(prompts) > 0 and is_id(prompts[0]):
             prompts = [prompts]
         encoded = []
@@ -221,7 +221,7 @@ class Inputs:
         """Stop strings per prompt, from one, a list for all prompts, or a list of lists."""
         if isinstance(stop_strings, str):
             stop_strings = [stop_strings]
-        stop_strings = as_list(stop_strings, "stop_strings")
+        stop_strings = as_list(stop_strings, "stop_strings", "text or a list of texts")
         if all(isinstance(stop, str) for stop in stop_strings):
             each = [tuple(stop_strings)] * prompts
         else:

@@ -34,16 +34,14 @@ def collect(
         return found
     name = "prompts" if messages is None else "messages"
     given = prompts if messages is None else messages
+    is_single = is_one(continuations)
+    if not is_single:
+        kind = "text, token ids or a list of these"
+        continuations = as_list(continuations, "continuations", kind)
     if is_one(given) or is_chat(given):
-        answers = (
-            [continuations] if is_one(continuations) else as_list(continuations, "the answers")
-        )
-        return _of_prompt(inputs, given, answers)
-    given = as_list(given, name)
-    continuations = (
-        continuations if is_one(continuations) else as_list(continuations, "the answers")
-    )
-    if is_one(continuations) or len(continuations) != len(given):
+        return _of_prompt(inputs, given, [continuations] if is_single else continuations)
+    given = as_list(given, name, "text, token ids, a conversation or a list of these")
+    if is_single or len(continuations) != len(given):
         raise ValueError(
             f"give one continuation for each of the {len(given)} {name}; got {continuations!r}."
         )
@@ -66,7 +64,7 @@ def is_one(value: Any) -> bool:
 
 def _of_prompt(inputs: Inputs, prompt: Any, answers: Sequence[Text]) -> list[Passage]:
     """A prompt or conversation with each of its answers; every one begins where the prompt ends."""
-    with located("prompt or answers"):
+    with located("prompt or continuations"):
         if is_chat(prompt):
             check_messages(prompt, "messages")
             text = render_chat(prompt, inputs.tokenizer, continued=True)
@@ -79,7 +77,7 @@ def _of_prompt(inputs: Inputs, prompt: Any, answers: Sequence[Text]) -> list[Pas
             )
         else:
             start, encoded = encode_answers(prompt, answers, inputs.tokenizer)
-    names = [f"the answer {a!r}" if isinstance(a, str) else "an answer" for a in answers]
+    names = [f"the continuation {a!r}" if isinstance(a, str) else "a continuation" for a in answers]
     found = [Passage(start, ids) for ids in encoded]
     inputs.check_passages(found, names)
     return found

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from svd_engine.generation.arguments import count
 from svd_engine.generation.sequence import Sequence
 from svd_engine.model.kept_rows import Beginning, KeptRow
 from svd_engine.model.pair import Decoder
+from svd_engine.utils.arguments import count
 
 MAX_BYTES = 256 << 20
 LEAST = 64  # tokens that are worth keeping
@@ -53,7 +53,7 @@ class PrefixCache:
 
     @max_bytes.setter
     def max_bytes(self, value: int) -> None:
-        self._max_bytes = count("max_bytes", value)
+        self._max_bytes = count("max_bytes", value, most=2**63 - 1)
         self._make_room()
 
     def clear(self) -> None:

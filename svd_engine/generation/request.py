@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from svd_engine.generation.arguments import count
 from svd_engine.generation.constrained import Constrain
 from svd_engine.generation.logits_processors import LogitsProcess
 from svd_engine.generation.prefix_cache import PrefixCache
@@ -14,6 +13,7 @@ from svd_engine.generation.sequence import Sequence
 from svd_engine.generation.speculation import Speculation
 from svd_engine.model.pair import Decoder, PerModel
 from svd_engine.steering_config import SteeringConfig
+from svd_engine.utils.arguments import count
 
 
 @dataclass(frozen=True)

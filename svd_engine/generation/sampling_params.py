@@ -9,9 +9,9 @@ from typing import Any, Literal
 from transformers import GenerationConfig
 
 from svd_engine.data.tokenization import as_list
-from svd_engine.generation.arguments import count, number
 from svd_engine.generation.constraints import Constraints
 from svd_engine.ops import checks
+from svd_engine.utils.arguments import count, number
 
 NEW_TOKENS = 128  # unless max_new_tokens or max_length says otherwise
 # The top_k of transformers when it samples and none is set.
@@ -72,7 +72,7 @@ class SamplingParams(Constraints):
             ("num_return_sequences", 1), ("top_logprobs", 0),
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None or not name.startswith("max"):
-                count(name, value, least)
+                object.__setattr__(self, name, count(name, value, least))
         checks.sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if self.max_time is not None and not number("max_time", self.max_time) > 0:
             raise ValueError(f"max_time must be > 0, in seconds; got {self.max_time}.")
@@ -114,7 +114,7 @@ class SamplingParams(Constraints):
         if isinstance(seed, Integral) and not isinstance(seed, bool):
             seed = [int(seed) + i * self.num_return_sequences for i in range(prompts)]
         try:
-            seed = [index(one) for one in as_list(seed, "seed")]
+            seed = [index(one) for one in as_list(seed, "seed", "an integer or a list of integers")]
         except TypeError as error:
             raise ValueError(f"seed must hold integers; got {seed!r}.") from error
         if len(seed) != prompts:
@@ -162,6 +162,8 @@ def _temperature(config: Mapping[str, Any], keywords: Mapping[str, Any]) -> floa
     do_sample alone samples at 1; a temperature alone samples if it is above 0.
     """
     sampled = keywords.get("do_sample")
+    if not isinstance(sampled, bool | None):
+        raise ValueError(f"do_sample must be True or False; got {sampled!r}.")
     if sampled is None and "temperature" not in keywords:
         sampled = bool(config.get("do_sample"))
     if "temperature" in keywords:

@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from svd_engine.generation.arguments import count
 from svd_engine.generation.inputs import Inputs
 from svd_engine.generation.pace import Costs
 from svd_engine.generation.sampling_params import SamplingParams
 from svd_engine.generation.sequence import Sequence
 from svd_engine.model.pair import Decoder, ModelPair, SequentialRunner, base_runner
 from svd_engine.model.peft_adapter import Adapter
+from svd_engine.utils.arguments import count
 
 PROMPT, ADAPTED = "prompt", "adapted"
 MOST = 10  # guesses per row and step

@@ -65,6 +65,7 @@ def warm_start(
     Raises ValueError, for a loss that is not finite too; one that does not fall is logged.
     """
     output = Path(output)
+    checks.loaded(model, tokenizer)
     rate = checks.options(
         method=method, learning_rate=learning_rate, dropout=dropout, epochs=epochs,
         lora_alpha=lora_alpha, rank=rank, virtual_tokens=virtual_tokens, steps=steps,

@@ -175,7 +175,7 @@ def test_refusals_of_the_rest(model, engine):
         engine.generate([5], topk=3)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         SteeredEngine(model).generate("w005")
-    with pytest.raises(ValueError, match="an answer has no tokens"):
+    with pytest.raises(ValueError, match="a continuation has no tokens"):
         engine.score([5], [[]])
     with pytest.raises(ValueError, match="vocabulary of 999 tokens; the model has 211"):
         engine.steering = SteeringConfig(1.0, vocab_size=999)

@@ -33,7 +33,7 @@ def test_bad_inputs_are_refused_by_name(engine, what, monkeypatch):
     calls = {
         "prompt": lambda: engine.generate(bad, max_new_tokens=2),
         "messages": lambda: engine.generate(messages=bad, max_new_tokens=2),
-        "answer": lambda: engine.score("a", bad),
+        "continuation": lambda: engine.score("a", bad),
         "prompt ": lambda: engine.score(bad, [" b"]),
     }
     if what not in ("number", "scalar tensor"):
@@ -46,7 +46,7 @@ def test_bad_inputs_are_refused_by_name(engine, what, monkeypatch):
 
 def test_a_text_is_one_answer_and_no_list_of_stop_strings(engine):
     assert engine.score("a", " Yes") == engine.score("a", [" Yes"])
-    with pytest.raises(ValueError, match="stop_strings must be a list; got 3"):
+    with pytest.raises(ValueError, match="stop_strings must be text or a list of texts; got 3"):
         engine.generate("a", stop_strings=3, max_new_tokens=2)
 
 

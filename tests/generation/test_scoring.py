@@ -147,10 +147,14 @@ def test_conversations(engine, words, monkeypatch):
         "give prompts or messages": dict(continuations="w005"),
         "one continuation for each of the 2 prompts": dict(prompts=[[5], [6]], continuations=[[7]]),
         "one continuation for each of the 1 prompts": dict(prompts=["w005"], continuations="w006"),
-        r"prompts\[1\]: an answer has no tokens": dict(prompts=[[5], [6]], continuations=[[7], []]),
+        r"prompts\[1\]: a continuation has no tokens": dict(
+            prompts=[[5], [6]], continuations=[[7], []]
+        ),
         "after its first token has no tokens": dict(prompts=[[5]]),
-        "the answers must be a list": dict(prompts="w005", continuations=5),
-        "prompts must be a list": dict(prompts=5, continuations=["w005"]),
+        "continuations must be text, token ids or a list": dict(prompts="w005", continuations=5),
+        "prompts must be text, token ids, a conversation or a list": dict(
+            prompts=5, continuations=["w005"]
+        ),
         "no chat template": dict(messages=[dict(role="user", content="w005")]),
         "a conversation needs a chat template": dict(
             messages=[dict(role="user", content="w005")], continuations=" w006"

@@ -3,14 +3,21 @@
 import math
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
-from svd_engine import SteeredEngine, SteeringConfig
+from svd_engine import SteeredEngine, Steering, SteeringConfig
 from svd_engine.generation.options import GenerateOptions
 from tests.tiny import tiny_peft
 
 WRONG = [True, "hot", -4.5, object(), [object()], b"x", math.nan, [True], torch.tensor(1.5), {5: 1}]
+NAMES_OF_CALIBRATION = (
+    "use", "objective", "estimator", "hessian", "alpha", "direction", "folds", "seed",
+)  # fmt: skip
+CALIBRATION_OPTIONS = (
+    "use", "objective", "estimator", "hessian", "alpha", "direction", "folds", "seed",
+)  # fmt: skip
 # What these options take of the list above.
 TAKEN = {
     "do_sample": [0], "early_stopping": [0], "length_penalty": [2], "presence_penalty": [2],
@@ -52,7 +59,7 @@ def test_prompts_scores_and_the_engine(engine, tiny_folder):
         is_text = isinstance(value, str)
         calls = {
             "prompts": lambda: engine.generate(value, max_new_tokens=2),  # noqa: B023
-            "answers": lambda: engine.score([5], value),  # noqa: B023
+            "continuations": lambda: engine.score([5], value),  # noqa: B023
             "penalty": lambda: engine.score([5], [[6]], penalty=value),  # noqa: B023
             "model": lambda: engine.score([5], [[6]], model=value),  # noqa: B023
             "steering": lambda: setattr(engine, "steering", value),  # noqa: B023
@@ -64,11 +71,36 @@ def test_prompts_scores_and_the_engine(engine, tiny_folder):
             "device": lambda: SteeredEngine.from_pretrained(base, adapter, device=value),  # noqa: B023
         }
         for name, call in calls.items():
-            if not (is_text and name in ("prompts", "answers")) and value != -4.5:
+            if not (is_text and name in ("prompts", "continuations")) and value != -4.5:
                 refuse(call, name)
     call = lambda: engine.generate([5], max_new_tokens=2, steering=-4.0)  # noqa: E731
     refuse(call, "SteeringConfig(strength=-4.0)")
-    refuse(lambda: engine.generate(5), "prompts must be a list; got 5")
+    refuse(lambda: engine.generate(5), "prompts must be text, token ids or a list of these; got 5")
+
+
+def test_calibration_options(engine):
+    examples = [dict(prompt="w005", completion="w006", rejected=["w007"])] * 3
+    for value in WRONG:
+        for name in CALIBRATION_OPTIONS:
+            refuse(lambda: engine.calibrate(examples, **{name: value}), name)  # noqa: B023
+    refuse(lambda: engine.calibrate(examples, alpha=["0.1"]), "alpha must be a number; got '0.1'")
+
+
+def test_integers_of_numpy_are_integers(words):
+    engine = SteeredEngine(tiny_peft(), words, SteeringConfig(-1.0))
+    plain = dict(max_new_tokens=4, top_k=3, min_new_tokens=2, num_return_sequences=2, seed=5)
+    given = {name: np.int32(value) for name, value in plain.items()}
+    more = dict(temperature=0.7, prompts=[[5, 6]])
+    assert engine.generate(**more, **given) == engine.generate(**more, **plain)
+
+
+def test_errors_say_what_an_option_takes(engine):
+    refuse(
+        lambda: engine.generate([5], max_new_tokens=4, seed=1.5),
+        "seed must be an integer or a list of int",
+    )
+    refuse(lambda: engine.generate("w005", do_sample="yes"), "do_sample must be True or False")
+    refuse(lambda: Steering(-4.0), "generation must be a SteeringConfig; got -4.0")
 
 
 def test_what_an_engine_says_of_itself(tiny_folder):

@@ -280,6 +280,13 @@ BAD = {
     r"dropout must lie in \[0, 1\)": dict(dropout=1.0),
     "learning_rate must be above 0 and finite, or 'auto'; got 'fast'": dict(learning_rate="fast"),
     "learning_rate must be": dict(learning_rate=0.0),
+    "learning_rate must be above 0 and finite, or 'auto'; got True": dict(learning_rate=True),
+    "rank must be an integer from 1 to 65536; got True": dict(rank=True),
+    "steps must be an integer from 1 .* got True": dict(steps=True),
+    "seed must be an integer from 0 .* got None": dict(seed=None),
+    "lora_alpha must be above 0 and finite; got 'x'": dict(lora_alpha="x"),
+    "epochs must be above 0 and finite; got True": dict(epochs=True),
+    r"dropout must lie in \[0, 1\); got '0'": dict(dropout="0"),
 }
 
 
@@ -288,3 +295,9 @@ def test_refusals(message, tmp_path, words):
     with pytest.raises(ValueError, match=message):
         warm_start(tiny_base("llama"), words, examples(), tmp_path / "adapter", **BAD[message])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_in_the_place_of_models_are_refused(tmp_path, words):
+    for model, tokenizer, name in (("smollm2", words, "model"), (tiny_base("llama"), "x", "token")):
+        with pytest.raises(ValueError, match=f"{name}.* must be one of transformers; got '"):
+            warm_start(model, tokenizer, examples(), tmp_path / "adapter")
