@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "explain": BELOW_ENGINE | {"engine"},
     "serve": {"engine", "generation", "steering_config"},
     "cli": BELOW_ENGINE | {"engine", "evaluate", "explain", "serve", "training", "integrations"},
+    "__main__": {"cli"},
 }
 KNOW_PEFT = {"model", "training", "integrations"}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from svd_engine.cli import settings, terminal
 from svd_engine.data import text_files
+from svd_engine.data.checks import check_text
 from svd_engine.data.tokenization import located
 from svd_engine.steering_config import SteeringConfig
 from svd_engine.utils.files import check_place, parse_object
@@ -51,6 +52,8 @@ def read(path: Path) -> list[Request]:
                 raise ValueError("a request has prompt or messages, one of the two.")
             more = {k: v for k, v in line.items() if k not in OWN}
             asked = line.get("prompt", line.get("messages"))
+            if "prompt" in line:
+                check_text(asked, "prompt")
             options = settings.checked(more, "request")
             options |= {k: line[k] for k in ("model", "seed") if k in line}
             requests.append(Request(f"{path}:{number}", line, asked, options))

@@ -50,6 +50,8 @@ def chat(
     steering = engines.steering_beside(adapter, strength, alpha)
     engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     messages = [] if system is None else [{"role": "system", "content": system}]
+    tried = [*messages, {"role": "user", "content": "?"}]  # refused now rather than at a question
+    engine.stream(messages=tried, seed=seed, **options).close()
     for question in _questions():
         messages.append({"role": "user", "content": question})
         answer = ""

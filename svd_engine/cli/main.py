@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from svd_engine import __version__
-from svd_engine.cli import engines, terminal
+from svd_engine.cli import INTERRUPTED, STOPPED, engines, terminal
 from svd_engine.cli.calibrate import calibrate
 from svd_engine.cli.chat import chat
 from svd_engine.cli.evaluate import app as evaluate
@@ -38,7 +38,6 @@ app.add_typer(evaluate, name="evaluate")
 app.command("explain")(explain)
 app.command("export")(export)
 app.command("lm-eval", add_help_option=False, context_settings=HARNESS)(lm_eval)
-INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
 
 def _version(show: bool) -> None:
@@ -138,7 +137,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            terminal.errors.print("\nstopped; nothing half-written", style="dim")
+            terminal.errors.print(STOPPED, style="dim")
         raise
 
 

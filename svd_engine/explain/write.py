@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from svd_engine.calibration.report import FILES
+from svd_engine.data.checks import check_text
 from svd_engine.data.text_files import read_lines
 from svd_engine.data.tokenization import is_chat, located
 from svd_engine.engine import SteeredEngine
@@ -43,6 +44,7 @@ def _question(line: Any) -> dict[str, Any]:
     if not is_chat(asked):
         if "messages" in line:
             raise ValueError("messages must be a list of {'role': ..., 'content': ...}.")
+        check_text(asked, "prompt")
         return {"prompts": [asked]}
     ends = len(asked) > 1 and asked[-1].get("role") == "assistant"
     return {"messages": asked[:-1] if ends else asked}

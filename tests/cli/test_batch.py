@@ -72,6 +72,7 @@ def test_requests_are_answered_and_a_killed_run_goes_on(command, tmp_path, tiny_
         (dict(prompt="w005", temperature="hot"), "in.jsonl:2: temperature must be a number"),
         (dict(prompt=[5] * 200), "in.jsonl:2: prompts[0] does not fit"),
         (dict(messages=[dict(role="user", content="w005")]), "no chat template"),
+        (dict(prompt=5), "in.jsonl:2: prompt is text or token ids; got 5"),
         (dict(prompt="w005", strength="much"), "in.jsonl:2: strength must be a number"),
     ],
 )

@@ -35,3 +35,9 @@ def test_refusals(command):
     check_error(command("w005\n"), "give --strength")
     check_error(command("w005\n", "--strength", 1, "--set", "n=2"), "'n' is num_return_sequences")
     check_error(command("w005 " * 200 + "\n", "--strength", 1), "does not fit")
+
+
+def test_what_no_question_could_be_asked_with_is_said_before_the_first(command, tiny_folder):
+    check_error(command("", "--strength", 1, "--max-new-tokens", 500), "does not fit")
+    (tiny_folder / "base" / "chat_template.jinja").write_text("{{ raise_exception('no system') }}")
+    check_error(command("", "--strength", 1, "--system", "w030"), "no system")

@@ -7,8 +7,8 @@ import sys
 import pytest
 import typer
 
-from svd_engine import __version__
-from svd_engine.cli import main
+from svd_engine import __main__, __version__
+from svd_engine.cli import STOPPED, main
 from tests.tiny import tiny_base, tiny_peft
 
 
@@ -229,6 +229,19 @@ def test_ctrl_c_is_told_in_a_line(run, tmp_path, tiny_folder, monkeypatch):
     code, _, err = run("warm-start", data, tmp_path / "a", "--base", tiny_folder / "base")
     assert code == 130 and "nothing half-written" in err
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_ctrl_c_before_the_libraries_are_there(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "svd_engine.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "svd_engine.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        __main__.main()
+    assert stop.value.code == 130 and capsys.readouterr().err == STOPPED + "\n"
 
 
 def test_an_adapter_of_another_width_is_refused(run, tmp_path, tiny_folder):

@@ -111,6 +111,7 @@ def test_prompts(tmp_path):
     assert write.read(path) == [{"prompts": ["a"]}, {"messages": chat[:1]}, {"prompts": [[1, 2]]}]
     for text, message in (
         ("{}", r'jsonl:1: a line is an object with "prompt" or "messages"'),
+        ('{"prompt": 5}', "jsonl:1: prompt is text or token ids; got 5"),
         ('{"messages": "x"}', "jsonl:1: messages must be a list"),
         ("x", "jsonl:1: not JSON"),
         ("", "holds no prompts"),
