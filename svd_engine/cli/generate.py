@@ -172,11 +172,13 @@ def _prompts(prompts: list[str] | None, file: Path | None, whole: bool) -> list[
         raise ValueError("give prompts as arguments or with --file, not both.")
     if prompts and whole:
         raise ValueError("--whole is about --file and standard input; got a prompt as argument.")
-    if file is not None:
+    if prompts:
+        prompts = [_newlines(prompt) for prompt in prompts]
+    elif file is not None:
         if not file.is_file():
             raise ValueError(f"--file {file} is not a file.")
         prompts = text_files.read_lines(file)
-    elif not prompts:
+    else:
         if sys.stdin is None:  # closed
             raise ValueError("no prompts came; give them as arguments or with --file.")
         if sys.stdin.isatty():
@@ -186,7 +188,7 @@ def _prompts(prompts: list[str] | None, file: Path | None, whole: bool) -> list[
         prompts = text_files.lines(sys.stdin.buffer.read(), "standard input")
     if whole:
         prompts = ["\n".join(prompts or ()).removesuffix("\n")]
-    texts = [prompt if whole else _newlines(prompt) for prompt in prompts if prompt.strip()]
+    texts = [prompt for prompt in prompts if prompt.strip()]
     if not texts:
         raise ValueError("no prompts came; give them as arguments, with --file or on stdin.")
     for text in texts:

@@ -158,6 +158,14 @@ def test_a_file_is_one_prompt(run, tmp_path, tiny_folder):
     other = json.loads(run("generate", "--whole", *options, stdin=text)[1])
     assert (other["prompt"], other["token_ids"]) == (text, line["token_ids"])
     check_error(run("generate", "w005", "--whole", *options), "--whole is about --file")
+    text = r"w005 \nabla w006"  # a line break in an argument alone
+    lines = tmp_path / "lines.txt"
+    lines.write_text(text + "\n")
+    for arguments, stdin, wanted in (
+        (["--file", lines], "", text), ([], text, text), ([text], "", "w005 \nabla w006"),
+    ):  # fmt: skip
+        out = run("generate", *arguments, *options, stdin=stdin)[1]
+        assert json.loads(out)["prompt"] == wanted
 
 
 def check_error(result, *parts):
