@@ -1,7 +1,6 @@
 """Checks of a warm start before any work: its options, and the folder it may write."""
 
 import math
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -46,6 +45,8 @@ def options(
     for name, value in counts.items():
         if value is not None or name not in MAY_BE_UNSET:
             count(name, value, int(name != "seed"), MOST_OF.get(name, MOST))
+            if not isinstance(value, int):  # it is written as JSON, at the end by PEFT
+                raise ValueError(f"{name} must be a Python integer; got {value!r}.")
     return learning_rate
 
 
@@ -76,7 +77,7 @@ def output(path: Path, overwrite: bool) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_empty(path: Path) -> bool:

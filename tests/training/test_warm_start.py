@@ -4,6 +4,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -283,6 +284,7 @@ BAD = {
     "learning_rate must be above 0 and finite, or 'auto'; got True": dict(learning_rate=True),
     "rank must be an integer from 1 to 65536; got True": dict(rank=True),
     "steps must be an integer from 1 .* got True": dict(steps=True),
+    "rank must be a Python integer; got": dict(rank=np.int64(4)),
     "seed must be an integer from 0 .* got None": dict(seed=None),
     "lora_alpha must be above 0 and finite; got 'x'": dict(lora_alpha="x"),
     "epochs must be above 0 and finite; got True": dict(epochs=True),
