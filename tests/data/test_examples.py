@@ -157,7 +157,7 @@ def test_nothing_runs_before_all_examples_are_checked(tmp_path, words, monkeypat
     for bad, message in ((outside, "has token ids from 211"), (long, "does not fit")):
         with pytest.raises(ValueError, match=rf"^examples\[4\].*{message}"):
             engine.calibrate([*good, bad])
-    with pytest.raises(ValueError, match=r"^examples\[4\]: a continuation has token ids from 211"):
+    with pytest.raises(ValueError, match=r"^examples\[4\]: an answer has token ids from 211"):
         warm_start(tiny_base("llama"), words, [*good, outside], tmp_path / "a", progress=False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="a continuation has token ids from 211"):

@@ -138,11 +138,13 @@ def test_without_steering_two_models_are_compared(words, tmp_path):
 def test_errors_name_the_line_before_any_work(engine, tmp_path):
     kept = journal(tmp_path / "j", engine)
     long = replace(QUESTIONS[1], wrong=[" ".join(["w009"] * 130)])
-    with pytest.raises(ValueError, match=r"mc.json:1: the answer .* does not fit: 134 tokens"):
+    with pytest.raises(
+        ValueError, match=r"mc.json:1: the continuation .* does not fit: 134 tokens"
+    ):
         run.by_likelihood(engine, [QUESTIONS[0], long], TEMPLATE, kept, 8)
     with pytest.raises(ValueError, match=r"mc.json:0: the question does not fit"):
         run.by_generation(engine, QUESTIONS, TEMPLATE, kept, 8, 128)
-    with pytest.raises(ValueError, match=r"mc.json:1: the answer ' ' has no tokens"):
+    with pytest.raises(ValueError, match=r"mc.json:1: the continuation ' ' has no tokens"):
         run.by_likelihood(
             engine, [QUESTIONS[0], replace(QUESTIONS[1], wrong=[""])], TEMPLATE, kept, 8
         )
