@@ -44,7 +44,7 @@ def model(dtype: str) -> Layers:
 def step(name: str, layers: Layers, x: Inputs, first: int) -> Tensor:
     """Run every linear of a decode step and return the result of the last."""
     adapter = name.endswith("paired")
-    product = linear._composed if name.startswith("pytorch") else linear.few_rows_linear
+    product = linear._composed if name.startswith("pytorch") else linear.linear
     for weight, low_rank in layers:
         if name == "read":
             out = weight.view(torch.float32).sum(-1)

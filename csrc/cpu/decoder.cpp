@@ -1,6 +1,6 @@
 // torch.ops.svd_engine_cpu.decode: new tokens of a decoder, from their embeddings to hidden states or
-// logits, in one parallel region. A token's bits depend neither on the number of rows, nor on that of
-// new tokens, nor on the threads.
+// logits, in one parallel region. A token's bits depend neither on the threads, nor on the number of
+// new tokens per row, nor on that of rows, but for whether these are more than kFewRows.
 #include "decoder.h"
 
 #include <torch/csrc/stable/library.h>
@@ -43,6 +43,7 @@ struct Step {
   const LinearKernel& linear;
   const StepKernel& kernel;
   Dtype dtype;
+  bool panels;          // rows are many: linear layers go panel by panel
   Dtype packed;         // the dtype beside which inputs are packed
   int64_t size;         // bytes of an element
   bool repacks;         // some adapter has another dtype than that
@@ -190,7 +191,7 @@ class Worker {
       if (p->down && s.adapted() > 0) {
         const Dtype low = Dtype(p->low_rank_dtype);
         Product& down = downs[count];
-        down.x = low == s.packed
+        down.x = s.panels || low == s.packed
                      ? product.x.from(s.first_adapted)
                      : Packed{s.other, x_row_bytes, s.linear.packs_bfloat16(s.dtype, low)};
         down.weight = {at(p->down), p->down_row_bytes, p->rank, p->in, low};
@@ -223,20 +224,24 @@ class Worker {
   }
 
   void run_all(const Product (&products)[kJoined], int count) {
-    int64_t outputs = 0, bytes = 0;
+    const int64_t unit = s.panels ? kPanel : 1;
+    const auto run = s.panels ? s.linear.panels : s.linear.outputs;
+    const auto units_of = [&](const Product& p) { return (p.weight.out + unit - 1) / unit; };
+    int64_t units = 0, bytes = 0;
     for (int i = 0; i < count; ++i) {
-      outputs += products[i].weight.out;
+      units += units_of(products[i]);
       bytes += products[i].weight.out * products[i].weight.row_bytes;
     }
-    if (outputs == 0) return;
-    crew.share(outputs, std::max<int64_t>(1, outputs * kLeastBytes / bytes),
+    if (units == 0) return;
+    crew.share(units, std::max<int64_t>(1, units * kLeastBytes / bytes),
                [&](int64_t begin, int64_t end) {
                  for (int i = 0; i < count && end > 0; ++i) {
-                   const int64_t out = products[i].weight.out;
-                   if (begin < out)
-                     s.linear.outputs(products[i], std::max<int64_t>(0, begin), std::min(end, out));
-                   begin -= out;
-                   end -= out;
+                   const int64_t own = units_of(products[i]);
+                   if (begin < own)
+                     run(products[i], std::max<int64_t>(0, begin) * unit,
+                         std::min(end * unit, products[i].weight.out));
+                   begin -= own;
+                   end -= own;
                  }
                });
   }
@@ -330,14 +335,16 @@ void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inpu
             logits ? static_cast<char*>(logits->data_ptr()) : nullptr, linear_in_use(),
             step_in_use()};
   s.dtype = dtype;
-  s.packed = Format(plan.format) == Format::kPlain ? dtype : Dtype::kFloat32;
+  const bool plain = Format(plan.format) == Format::kPlain;
+  s.panels = plain && s.linear.panels && s.rows > kFewRows;
+  s.packed = plain && !s.panels ? dtype : Dtype::kFloat32;
   s.size = size_of(dtype);
   int64_t rank = 0;
   s.widest = plan.hidden_size;
   each_linear(plan, [&](const LinearPlan& p) {
     if (&p != &plan.head) s.widest = std::max({s.widest, p.in, p.out});
     rank = std::max(rank, p.rank);
-    s.repacks |= p.down && Dtype(p.low_rank_dtype) != s.packed;
+    s.repacks |= !s.panels && p.down && Dtype(p.low_rank_dtype) != s.packed;
   });
   const int64_t tokens = s.tokens(), adapted = std::max<int64_t>(0, s.adapted());
   const int64_t phases = plan.layers * kPhasesPerLayer + kPhasesPerLayer;

@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 
 #include "capability.h"
+#include "crew.h"
 #include "tensors.h"
 
 namespace {
@@ -46,6 +48,11 @@ Bias bias_of(const std::optional<Tensor>& tensor, int64_t out, const char* name)
   return {static_cast<const char*>(tensor->data_ptr()), tensor->stride(0) * size_of(dtype), dtype};
 }
 
+// Widening bfloat16 for every two rows anew takes longer than copying it once as float32.
+bool takes_panels(const LinearKernel& kernel, Dtype weight, int64_t rows) {
+  return kernel.panels && rows > (weight == Dtype::kBFloat16 ? 2 : kFewRows);
+}
+
 // x [..., in] as rows.
 struct Rows {
   const Tensor& tensor;
@@ -61,33 +68,59 @@ struct Rows {
 
   // Packs rows [begin, count) at `to`, to be multiplied by weights of dtype `as`.
   Packed pack(const LinearKernel& kernel, int64_t begin, Dtype as, char* to) const {
+    const int64_t row_bytes = packed_row_bytes(in);
+    const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes));
+    torch::stable::parallel_for(begin, count, grain, [&](int64_t first, int64_t end) {
+      for (int64_t row = first; row < end; ++row)
+        pack_row(kernel, row, as, to + (row - begin) * row_bytes);
+    });
+    return {to, row_bytes, kernel.packs_bfloat16(dtype, as)};
+  }
+
+  // The rows as `panels` takes them, where they are or at `to`.
+  Packed wide(const LinearKernel& kernel, char* to) const {
+    if (dtype == Dtype::kFloat32 && tensor.is_contiguous())
+      return {static_cast<const char*>(tensor.data_ptr()), in * 4, false};
+    return pack(kernel, 0, Dtype::kFloat32, to);
+  }
+
+ private:
+  void pack_row(const LinearKernel& kernel, int64_t row, Dtype as, char* to) const {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
-    const int64_t row_bytes = packed_row_bytes(in), size = size_of(dtype);
+    const int64_t size = size_of(dtype);
     const int last = int(sizes.size()) - 1;
-    const Packed packed = {to, row_bytes, kernel.packs_bfloat16(dtype, as)};
-    for (int64_t row = begin; row < count; ++row, to += row_bytes) {
-      int64_t offset = 0, rest = row;
-      for (int d = last - 1; d >= 0; rest /= sizes[d--]) offset += rest % sizes[d] * strides[d];
-      const char* from = static_cast<const char*>(tensor.data_ptr()) + offset * size;
-      if (strides[last] == 1 || in <= 1) {
-        kernel.pack(dtype, in, from, as, to);
-        continue;
-      }
-      thread_local Scratch scratch;
-      char* whole = scratch.of(in * size);
-      for (int64_t k = 0; k < in; ++k)
-        std::memcpy(whole + k * size, from + k * strides[last] * size, size);
-      kernel.pack(dtype, in, whole, as, to);
-    }
-    return packed;
+    int64_t offset = 0, rest = row;
+    for (int d = last - 1; d >= 0; rest /= sizes[d--]) offset += rest % sizes[d] * strides[d];
+    const char* from = static_cast<const char*>(tensor.data_ptr()) + offset * size;
+    if (strides[last] == 1 || in <= 1) return kernel.pack(dtype, in, from, as, to);
+    thread_local Scratch scratch;
+    char* whole = scratch.of(in * size);
+    for (int64_t k = 0; k < in; ++k)
+      std::memcpy(whole + k * size, from + k * strides[last] * size, size);
+    kernel.pack(dtype, in, whole, as, to);
   }
 };
 
-void multiply(const LinearKernel& kernel, const Product& product) {
-  const int64_t bytes = product.weight.in * size_of(product.weight.dtype);
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, product.weight.out, grain, [&](int64_t begin, int64_t end) {
-    kernel.outputs(product, begin, end);
+// Computes products one after the other; each may take the results of those before it.
+void multiply(const LinearKernel& kernel, std::initializer_list<const Product*> products,
+              bool panels) {
+  const int64_t unit = panels ? kPanel : 1;
+  const auto run = panels ? kernel.panels : kernel.outputs;
+  const auto bytes_of = [](const Product& p) { return p.weight.in * size_of(p.weight.dtype); };
+  int64_t bytes = 0;
+  for (const Product* p : products) bytes += p->weight.out * bytes_of(*p);
+  const int64_t threads =
+      std::clamp<int64_t>(bytes / kGrainBytes, 1, torch::stable::get_num_threads());
+  Phase phases[2];
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Crew crew(phases, threads);
+    for (const Product* p : products) {
+      const int64_t out = p->weight.out, least = kGrainBytes / (unit * bytes_of(*p) + 1);
+      crew.share((out + unit - 1) / unit, std::max<int64_t>(1, least),
+                 [&](int64_t begin, int64_t end) {
+                   run(*p, begin * unit, std::min(end * unit, out));
+                 });
+    }
   });
 }
 
@@ -117,9 +150,13 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
   product.out_row_bytes = w.out * size_of(rows.dtype);
   product.out_dtype = rows.dtype;
   const int64_t x_row_bytes = packed_row_bytes(w.in);
+  const bool panels = takes_panels(kernel, w.dtype, rows.count);
+  const auto packed = [&](char* to) {
+    return panels ? rows.wide(kernel, to) : rows.pack(kernel, 0, w.dtype, to);
+  };
   if (!adapted) {
-    product.x = rows.pack(kernel, 0, w.dtype, scratch.of(rows.count * x_row_bytes));
-    return multiply(kernel, product);
+    product.x = packed(scratch.of(rows.count * x_row_bytes));
+    return multiply(kernel, {&product}, panels);
   }
 
   const Weight down_weight = weight_of(*down, "down"), up_weight = weight_of(*up, "up");
@@ -127,11 +164,11 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
                       down_weight.out == up_weight.in,
                   "down is [", down_weight.out, ", ", down_weight.in, "] and up is [",
                   up_weight.out, ", ", up_weight.in, "], weight is [", w.out, ", ", w.in, "]");
-  const bool repacked = down_weight.dtype != w.dtype;  // `down` takes x in another form
+  const bool repacked = !panels && down_weight.dtype != w.dtype;  // `down` takes x in another form
   const int64_t down_x_stride = (down_weight.out + 31) / 32 * 32;
   const int64_t x_rows = rows.count + (repacked ? adapted : 0);
   char* room = scratch.of(x_rows * x_row_bytes + adapted * down_x_stride * 4);
-  product.x = rows.pack(kernel, 0, w.dtype, room);
+  product.x = packed(room);
   char* down_x = room + x_rows * x_row_bytes;
   std::memset(down_x, 0, adapted * down_x_stride * 4);
   product.down_x = reinterpret_cast<const float*>(down_x);
@@ -148,8 +185,7 @@ void linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bia
   down_product.out = down_x;
   down_product.out_row_bytes = down_x_stride * 4;
   down_product.out_dtype = Dtype::kFloat32;
-  multiply(kernel, down_product);
-  multiply(kernel, product);
+  multiply(kernel, {&down_product, &product}, panels);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The interface between linear.cpp and the instruction-set variants of linear_tile.h. The order in
-// which an output is summed depends only on its weights and the variant: it has the same bits for
-// any number of rows, outputs and threads.
+// which an output is summed depends only on its weights, on the variant, and on whether the rows are
+// few (`outputs`) or many (`panels`): it has the same bits for any number of outputs and threads,
+// and for any number of few rows, or of many.
 #pragma once
 
 #include "codes.h"
@@ -15,6 +16,10 @@ struct Packed {
 
   Packed from(int64_t row) const { return {data + row * row_bytes, row_bytes, bfloat16}; }
 };
+
+// So many rows and fewer have the same bits as each alone, and are hardly slower by `outputs`.
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kPanel = 24;  // outputs that `panels` computes at once
 
 constexpr int64_t packed_row_bytes(int64_t in) { return (in + 63) / 64 * 64 * 4; }
 
@@ -55,6 +60,9 @@ struct LinearKernel {
   // Computes the outputs [begin, end). Several weight rows far apart are read together, so let
   // end - begin be large where the weights come from memory.
   void (*outputs)(const Product&, int64_t begin, int64_t end);
+  // The same for many rows, packed as float32 whatever the weights are; null where the variant has no
+  // such form. It takes kPanel outputs at a time, so let ranges begin at multiples of that.
+  void (*panels)(const Product&, int64_t begin, int64_t end);
 
   // Whether rows of dtype `x` beside such weights are packed as bfloat16.
   bool packs_bfloat16(Dtype x, Dtype weight) const {

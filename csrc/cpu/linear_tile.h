@@ -294,8 +294,15 @@ constexpr bool kMultipliesBFloat16 = true;
 constexpr bool kMultipliesBFloat16 = false;
 #endif
 
+#if SVD_LANES == 8
+#include "panels.h"
+static_assert(kPanel == kVectors * kLanes, "a panel is as wide as a tile's sums");
+#else
+constexpr void (*panels)(const Product&, int64_t, int64_t) = nullptr;
+#endif
+
 }  // namespace
 
-const LinearKernel linear = {kMultipliesBFloat16, pack, outputs};
+const LinearKernel linear = {kMultipliesBFloat16, pack, outputs, panels};
 
 }  // namespace SVD_VARIANT

@@ -58,7 +58,7 @@ class AdaptedLinear(AdaptedLayer):
             x[first_row:] *= self.input_scale
         if type(base) is linear.Linear and not base._forward_hooks and not base._forward_pre_hooks:
             flat_row = first_row * (x.numel() // (x.shape[0] * x.shape[-1]))
-            out = linear.few_rows_linear(x, *base.parts(), self.low_rank, flat_row)
+            out = linear.linear(x, *base.parts(), self.low_rank, flat_row)
         else:
             out = base(x)
             if self.low_rank is not None:

@@ -157,6 +157,25 @@ def test_a_token_has_the_same_bits_alone(dtype, capability):
         cpu.capability(best)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_are_multiplied_in_panels(dtype):
+    """As by the modules, and a token has the same bits in any number of rows that are many."""
+    adapted = tiny_peft("qwen3").to(dtype)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(12)]
+    text, got = tokens(len(prompts), 3), {}
+    for count in (9, 12):
+        pair, walk = native(adapted), pair_models(Adapter.read(adapted), "auto")
+        walk.runner.native = None
+        for runner in (pair, walk):
+            prefilled(runner, prompts[:count], range(count))
+        steps = [pair.extend(token[:, None]) for token in text[:count].T]
+        got[count] = [torch.cat(half, 1) for half in zip(*steps, strict=True)]
+        for own, want in zip(got[count], walk.extend(text[:count]), strict=True):
+            error = (own - want).float().norm() / want.float().norm()
+            assert error < (1e-5 if dtype == torch.float32 else 0.02)
+    assert all(torch.equal(few, many[:9]) for few, many in zip(got[9], got[12], strict=True))
+
+
 def test_a_step_that_is_off_is_not_taken(monkeypatch):
     read = step.read_plan
 

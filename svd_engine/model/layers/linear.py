@@ -1,6 +1,7 @@
-"""Linear layers for the few rows of a decode step: native where that is faster, else PyTorch."""
+"""Linear layers: native where that is faster, for few rows or for any, else PyTorch."""
 
 import functools
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,13 @@ PLAIN = (Tensor, nn.Parameter)  # a quantised weight is a tensor of its own kind
 
 @functools.cache
 def most_rows(dtype: torch.dtype) -> int:
-    """Return up to how many rows the native linear measured faster than PyTorch's (benchmarks/)."""
+    """Return up to how many rows the native linear is faster than PyTorch's (docs/performance.md)."""
     if dtype not in (torch.float32, torch.bfloat16) or cpu.unavailable() is not None:
         return 0
     capability = cpu.capability()
     if capability == "DEFAULT":
         return 0
-    # Widening bfloat16 in 16 registers costs more than reading it, from 3 rows on.
-    return 2 if capability == "AVX2" and dtype == torch.bfloat16 else 16
+    return sys.maxsize if capability == "AVX2" else 16
 
 
 def can_run_natively(first: Tensor, *others: Tensor) -> bool:
@@ -41,7 +41,7 @@ def can_run_natively(first: Tensor, *others: Tensor) -> bool:
     return True
 
 
-def few_rows_linear(
+def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -118,11 +118,11 @@ def is_slow(x: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` computed by `few_rows_linear`."""
+    """`nn.Linear` computed by `linear`."""
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias, past the slow attribute lookup of `nn.Module`."""
         return self._parameters["weight"], self._parameters["bias"]  # type: ignore
 
     def forward(self, x: Tensor) -> Tensor:
-        return few_rows_linear(x, *self.parts())
+        return linear(x, *self.parts())
