@@ -9,9 +9,11 @@
 
 namespace {
 
-constexpr int kMostBlocks = 16;   // of a cluster
-constexpr int kLeastGroups = kWalkThreads / kStreamThreads;  // of a block; a group has a tile
-constexpr int kMostGroups = 5;  // 640 threads leave each the registers that both passes need
+constexpr int kMostBlocks = 16;  // of a cluster; the driver has to be asked for more than 8
+// Groups of kStreamThreads threads in a block, each with a tile. The second pass needs two, and 640
+// threads leave each the registers that both passes need; 16 blocks of five take 163,840 tokens.
+constexpr int kLeastGroups = kWalkThreads / kStreamThreads;
+constexpr int kMostGroups = 5;
 
 // The first pass over every `step`th tile of a row from `first` on, by a group of kStreamThreads
 // threads; z and b become the logits of the last of these tiles. All groups of the block take part
@@ -35,7 +37,7 @@ SVD_DEVICE void measure_row(const Rows& rows, int row, int first, int step, Held
 // is still in registers when `steer` writes it. Otherwise the first block answers; it needs nothing
 // of the blocks that have ended but the workspace. The kernel is never launched on older devices.
 template <class T, class To>
-__global__ void __launch_bounds__(kMostGroups* kStreamThreads) answer_at_once(To to) {
+__global__ void __launch_bounds__(kMostGroups * kStreamThreads) answer_at_once(To to) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   Rows& rows = to.of.rows;
   rows.adapted.dtype = rows.base.dtype = kDtype<T>;  // known here, so that nothing branches on it

@@ -1,6 +1,7 @@
 // The interface of the library: plain C functions of device pointers and a stream. It does not
 // depend on PyTorch, loads without a driver, allocates nothing and never waits for the device. The
 // functions of an operator return a cudaError_t. `dtype` is 0, 1, 2 for float32, bfloat16, float16.
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
