@@ -85,6 +85,7 @@ def compile_cuda(sources: list[str]) -> Path:
     command = [
         NVCC, "-O3", "-std=c++17", "-shared", "-cudart", "static", "--threads", "0",
         "-prec-div=false",  # 2 ulp will do, and Triton divides alike
+        "-fmad=false",  # where nvcc fuses depends on the kernel, and the bits on that
         "-Xcompiler", "-fPIC,-fvisibility=hidden",
         *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes),
         "csrc/cuda/launch.cu", "-o", str(partial),

@@ -238,9 +238,21 @@ BY_FILE = {
     ],
     "csrc/cuda/kernels.h": [
         (
-            "is_valid(stats) && std::fabs(steering.strength) < INFINITY",
+            "is_valid(stats) && strength - strength == 0.0f",
             "is_valid(stats)",
             f"{CUDA}not_finite'",
+        ),
+    ],
+    "csrc/cuda/cluster.h": [
+        (
+            "  __cluster_barrier_arrive();  // a release",
+            "  // a release",
+            "tests/ops/test_cuda.py -k one_launch",
+        ),
+        (
+            "if (left && tile < last) read_tile",
+            "if (left && tile > last) read_tile",
+            "tests/ops/test_cuda.py -k one_launch",
         ),
     ],
     "csrc/cpu/rows.h": [

@@ -9,6 +9,7 @@ constexpr int kNone = INT_MAX;
 constexpr int kList = 512;  // tokens listed in shared memory; rows with more are read again
 
 struct Sample {
+  using Measured = Sums;
   Steered of;
   float temperature;  // 0: greedy
   int top_k;          // INT_MAX: all
@@ -20,7 +21,10 @@ struct Sample {
   float* logprob;
 };
 
+struct CutSample : Sample {};  // top_k, top_p or log_min_p removes tokens
+
 struct TopK {
+  using Measured = Sums;
   Steered of;
   int k;
   float* logprob;
@@ -168,10 +172,9 @@ SVD_DEVICE Choice better(const Choice& a, const Choice& b) {
 }
 
 template <bool kCut>
-__global__ void __launch_bounds__(kWalkThreads) sample_rows(const Sample to) {
-  wait_for_first_pass();
+SVD_DEVICE void choose(const Sample& to, int index) {
   const Rows& rows = to.of.rows;
-  const Row row = open_row(to.of);
+  const Row row = open_row(to.of, index);
   if (!row.valid) {
     if (threadIdx.x == 0) {
       to.token[row.index] = -1;
@@ -209,6 +212,9 @@ __global__ void __launch_bounds__(kWalkThreads) sample_rows(const Sample to) {
   }
 }
 
+SVD_DEVICE void answer(const Sample& to, int index) { choose<false>(to, index); }
+SVD_DEVICE void answer(const CutSample& to, int index) { choose<true>(to, index); }
+
 // Fills the slots from `slot` on with the tokens of logit -inf, lowest id first.
 SVD_DEVICE void list_removed(const TopK& to, const Row& row, int slot) {
   const Rows& rows = to.of.rows;
@@ -231,10 +237,9 @@ SVD_DEVICE void list_removed(const TopK& to, const Row& row, int slot) {
   });
 }
 
-__global__ void __launch_bounds__(kWalkThreads) topk_rows(const TopK to) {
-  wait_for_first_pass();
+SVD_DEVICE void answer(const TopK& to, int index) {
   const Rows& rows = to.of.rows;
-  const Row row = open_row(to.of);
+  const Row row = open_row(to.of, index);
   const int64_t start = int64_t{row.index} * to.k;
   if (!row.valid) {
     for (int slot = threadIdx.x; slot < to.k; slot += kWalkThreads) {

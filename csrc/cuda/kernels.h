@@ -1,7 +1,7 @@
 // The kernels that stream tiles. The first pass reads both rows once and writes the sums of every
 // tile; the second pass, here or in choose.h and score.h, reads again only the tiles that it needs.
-// No thread block waits for another within a kernel, nothing is accumulated in memory, and the host
-// reads nothing back.
+// Each pass is a launch, or both are one (cluster.h). Nothing is accumulated in memory, and the
+// host reads nothing back.
 #pragma once
 
 #include <climits>
@@ -35,8 +35,8 @@ struct Rows {
 
 // The sums of a row's tiles in the workspace; S is Sums or PairSums.
 template <class S>
-SVD_DEVICE const S* sums_of(const Rows& rows, int row) {
-  return static_cast<const S*>(rows.workspace) + int64_t{row} * rows.tiles;
+SVD_DEVICE S* sums_of(const Rows& rows, int row) {
+  return static_cast<S*>(rows.workspace) + int64_t{row} * rows.tiles;
 }
 
 // The operands of a steered row.
@@ -49,11 +49,35 @@ struct Steered {
 };
 
 struct Steer {
+  using Measured = Sums;  // what the first pass writes
   Steered of;
   Logits out;
   int span;     // tiles per thread block
   bool vector;  // write the steering vector in place of the steered logits
 };
+
+// A row in the second pass.
+struct Row {
+  int index;
+  const Sums* tiles;
+  int step;  // from one tile to the next
+  RowStats stats;
+  Steering steering;
+  bool valid;  // the same in every thread
+
+  __device__ __forceinline__ const Sums& tile(int k) const { return tiles[k * step]; }
+};
+
+// S is Sums or PairSums, whichever the first pass has left.
+template <class S = Sums>
+SVD_DEVICE Row open_row(const Steered& of, int index) {
+  constexpr int step = sizeof(S) / sizeof(Sums);
+  const Sums* tiles = reinterpret_cast<const Sums*>(sums_of<S>(of.rows, index));
+  const RowStats stats = combine(tiles, step, of.rows.tiles, of.log_alpha);
+  const float strength = value_of(of.strength, index);
+  return {index, tiles, step, stats, {strength, of.log_alpha, of.penalty, of.projected},
+          is_valid(stats) && strength - strength == 0.0f};
+}
 
 // Programmatic dependent launch (sm_90 and later). The second pass is launched with an attribute
 // that lets its thread blocks become resident as soon as every block of the first pass has called
@@ -72,25 +96,70 @@ SVD_DEVICE void wait_for_first_pass() {
 #endif
 }
 
-// First pass, one thread block per tile; S is Sums or PairSums.
-template <class A, class B, bool kAligned, class S>
-__global__ void __launch_bounds__(kStreamThreads) measure_tiles(const Rows rows) {
-  let_second_pass_start();
-  const int row = blockIdx.x / rows.tiles, begin = blockIdx.x % rows.tiles * kTile;
-  float z[kTile / kStreamThreads], b[kTile / kStreamThreads];
+// What a thread holds of a tile.
+using Held = float[kTile / kStreamThreads];
+
+template <class A, class B, bool kAligned>
+SVD_DEVICE void read_tile(const Rows& rows, int row, int tile, Held& z, Held& b) {
+  const int begin = tile * kTile;
   load<kAligned, kStreamThreads>(row_of<const A>(rows.adapted, row), begin, rows.vocab, z);
   load<kAligned, kStreamThreads>(row_of<const B>(rows.base, row), begin, rows.vocab, b);
+}
 
-  __shared__ S warps[kStreamThreads / kWarp];
+// The first pass of a tile, by a group of kStreamThreads threads: leaves the sums of each warp's
+// tokens in `warps`, which the group shares. S is Sums or PairSums.
+template <class S>
+SVD_DEVICE void measure_warps(const Held& z, const Held& b, S* warps) {
   S sums;
   sum(z, b, sums);
   sums = join_warp(sums);
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sums;
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x % kStreamThreads / kWarp] = sums;
+}
+
+// Joins what measure_warps has left.
+template <class S>
+SVD_DEVICE void join_warps(const S* warps, S* out) {
+  if (threadIdx.x % kStreamThreads > 0) return;
+  S sums = warps[0];
+  for (int warp = 1; warp < kStreamThreads / kWarp; ++warp) sums = join(sums, warps[warp]);
+  *out = sums;
+}
+
+// First pass, one thread block per tile.
+template <class A, class B, bool kAligned, class S>
+__global__ void __launch_bounds__(kStreamThreads) measure_tiles(const Rows rows) {
+  let_second_pass_start();
+  const int row = blockIdx.x / rows.tiles, tile = blockIdx.x % rows.tiles;
+  __shared__ S warps[kStreamThreads / kWarp];
+  Held z, b;
+  read_tile<A, B, kAligned>(rows, row, tile, z, b);
+  measure_warps(z, b, warps);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kStreamThreads / kWarp; ++warp) sums = join(sums, warps[warp]);
-    static_cast<S*>(rows.workspace)[blockIdx.x] = sums;
+  join_warps(warps, static_cast<S*>(rows.workspace) + blockIdx.x);
+}
+
+// Whether a tile of a row has a token left.
+SVD_DEVICE bool is_left(const Row& row, int tile) {
+  return row.valid && is_active(row.tile(tile).peak, row.stats, row.steering.penalty);
+}
+
+// Writes a tile of `steer` or `steering_vector`. z and b hold its logits if a token is `left`.
+template <bool kAligned>
+SVD_DEVICE void steer_tile(const Steer& to, const Row& row, int tile, bool left, Held& z,
+                           const Held& b) {
+  if (left) {
+#pragma unroll
+    for (int j = 0; j < kTile / kStreamThreads; ++j) {
+      const float e = fast_exp(z[j] - row.stats.peak);
+      z[j] = to.vector ? delta_of(z[j], b[j], e, row.stats, row.steering.projected)
+                       : steered(z[j], b[j], e, row.stats, row.steering);
+    }
+  } else {
+    const float fill = !row.valid ? NAN : to.vector ? 0.0f : -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kTile / kStreamThreads; ++j) z[j] = fill;
   }
+  store<kAligned, kStreamThreads>(to.out, row.index, tile * kTile, to.of.rows.vocab, z);
 }
 
 // Second pass of `steer` and `steering_vector`, one thread block per `span` adjacent tiles. A tile
@@ -101,33 +170,14 @@ __global__ void __launch_bounds__(kStreamThreads) steer_tiles(const Steer to) {
   wait_for_first_pass();
   const Rows& rows = to.of.rows;
   const int blocks = (rows.tiles + to.span - 1) / to.span;  // per row
-  const int row = blockIdx.x / blocks, first_tile = blockIdx.x % blocks * to.span;
-  const Sums* tiles = sums_of<Sums>(rows, row);
-  const RowStats stats = combine(tiles, 1, rows.tiles, to.of.log_alpha);
-  const Steering steering = {value_of(to.of.strength, row), to.of.log_alpha, to.of.penalty,
-                             to.of.projected};
-  const bool valid = is_valid(stats) && std::fabs(steering.strength) < INFINITY;
-  const float fill = !valid ? NAN : to.vector ? 0.0f : -INFINITY;
-
+  const Row row = open_row(to.of, blockIdx.x / blocks);
+  const int first_tile = blockIdx.x % blocks * to.span;
   const int end_tile = first_tile + to.span < rows.tiles ? first_tile + to.span : rows.tiles;
   for (int tile = first_tile; tile < end_tile; ++tile) {
-    const int begin = tile * kTile;
-    float z[kTile / kStreamThreads];
-    if (valid && is_active(tiles[tile].peak, stats, steering.penalty)) {
-      float b[kTile / kStreamThreads];
-      load<kAligned, kStreamThreads>(row_of<const A>(rows.adapted, row), begin, rows.vocab, z);
-      load<kAligned, kStreamThreads>(row_of<const B>(rows.base, row), begin, rows.vocab, b);
-#pragma unroll
-      for (int j = 0; j < kTile / kStreamThreads; ++j) {
-        const float e = fast_exp(z[j] - stats.peak);
-        z[j] = to.vector ? delta_of(z[j], b[j], e, stats, steering.projected)
-                         : steered(z[j], b[j], e, stats, steering);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kTile / kStreamThreads; ++j) z[j] = fill;
-    }
-    store<kAligned, kStreamThreads>(to.out, row, begin, rows.vocab, z);
+    const bool left = is_left(row, tile);
+    Held z, b;
+    if (left) read_tile<A, B, kAligned>(rows, row.index, tile, z, b);
+    steer_tile<kAligned>(to, row, tile, left, z, b);
   }
 }
 

@@ -25,6 +25,12 @@ constexpr unsigned kAllLanes = 0xFFFFFFFF;
 constexpr int kRun = 8;  // consecutive tokens per thread where 16-byte accesses fit
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+template <class T>
+constexpr Dtype kDtype = Dtype::kFloat32;
+template <>
+constexpr Dtype kDtype<__nv_bfloat16> = Dtype::kBFloat16;
+template <>
+constexpr Dtype kDtype<__half> = Dtype::kFloat16;
 
 // Rows of logits; `stride` counts elements.
 struct Logits {
@@ -63,12 +69,12 @@ constexpr uint32_t kImpossible<__nv_bfloat16> = 0xFF80FF80;
 template <>
 constexpr uint32_t kImpossible<__half> = 0xFC00FC00;
 
-// Which tokens of a tile this thread holds: element j is token `begin + place<...>(j)`, ascending
-// in j. Aligned: each thread holds runs of consecutive tokens, and the runs of a warp are adjacent.
+// Which tokens of a tile this thread, one of a group of kThreads, holds: element j is token
+// `begin + place<...>(j)`, ascending in j. Aligned: each thread holds runs of consecutive tokens, and the runs of a warp are adjacent.
 // Otherwise the tokens of a warp are adjacent, so that scalar accesses coalesce.
 template <bool kAligned, int kThreads>
 SVD_DEVICE int place(int j) {
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x % kThreads;
   return kAligned ? (j / kRun * kThreads + thread) * kRun + j % kRun : j * kThreads + thread;
 }
 
@@ -217,9 +223,9 @@ SVD_DEVICE Sums sum_from(float peak, const float (&adapted)[kEach], const float 
     if (kCareful) {
       e = base[j] < INFINITY ? e : NAN;
       sums.sum_exp_in_base += base[j] > -INFINITY ? e : 0.0f;
-      sums.sum_exp_d += e * difference(adapted[j], base[j]);
+      sums.sum_exp_d = std::fma(e, difference(adapted[j], base[j]), sums.sum_exp_d);
     } else {
-      sums.sum_exp_d += e * (adapted[j] - base[j]);
+      sums.sum_exp_d = std::fma(e, adapted[j] - base[j], sums.sum_exp_d);
     }
     sums.sum_exp += e;
   }
@@ -310,15 +316,35 @@ SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], P
   if (sums.sum_exp_gap - sums.sum_exp_gap != 0.0f) sums = pair_from<true>(peak, base_peak, adapted, base);
 }
 
-// The statistics of a row from the sums of its tiles, `step` Sums from one to the next. Every warp
-// computes them for itself, in the same order and so with the same bits: no warp waits for another.
-SVD_DEVICE RowStats combine(const Sums* tiles, int step, int count, float log_alpha) {
-  Sums sums = {-INFINITY, 0.0f, 0.0f, 0.0f};
-  for (int tile = threadIdx.x % kWarp; tile < count; tile += kWarp) {
-    const float4 part = reinterpret_cast<const float4*>(tiles)[tile * step];  // one load
-    sums = join(sums, {part.x, part.y, part.z, part.w});
+// Joins `sums`, of no tokens, with those of `count` tiles, `step` of S from one to the next. Every
+// warp does it for itself, in the same order and so with the same bits: no warp waits for another.
+// A lane issues the loads of four tiles before it uses any.
+template <class S>
+SVD_DEVICE S join_tiles(S sums, const S* tiles, int step, int count) {
+  constexpr int ahead = 4, words = sizeof(S) / sizeof(uint4);
+  for (int first = threadIdx.x % kWarp; first < count; first += ahead * kWarp) {
+    uint4 raw[ahead][words];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      const int tile = first + i * kWarp;
+#pragma unroll
+      for (int k = 0; k < words; ++k)
+        if (tile < count) raw[i][k] = reinterpret_cast<const uint4*>(tiles + tile * step)[k];
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      if (first + i * kWarp >= count) break;
+      S part;
+      std::memcpy(&part, raw[i], sizeof part);
+      sums = join(sums, part);
+    }
   }
-  sums = join_warp(sums);
+  return join_warp(sums);
+}
+
+// The statistics of a row from the sums of its tiles.
+SVD_DEVICE RowStats combine(const Sums* tiles, int step, int count, float log_alpha) {
+  const Sums sums = join_tiles({-INFINITY, 0.0f, 0.0f, 0.0f}, tiles, step, count);
   return row_stats(sums.peak, sums.sum_exp, sums.sum_exp_in_base, sums.sum_exp_d, log_alpha);
 }
 

@@ -7,12 +7,14 @@
 namespace {
 
 struct Score {
+  using Measured = Sums;
   Steered of;
   const int64_t* target;
   float* logprob;
 };
 
 struct Project {
+  using Measured = Sums;
   Steered of;  // strength and penalty are unused
   const int64_t* target;
   float* numerator;
@@ -22,6 +24,7 @@ struct Project {
 };
 
 struct Support {
+  using Measured = PairSums;
   Steered of;  // strength and penalty are unused
   const int64_t* target;
   int capacity;  // slots per row
@@ -36,7 +39,10 @@ struct Support {
 };
 
 struct Diverge {
-  Rows rows;
+  using Measured = PairSums;
+  struct {
+    Rows rows;
+  } of;
   float* out;
 };
 
@@ -56,10 +62,9 @@ SVD_DEVICE Target target_of(const Rows& rows, const Row& row, const int64_t* tar
   return {true, adapted, base, fast_exp(adapted - row.stats.peak)};
 }
 
-__global__ void __launch_bounds__(kWalkThreads) score_rows(const Score to) {
-  wait_for_first_pass();
+SVD_DEVICE void answer(const Score& to, int index) {
   const Rows& rows = to.of.rows;
-  const Row row = open_row(to.of);
+  const Row row = open_row(to.of, index);
   const Target target = target_of(rows, row, to.target);
   float logprob = NAN;
   if (row.valid && target.exists) {
@@ -88,10 +93,9 @@ SVD_DEVICE Moments join(const Moments& a, const Moments& b) {
 }
 
 // With x = I_y delta_y - I delta, the numerator is the mean of x and Var_p(I delta) its variance.
-__global__ void __launch_bounds__(kWalkThreads) project_rows(const Project to) {
-  wait_for_first_pass();
+SVD_DEVICE void answer(const Project& to, int index) {
   const Rows& rows = to.of.rows;
-  const Row row = open_row(to.of);
+  const Row row = open_row(to.of, index);
   const Target target = target_of(rows, row, to.target);
   const bool valid = row.valid && target.exists, kept = target.adapted >= row.stats.threshold;
   Moments sum = {};
@@ -123,13 +127,8 @@ __global__ void __launch_bounds__(kWalkThreads) project_rows(const Project to) {
   }
 }
 
-// The sums of a row; every warp computes them for itself.
 SVD_DEVICE PairSums pair_sums_of(const Rows& rows, int row) {
-  const PairSums* tiles = sums_of<PairSums>(rows, row);
-  PairSums sums = kNoPairs;
-  for (int tile = threadIdx.x % kWarp; tile < rows.tiles; tile += kWarp)
-    sums = join(sums, tiles[tile]);
-  return join_warp(sums);
+  return join_tiles(kNoPairs, sums_of<PairSums>(rows, row), 1, rows.tiles);
 }
 
 // KL(p || q)  (6), NaN for an invalid row.
@@ -141,17 +140,15 @@ SVD_DEVICE float divergence_of(const PairSums& sums) {
   return !valid ? NAN : sums.sum_exp_gap == INFINITY ? INFINITY : nats;
 }
 
-// One warp per row.
-__global__ void __launch_bounds__(kWarp) divergence_rows(const Diverge to) {
-  wait_for_first_pass();
-  const float nats = divergence_of(pair_sums_of(to.rows, blockIdx.x));
-  if (threadIdx.x == 0) to.out[blockIdx.x] = nats;
+// One warp is enough.
+SVD_DEVICE void answer(const Diverge& to, int index) {
+  const float nats = divergence_of(pair_sums_of(to.of.rows, index));
+  if (threadIdx.x == 0) to.out[index] = nats;
 }
 
-__global__ void __launch_bounds__(kWalkThreads) support_rows(const Support to) {
-  wait_for_first_pass();
+SVD_DEVICE void answer(const Support& to, int index) {
   const Rows& rows = to.of.rows;
-  const Row row = open_row<PairSums>(to.of);
+  const Row row = open_row<PairSums>(to.of, index);
   const int64_t start = int64_t{row.index} * to.capacity;
   int size = 0;
   if (row.valid)

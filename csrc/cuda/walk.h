@@ -63,30 +63,6 @@ SVD_DEVICE float read(const Logits& logits, int row, int token) {
   return widen(row_of<const __half>(logits, row)[token]);
 }
 
-// The row that this thread block works on.
-struct Row {
-  int index;
-  const Sums* tiles;
-  int step;  // from one tile to the next
-  RowStats stats;
-  Steering steering;
-  bool valid;  // the same in every thread
-
-  __device__ __forceinline__ const Sums& tile(int k) const { return tiles[k * step]; }
-};
-
-// S is Sums or PairSums, whichever the first pass has left.
-template <class S = Sums>
-SVD_DEVICE Row open_row(const Steered& of) {
-  constexpr int step = sizeof(S) / sizeof(Sums);
-  const int index = blockIdx.x;
-  const Sums* tiles = reinterpret_cast<const Sums*>(sums_of<S>(of.rows, index));
-  const RowStats stats = combine(tiles, step, of.rows.tiles, of.log_alpha);
-  const float strength = value_of(of.strength, index);
-  return {index, tiles, step, stats, {strength, of.log_alpha, of.penalty, of.projected},
-          is_valid(stats) && strength - strength == 0.0f};
-}
-
 // Calls f(token, adapted, base), with this thread's run from `token` on, for each tile for whose
 // peak `takes` returns true: in ascending order, in all threads together, until f returns false (in
 // every thread alike). 32 tiles are tested at a time, one per lane, with a ballot.
@@ -220,6 +196,13 @@ SVD_DEVICE LogSumExp log_sum_exp(const Rows& rows, const Row& row) {
     });
   }
   return of_block(lse, [](const LogSumExp& a, const LogSumExp& b) { return join(a, b); });
+}
+
+// Second pass, one thread block per row: `answer` is the function of an operator's operands.
+template <class To>
+__global__ void __launch_bounds__(kWalkThreads) answer_rows(const To to) {
+  wait_for_first_pass();
+  answer(to, blockIdx.x);
 }
 
 }  // namespace
