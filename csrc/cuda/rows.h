@@ -70,8 +70,9 @@ template <>
 constexpr uint32_t kImpossible<__half> = 0xFC00FC00;
 
 // Which tokens of a tile this thread, one of a group of kThreads, holds: element j is token
-// `begin + place<...>(j)`, ascending in j. Aligned: each thread holds runs of consecutive tokens, and the runs of a warp are adjacent.
-// Otherwise the tokens of a warp are adjacent, so that scalar accesses coalesce.
+// `begin + place<...>(j)`, ascending in j. Aligned: each thread holds runs of consecutive tokens, and
+// the runs of a warp are adjacent. Otherwise the tokens of a warp are adjacent, so that scalar
+// accesses coalesce.
 template <bool kAligned, int kThreads>
 SVD_DEVICE int place(int j) {
   const int thread = threadIdx.x % kThreads;

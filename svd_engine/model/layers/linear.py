@@ -16,7 +16,7 @@ PLAIN = (Tensor, nn.Parameter)  # a quantised weight is a tensor of its own kind
 
 @functools.cache
 def most_rows(dtype: torch.dtype) -> int:
-    """Return up to how many rows the native linear is faster than PyTorch's (docs/performance.md)."""
+    """Return up to how many rows the native linear is faster than PyTorch's."""
     if dtype not in (torch.float32, torch.bfloat16) or cpu.unavailable() is not None:
         return 0
     capability = cpu.capability()
