@@ -1,6 +1,6 @@
 // torch.ops.svd_engine_cpu.decode: new tokens of a decoder, from their embeddings to hidden states or
 // logits, in one parallel region. A token's bits depend neither on the threads, nor on the number of
-// new tokens per row, nor on that of rows, but for whether these are more than kFewRows.
+// rows, nor on that of new tokens per row, but for whether either is greater than kFewRows.
 #include "decoder.h"
 
 #include <torch/csrc/stable/library.h>
@@ -43,7 +43,7 @@ struct Step {
   const LinearKernel& linear;
   const StepKernel& kernel;
   Dtype dtype;
-  bool panels;          // rows are many: linear layers go panel by panel
+  bool panels;          // a large batch or a prompt: linear layers go panel by panel
   Dtype packed;         // the dtype beside which inputs are packed
   int64_t size;         // bytes of an element
   bool repacks;         // some adapter has another dtype than that
@@ -336,7 +336,7 @@ void decode(const Tensor plan_words, const Tensor cache_words, const Tensor inpu
             step_in_use()};
   s.dtype = dtype;
   const bool plain = Format(plan.format) == Format::kPlain;
-  s.panels = plain && s.linear.panels && s.rows > kFewRows;
+  s.panels = plain && s.linear.panels && std::max(s.rows, s.length) > kFewRows;
   s.packed = plain && !s.panels ? dtype : Dtype::kFloat32;
   s.size = size_of(dtype);
   int64_t rank = 0;

@@ -59,6 +59,11 @@ class KVCache:
                 buffer[self._row_index, :, self._positions] = new.transpose(1, 2)
         return stored[0][rows, :, : self._kv_length], stored[1][rows, :, : self._kv_length]
 
+    def make_layer(self, layer_idx: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Let a layer have its memory, on the CPU, before anything is stored."""
+        like = torch.empty(0, kv_heads, 0, head_dim, dtype=dtype)
+        self._layer(layer_idx, like, like)
+
     def fill(self, keys: Tensor, values: Tensor, layer_idx: int, first_row: int, end: int) -> None:
         """Store `[kv_heads, q, head_dim]` in slots end - q .. end - 1 of rows `first_row`.. ."""
         stored = self._layer(layer_idx, keys[None], values[None])

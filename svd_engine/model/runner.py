@@ -93,6 +93,11 @@ class ModelRunner:
         for index, layer in enumerate(self.prefix or ()):
             keys, values = (x.to(inputs.dtype) for x in layer)
             self.cache.fill(keys, values, index, first_adapted_row, self.virtual_tokens)
+        if self.native is not None and inputs.shape[:2].numel() <= self.native.most_prompt_tokens:
+            for index, part in enumerate(self.native.plan.layers):
+                self.cache.make_layer(index, part.kv_heads, part.head_dim, self.native.dtype)
+            hidden = self.native.run(inputs, before, self.cache, first_adapted_row, False)
+            return hidden[torch.arange(rows), last - before]
         columns = torch.arange(inputs.shape[1])
         positions = (before[:, None] + columns).to(tokens.device)
         start = int(before[0])

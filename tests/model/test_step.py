@@ -164,8 +164,7 @@ def test_many_rows_are_multiplied_in_panels(dtype):
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(12)]
     text, got = tokens(len(prompts), 3), {}
     for count in (9, 12):
-        pair, walk = native(adapted), pair_models(Adapter.read(adapted), "auto")
-        walk.runner.native = None
+        pair, walk = native(adapted), PairedRunner(Adapter.read(adapted))
         for runner in (pair, walk):
             prefilled(runner, prompts[:count], range(count))
         steps = [pair.extend(token[:, None]) for token in text[:count].T]
@@ -174,6 +173,27 @@ def test_many_rows_are_multiplied_in_panels(dtype):
             error = (own - want).float().norm() / want.float().norm()
             assert error < (1e-5 if dtype == torch.float32 else 0.02)
     assert all(torch.equal(few, many[:9]) for few, many in zip(got[9], got[12], strict=True))
+
+
+@pytest.mark.parametrize("form", ["lora", "prompt", "prefix"])
+def test_short_prompts_are_read_natively(monkeypatch, form):
+    """As by the modules, in ragged rows; longer ones are read by the modules."""
+    model = tiny_peft("llama", FORMS[form])
+    pair, walk = native(model), PairedRunner(Adapter.read(model))
+    pair.runner.native.most_prompt_tokens = 2 * len(PROMPTS) * (30 + 4)
+    calls, run = [], pair.runner.native.run
+    monkeypatch.setattr(pair.runner.native, "run", lambda *x: calls.append(x) or run(*x))
+    generator = torch.Generator().manual_seed(4)
+    for longest, is_native in ((30, True), (40, False)):
+        ids = torch.randint(VOCAB, (len(PROMPTS), longest), generator=generator).tolist()
+        prompts = [row[: longest - 3 * i] for i, row in enumerate(ids)]
+        for got, want in zip(pair.prefill(prompts, 3), walk.prefill(prompts, 3), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert bool(calls) == is_native
+        text = tokens(len(PROMPTS))
+        for got, want in zip(pair.step(text), walk.step(text), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        calls.clear()
 
 
 def test_a_step_that_is_off_is_not_taken(monkeypatch):

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from svd_engine.model.kv_cache import KVCache
+from svd_engine.model.layers.linear import most_rows
 from svd_engine.model.step.plan import Layer, Linear, Norm, Plan
 from svd_engine.ops import cpu
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {0: 0, 8: 1, 4: 2}  # by the bits of a code
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-MOST_TOKENS = 256  # 8 new tokens in 32 rows; a prompt is better read by PyTorch
+MOST_TOKENS = 256  # 8 new tokens in 32 rows; a long prompt is better read by PyTorch
 LINEAR_WORDS = 17  # of a linear layer
 Words = list[int]
 
@@ -30,6 +31,9 @@ class CpuStep:
         self.dtype = plan.norm.weight.dtype
         bits = plan.layers[0].query.bits
         self.how = "one native call" + (f", int{bits} weights" if bits else "")
+        # Of all rows. Without a kernel for many rows PyTorch reads prompts sooner.
+        has_panels = not bits and most_rows(self.dtype) >= MOST_TOKENS
+        self.most_prompt_tokens = MOST_TOKENS if has_panels else 0
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._positions = 0  # of the tables
         self._words = torch.empty(0, dtype=torch.int64)

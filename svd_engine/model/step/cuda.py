@@ -42,6 +42,7 @@ class CudaStep:
     """A plan as the arguments of kernels, whose weights are the model's own."""
 
     most_tokens = MOST_TOKENS
+    most_prompt_tokens = 0  # of all rows: the modules read prompts
     is_tried_at_length = True  # compiled anew on each machine, by a compiler of many versions
     how = "cuda"
     lengths_on_device = True
