@@ -1,7 +1,8 @@
-"""Which tokens of a row the second pass reads if only the support counts, listed in the workspace.
+"""Which tokens of a row one program of the second pass reads, listed in the workspace.
 
-They are read in blocks of TILE tokens: of 128 cells that may hold a token of the support, from any
-tiles, or of a whole tile if those cells are many. Nearly always one block is all of them.
+They are read in blocks of TILE tokens. If only the support counts, a block is of 128 cells that may
+hold a token of it, from any tiles, or of a whole tile if those cells are many. Nearly always one
+block is all of them. Otherwise a block is a tile.
 """
 
 from typing import NamedTuple
@@ -80,6 +81,32 @@ def list_blocks(
 
 
 @triton.jit
+def list_tiles(
+    workspace, row, vocab, steering,
+    REMOVE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """List the active tiles."""
+    count = tl.cdiv(vocab, TILE)
+    place = numbers(workspace, row, count)
+    tile = tl.arange(0, LANES)
+    active = is_active(tl.load(place + tile, tile < count, other=-INF), steering, REMOVE)
+    entries = active.to(tl.int32)
+    slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count + ROW
+    tl.store(slots + tl.cumsum(entries, 0) - entries, tile * TILE, active)
+    tl.debug_barrier()
+    tiles = tl.sum(entries)
+    return Blocks(slots, tiles, tl.cast(1, tl.int1), tiles)
+
+
+@triton.jit
+def first_token(blocks, block, cell, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """The first token of a cell of a block; `vocab` or more where none is."""
+    slot = tl.where(blocks.whole, block, block * shape_of(CHUNK, TILE)[1] + cell)
+    first = tl.load(blocks.place + slot, slot < blocks.length, other=vocab)
+    return first + tl.where(blocks.whole, cell * CHUNK, 0)
+
+
+@triton.jit
 def tokens_of(blocks, block, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """The tokens of a block, `[round, cell, place in the chunk]`; `vocab` or more where none is.
 
@@ -87,13 +114,18 @@ def tokens_of(blocks, block, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """
     ROUNDS: tl.constexpr = shape_of(CHUNK, TILE)[0]
     CELLS: tl.constexpr = shape_of(CHUNK, TILE)[1]
-    cell = tl.arange(0, CELLS)
-    slot = tl.where(blocks.whole, block, block * CELLS + cell)
-    first = tl.load(blocks.place + slot, slot < blocks.length, other=vocab)
-    first += tl.where(blocks.whole, cell * CHUNK, 0)
+    first = first_token(blocks, block, tl.arange(0, CELLS), vocab, CHUNK, TILE)
     first = tl.multiple_of(first, CHUNK)
     start = tl.arange(0, ROUNDS) * (CELLS * CHUNK)
     return start[:, None, None] + first[None, :, None] + tl.arange(0, CHUNK)[None, None, :]
+
+
+@triton.jit
+def tokens_of_lane(blocks, block, lane, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """The tokens that `tokens_of` and then `flat` have in one lane, of several blocks."""
+    CELLS: tl.constexpr = shape_of(CHUNK, TILE)[1]
+    first = first_token(blocks, block, lane // CHUNK % CELLS, vocab, CHUNK, TILE)
+    return lane // (CELLS * CHUNK) * (CELLS * CHUNK) + first + lane % CHUNK
 
 
 @triton.jit

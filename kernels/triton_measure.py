@@ -25,8 +25,8 @@ from .triton_rows import (
     wait_for_first_pass,
 )
 
-# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its 3 extra ones if BASE, or the 5
-# of `choose_tiles`; then the 4 words of `mark_cells`.
+# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its extra ones, 3 if BASE and 1 if
+# MARKED, or the 5 of `choose_tiles`; then the 4 words of `mark_cells`.
 STATISTICS = tl.constexpr(13)
 EXTRA = tl.constexpr(4)
 MARKS = tl.constexpr(9)
@@ -121,11 +121,17 @@ def greatest_of_cells(tile, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def mark_cells(place, count, cells, threshold, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """Write the tile's words: a bit for each cell, set if its greatest logit is >= threshold."""
+def sums_of_cells(tile, CHUNK: tl.constexpr):
+    """The sum of the numbers of each cell."""
+    return tl.sum(tl.sum(tl.reshape(tile, shape_of(CHUNK, tile.shape[0])), 2), 0)
+
+
+@triton.jit
+def mark_cells(place, count, marked, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Write the tile's words: a bit for each cell, set if it is marked."""
     WORDS: tl.constexpr = words_of(CHUNK, TILE)[0]
     BITS: tl.constexpr = words_of(CHUNK, TILE)[1]
-    bits = tl.where(cells >= threshold, 1 << tl.arange(0, WORDS * BITS) % BITS, 0)
+    bits = tl.where(marked, 1 << tl.arange(0, WORDS * BITS) % BITS, 0)
     words = tl.sum(tl.reshape(bits, (WORDS, BITS)), 1, keep_dims=True)
     # Every lane of a warp has the word, so no other layout is needed for the store.
     word = tl.arange(0, WORDS)[:, None]
@@ -160,7 +166,8 @@ def measure_tiles(
     and not in b.
 
     If MARKED: the words of its cells, for `triton_blocks`. A bit is set if the cell has a token
-    within log(alpha) of the tile's peak; no other cell can have a token of the support.
+    within log(alpha) of the tile's peak; no other cell can have a token of the support. The extra
+    number is the sum_exp of these other cells. MARKED and BASE exclude each other.
 
     The sums are first formed as if every logit were finite, in half the instructions. A logit that
     is not makes sum_exp_d infinite or NaN, and the tile is summed again with care.
@@ -181,8 +188,10 @@ def measure_tiles(
     else:
         peak = tl.max(cells)
     if MARKED:
-        mark_cells(place, count, cells, peak + log_alpha, CHUNK, TILE)
+        marked = cells >= peak + log_alpha
+        mark_cells(place, count, marked, CHUNK, TILE)
 
+    unmarked = 0.0
     if BASE:
         e, factor = exp_from(z, peak)
         base_e, base_factor = exp_from(b, base_peak)
@@ -195,7 +204,13 @@ def measure_tiles(
         usual = tl.abs(base_peak) < USUAL_PEAK
     else:
         e, factor = exp_from(z, peak)
-        sum_exp, sum_exp_d = tl.reduce((e, e * (z - b)), 0, add_2)
+        sums, sums_d = sums_of_cells(e, CHUNK), sums_of_cells(e * (z - b), CHUNK)
+        if MARKED:
+            rest = tl.where(marked, 0.0, sums)
+            sum_exp, sum_exp_d, unmarked = tl.reduce((sums, sums_d, rest), 0, add_3)
+            unmarked *= factor
+        else:
+            sum_exp, sum_exp_d = tl.reduce((sums, sums_d), 0, add_2)
         usual = True
     sum_exp *= factor
     sum_exp_d *= factor
@@ -205,10 +220,12 @@ def measure_tiles(
     if usual == 0:
         z, b = load_tile(rows, row, token, ALIGNED)
         peak = tl.max(z)
-        if MARKED:
-            mark_cells(place, count, cells, peak + log_alpha, CHUNK, TILE)
         origin = tl.where(peak > -INF, peak, 0.0)  # so that e is 0, not NaN, if all are -inf
         e = exp(z - origin)
+        if MARKED:
+            marked = cells >= peak + log_alpha
+            mark_cells(place, count, marked, CHUNK, TILE)
+            unmarked = tl.sum(tl.where(marked, 0.0, sums_of_cells(e, CHUNK)))
         d = difference(z, b)
         if BASE:
             base_peak = tl.max(b)
@@ -228,6 +245,8 @@ def measure_tiles(
         tl.store(place + EXTRA * count, base_peak)
         tl.store(place + (EXTRA + 1) * count, base_sum_exp)
         tl.store(place + (EXTRA + 2) * count, only_adapted.to(tl.float32))
+    if MARKED:
+        tl.store(place + EXTRA * count, unmarked)
 
 
 @triton.jit
