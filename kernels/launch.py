@@ -330,8 +330,8 @@ def _tiles(vocab: int) -> int:
 
 
 def _lanes(vocab: int) -> int:
-    """A power of two that holds a row's tiles; at least a warp, so that few V differ in it."""
-    return max(32, 1 << (_tiles(vocab) - 1).bit_length())
+    """A row's tiles in whole warps, so that few V differ in it."""
+    return -(-_tiles(vocab) // 32) * 32
 
 
 def aligned(*rows: Tensor) -> bool:

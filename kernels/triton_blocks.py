@@ -13,7 +13,6 @@ import triton.language as tl
 from .triton_measure import (
     CAPACITY,
     MARKS,
-    ROW,
     STATISTICS,
     is_active,
     numbers,
@@ -30,6 +29,12 @@ class Blocks(NamedTuple):
     length: tl.tensor
     whole: tl.tensor  # whether it is one of tiles
     number: tl.tensor  # of blocks
+
+
+@triton.constexpr_function
+def room_for(LANES):
+    """The power of two that a tensor with a number per tile needs."""
+    return triton.next_power_of_2(LANES)
 
 
 @triton.jit
@@ -55,7 +60,7 @@ def list_blocks(
     BITS: tl.constexpr = words_of(CHUNK, TILE)[1]
     count = tl.cdiv(vocab, TILE)
     place = numbers(workspace, row, count)
-    word = tl.arange(0, LANES * WORDS)
+    word = tl.arange(0, room_for(LANES) * WORDS)
     tile = word // WORDS
     active = is_active(tl.load(place + tile, tile < count, other=-INF), steering, True)
     marks = place.to(tl.pointer_type(tl.uint32)) + (MARKS + word % WORDS) * count + tile
@@ -67,7 +72,7 @@ def list_blocks(
     bits = tl.where(whole, is_tile.to(tl.uint32), bits)
     entries = tl.where(whole, is_tile.to(tl.int32), marked)
     first = tile * TILE + tl.where(whole, 0, word % WORDS * BITS * CHUNK)
-    slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count + ROW
+    slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count
     slots_of_word = slots + tl.cumsum(entries, 0) - entries
     for i in tl.range(0, tl.where(whole, 1, most)):
         rest = bits & (bits - 1)
@@ -88,10 +93,10 @@ def list_tiles(
     """List the active tiles."""
     count = tl.cdiv(vocab, TILE)
     place = numbers(workspace, row, count)
-    tile = tl.arange(0, LANES)
+    tile = tl.arange(0, room_for(LANES))
     active = is_active(tl.load(place + tile, tile < count, other=-INF), steering, REMOVE)
     entries = active.to(tl.int32)
-    slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count + ROW
+    slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count
     tl.store(slots + tl.cumsum(entries, 0) - entries, tile * TILE, active)
     tl.debug_barrier()
     tiles = tl.sum(entries)

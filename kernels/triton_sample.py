@@ -243,15 +243,16 @@ def settle_rows(
     row = tl.program_id(0)
     count = tl.cdiv(vocab, TILE)
     peak, _, _ = combine(workspace, row, vocab, LANES, TILE)
-    merits = statistic(workspace, row, count, EXTRA, 0, -INF)
-    tokens = statistic(workspace, row, count, EXTRA + 1, 0, 0.0).to(tl.int32, bitcast=True)
-    logits = statistic(workspace, row, count, EXTRA + 2, 0, 0.0)
+    merits = statistic(workspace, row, count, EXTRA, 0, -INF, LANES)
+    tokens = statistic(workspace, row, count, EXTRA + 1, 0, 0.0, LANES).to(tl.int32, bitcast=True)
+    logits = statistic(workspace, row, count, EXTRA + 2, 0, 0.0, LANES)
     for first in tl.static_range(32, LANES, 32):
+        more = statistic(workspace, row, count, EXTRA + 1, first, 0.0, LANES)
         merits, tokens, logits = keep_better(
             merits, tokens, logits,
-            statistic(workspace, row, count, EXTRA, first, -INF),
-            statistic(workspace, row, count, EXTRA + 1, first, 0.0).to(tl.int32, bitcast=True),
-            statistic(workspace, row, count, EXTRA + 2, first, 0.0),
+            statistic(workspace, row, count, EXTRA, first, -INF, LANES),
+            more.to(tl.int32, bitcast=True),
+            statistic(workspace, row, count, EXTRA + 2, first, 0.0, LANES),
         )  # fmt: skip
     best, token, logit = tl.reduce((merits, tokens, logits), 0, better)
     found = (peak == peak) & (best > -INF)

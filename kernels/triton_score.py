@@ -41,13 +41,13 @@ def off_support(workspace, row, vocab, steering, LANES: tl.constexpr, TILE: tl.c
     peak = tl.full((WARP,), LOWEST, tl.float32)
     sum_exp = tl.zeros((WARP,), tl.float32)
     for first in tl.static_range(0, LANES, 32):
-        peaks = statistic(workspace, row, count, 0, first, -INF)
+        peaks = statistic(workspace, row, count, 0, first, -INF, LANES)
         rest = (is_active(peaks, steering, True) == 0) & (peaks > -INF)
         peak, sum_exp = join_lse(
             peak,
             sum_exp,
             tl.where(rest, peaks, LOWEST),
-            tl.where(rest, statistic(workspace, row, count, 1, first, 0.0), 0.0),
+            tl.where(rest, statistic(workspace, row, count, 1, first, 0.0, LANES), 0.0),
         )
     return peak, sum_exp
 
@@ -124,10 +124,10 @@ def unread(workspace, row, vocab, steering, blocks, LANES: tl.constexpr, TILE: t
     count = tl.cdiv(vocab, TILE)
     sum_exp = tl.zeros((WARP,), tl.float32)
     for first in tl.static_range(0, LANES, 32):
-        peaks = statistic(workspace, row, count, 0, first, -INF)
-        unmarked = statistic(workspace, row, count, EXTRA, first, 0.0)
+        peaks = statistic(workspace, row, count, 0, first, -INF, LANES)
+        unmarked = statistic(workspace, row, count, EXTRA, first, 0.0, LANES)
         unmarked = tl.where(blocks.whole, 0.0, unmarked)
-        rest = statistic(workspace, row, count, 1, first, 0.0)
+        rest = statistic(workspace, row, count, 1, first, 0.0, LANES)
         rest = tl.where(is_active(peaks, steering, True), unmarked, rest)
         sum_exp += relative(peaks, steering.peak) * rest
     return tl.reduce(sum_exp, 0, add) * steering.scale
