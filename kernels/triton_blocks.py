@@ -108,7 +108,13 @@ def first_token(blocks, block, cell, vocab, CHUNK: tl.constexpr, TILE: tl.conste
     """The first token of a cell of a block; `vocab` or more where none is."""
     slot = tl.where(blocks.whole, block, block * shape_of(CHUNK, TILE)[1] + cell)
     first = tl.load(blocks.place + slot, slot < blocks.length, other=vocab)
-    return first + tl.where(blocks.whole, cell * CHUNK, 0)
+    return tl.multiple_of(first + tl.where(blocks.whole, cell * CHUNK, 0), CHUNK)
+
+
+@triton.jit
+def tokens_of_tile(blocks, block, TILE: tl.constexpr):
+    """The tokens of a block in order, if the list is one of tiles."""
+    return tl.multiple_of(tl.load(blocks.place + block), TILE) + tl.arange(0, TILE)
 
 
 @triton.jit
@@ -120,7 +126,6 @@ def tokens_of(blocks, block, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
     ROUNDS: tl.constexpr = shape_of(CHUNK, TILE)[0]
     CELLS: tl.constexpr = shape_of(CHUNK, TILE)[1]
     first = first_token(blocks, block, tl.arange(0, CELLS), vocab, CHUNK, TILE)
-    first = tl.multiple_of(first, CHUNK)
     start = tl.arange(0, ROUNDS) * (CELLS * CHUNK)
     return start[:, None, None] + first[None, :, None] + tl.arange(0, CHUNK)[None, None, :]
 

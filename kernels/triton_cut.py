@@ -7,7 +7,7 @@ reaches a bound.
 import triton
 import triton.language as tl
 
-from .triton_blocks import list_tiles
+from .triton_blocks import list_tiles, tokens_of_tile
 from .triton_measure import EXTRA, WARP, add_2, numbers, steer_row
 from .triton_rows import INF, LOWEST, Rows, exp, kernel, per_row, steered_tile, wait_for_first_pass
 from .triton_sample import better_and_add, choose, keep_better
@@ -41,16 +41,15 @@ def reaching_tiles(blocks, each, first, bound, STRICTLY: tl.constexpr, LANES: tl
 
 
 @triton.jit
-def next_tile(blocks, first, low, high):
-    """The tokens' first id in the first tile of `reaching_tiles`, and the words without it."""
+def next_tile(low, high):
+    """The number of the lowest bit of `reaching_tiles`, and the words without it."""
     from_low = low != 0
     word = tl.where(from_low, low, high)
     rest = word & (word - 1)
     bit = (word ^ rest).to(tl.float32)  # a power of two: its exponent is the number
     number = (bit.to(tl.int32, bitcast=True) >> 23) - 127
-    block = first + tl.where(from_low, number, number + 64)
-    token = tl.load(blocks.place + block)
-    return token, tl.where(from_low, rest, low), tl.where(from_low, high, rest)
+    tile = tl.where(from_low, number, number + 64)
+    return tile, tl.where(from_low, rest, low), tl.where(from_low, high, rest)
 
 
 @triton.jit
@@ -83,7 +82,7 @@ def survey(
     sum_exp = tl.zeros((TILE,), tl.float32)
     tempered = tl.zeros((TILE,), tl.float32)
     for block in tl.range(0, blocks.number):
-        token = tl.load(blocks.place + block) + tl.arange(0, TILE)
+        token = tokens_of_tile(blocks, block, TILE)
         logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
         tl.store(each + block, tl.max(logits))
         least = tl.minimum(least, tl.where(logits > -INF, logits, INF))
@@ -132,8 +131,8 @@ def cut_off(
             left, right, unread = reaching_tiles(blocks, each, first, middle, True, LANES)
             below = tl.maximum(below, unread)
             while (left | right) != 0:
-                token, left, right = next_tile(blocks, first, left, right)
-                token += tl.arange(0, TILE)
+                tile, left, right = next_tile(left, right)
+                token = tokens_of_tile(blocks, first + tile, TILE)
                 logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
                 above = logits > middle
                 under = tl.maximum(under, tl.where(above, -INF, logits))
@@ -168,8 +167,8 @@ def choose_kept(
     for first in tl.range(0, LANES, 128):
         low, high, _ = reaching_tiles(blocks, each, first, cut, False, LANES)
         while (low | high) != 0:
-            token, low, high = next_tile(blocks, first, low, high)
-            token += tl.arange(0, TILE)
+            tile, low, high = next_tile(low, high)
+            token = tokens_of_tile(blocks, first + tile, TILE)
             logits, merit = choose(
                 rows, steering, row, token, temperature, seed, position, REMOVE, False, ALIGNED
             )

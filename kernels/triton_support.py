@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_blocks import list_tiles
+from .triton_blocks import list_tiles, tokens_of_tile
 from .triton_measure import EXTRA, WARP, add_3, combine, relative, statistic
 from .triton_rows import (
     INF,
@@ -122,7 +122,7 @@ def support_rows(
     size = 0
     blocks = list_tiles(workspace, row, vocab, steering, True, LANES, TILE)
     for block in tl.range(0, blocks.number):
-        token = tl.load(blocks.place + block) + tl.arange(0, TILE)
+        token = tokens_of_tile(blocks, block, TILE)
         z, b = load_tile(rows, row, token, ALIGNED)
         kept = (z >= steering.threshold) & (z > -INF)
         slot = size + tl.cumsum(kept.to(tl.int32), 0) - 1
