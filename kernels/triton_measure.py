@@ -25,7 +25,7 @@ from .triton_rows import (
     wait_for_first_pass,
 )
 
-# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its extra ones, 3 if BASE and 1 if
+# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its extra ones, 3 if BASE and 4 if
 # MARKED, or the 5 of `choose_tiles`; then the 4 words of `mark_cells`.
 STATISTICS = tl.constexpr(13)
 EXTRA = tl.constexpr(4)
@@ -99,6 +99,14 @@ def numbers(workspace, row, count):
     return workspace + row.to(tl.int64) * size + ROW
 
 
+@triton.jit
+def row_and_tile(count):
+    """The row and the tile of a program: unsigned numbers, which are divided in fewer steps."""
+    program = tl.program_id(0).to(tl.uint32)
+    row = program // count.to(tl.uint32)
+    return row, (program - row * count).to(tl.int32)
+
+
 @triton.constexpr_function
 def shape_of(CHUNK, TILE):
     """A tile as rounds, cells and chunks: CHUNK tokens are what a thread loads at once.
@@ -129,17 +137,27 @@ def sums_of_cells(tile, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def mark_cells(place, count, marked, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """Write the tile's words: a bit for each cell, set if it is marked."""
+def store_words(place, count, which, numbers, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Write the sum of the numbers of each word's cells."""
     WORDS: tl.constexpr = words_of(CHUNK, TILE)[0]
     BITS: tl.constexpr = words_of(CHUNK, TILE)[1]
-    bits = tl.where(marked, 1 << tl.arange(0, WORDS * BITS) % BITS, 0)
-    words = tl.sum(tl.reshape(bits, (WORDS, BITS)), 1, keep_dims=True)
+    words = tl.sum(tl.reshape(numbers, (WORDS, BITS)), 1, keep_dims=True)
     # Every lane of a warp has the word, so no other layout is needed for the store.
     word = tl.arange(0, WORDS)[:, None]
     lane = tl.arange(0, BITS)[None, :]
-    places = place.to(tl.pointer_type(tl.int32)) + (MARKS + word) * count + lane
-    tl.store(places, words + lane * 0, lane == 0)
+    places = place.to(tl.pointer_type(words.dtype)) + (which + word) * count + lane
+    tl.store(places, tl.broadcast_to(words, (WORDS, BITS)), lane == 0)
+
+
+@triton.jit
+def mark_cells(place, count, marked, sums, factor, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Write the tile's words, a bit for each cell, set if it is marked; and the sums of the others.
+
+    These are of the cells of one word, and are multiplied by `factor`.
+    """
+    bits = tl.where(marked, 1 << tl.arange(0, marked.shape[0]) % 32, 0)
+    store_words(place, count, MARKS, bits, CHUNK, TILE)
+    store_words(place, count, EXTRA, tl.where(marked, 0.0, sums * factor), CHUNK, TILE)
 
 
 @kernel
@@ -169,15 +187,14 @@ def measure_tiles(
 
     If MARKED: the words of its cells, for `triton_blocks`. A bit is set if the cell has a token
     within log(alpha) of the tile's peak; no other cell can have a token of the support. The extra
-    number is the sum_exp of these other cells. MARKED and BASE exclude each other.
+    numbers are the sum_exp of these other cells, per word. MARKED and BASE exclude each other.
 
     The sums are first formed as if every logit were finite, in half the instructions. A logit that
     is not makes sum_exp_d infinite or NaN, and the tile is summed again with care.
     """
     launch_second_pass(PDL)
     count = tl.cdiv(vocab, TILE)
-    row = tl.program_id(0) // count
-    tile = tl.program_id(0) % count
+    row, tile = row_and_tile(count)
     token = tile * TILE + tl.arange(0, TILE)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
     z, b, inside = load_finite_tile(rows, row, token, ALIGNED)
@@ -189,11 +206,7 @@ def measure_tiles(
         peak, base_peak = tl.reduce((cells, greatest_of_cells(b, CHUNK)), 0, max_2)
     else:
         peak = tl.max(cells)
-    if MARKED:
-        marked = cells >= peak + log_alpha
-        mark_cells(place, count, marked, CHUNK, TILE)
 
-    unmarked = 0.0
     if BASE:
         e, factor = exp_from(z, peak)
         base_e, base_factor = exp_from(b, base_peak)
@@ -208,11 +221,8 @@ def measure_tiles(
         e, factor = exp_from(z, peak)
         sums, sums_d = sums_of_cells(e, CHUNK), sums_of_cells(e * (z - b), CHUNK)
         if MARKED:
-            rest = tl.where(marked, 0.0, sums)
-            sum_exp, sum_exp_d, unmarked = tl.reduce((sums, sums_d, rest), 0, add_3)
-            unmarked *= factor
-        else:
-            sum_exp, sum_exp_d = tl.reduce((sums, sums_d), 0, add_2)
+            mark_cells(place, count, cells >= peak + log_alpha, sums, factor, CHUNK, TILE)
+        sum_exp, sum_exp_d = tl.reduce((sums, sums_d), 0, add_2)
         usual = True
     sum_exp *= factor
     sum_exp_d *= factor
@@ -225,9 +235,8 @@ def measure_tiles(
         origin = tl.where(peak > -INF, peak, 0.0)  # so that e is 0, not NaN, if all are -inf
         e = exp(z - origin)
         if MARKED:
-            marked = cells >= peak + log_alpha
-            mark_cells(place, count, marked, CHUNK, TILE)
-            unmarked = tl.sum(tl.where(marked, 0.0, sums_of_cells(e, CHUNK)))
+            sums = sums_of_cells(e, CHUNK)
+            mark_cells(place, count, cells >= peak + log_alpha, sums, 1.0, CHUNK, TILE)
         d = difference(z, b)
         if BASE:
             base_peak = tl.max(b)
@@ -247,8 +256,6 @@ def measure_tiles(
         tl.store(place + EXTRA * count, base_peak)
         tl.store(place + (EXTRA + 1) * count, base_sum_exp)
         tl.store(place + (EXTRA + 2) * count, only_adapted.to(tl.float32))
-    if MARKED:
-        tl.store(place + EXTRA * count, unmarked)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from .triton_measure import (
     combine,
     is_active,
     numbers,
+    row_and_tile,
     shape_of,
     statistic,
     steer_row,
@@ -196,8 +197,7 @@ def choose_tiles(
     """
     wait_for_first_pass(PDL)
     count = tl.cdiv(vocab, TILE)
-    row = tl.program_id(0) // count
-    tile = tl.program_id(0) % count
+    row, tile = row_and_tile(count)
     row_strength = per_row(strength, strengths, per_strength, row)
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)

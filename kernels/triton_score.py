@@ -14,6 +14,7 @@ from .triton_measure import (
     statistic,
     steer_row,
     tiles_lse,
+    words_of,
 )
 from .triton_rows import (
     INF,
@@ -119,13 +120,19 @@ def score_rows(
 
 
 @triton.jit
-def unread(workspace, row, vocab, steering, blocks, LANES: tl.constexpr, TILE: tl.constexpr):
+def unread(
+    workspace, row, vocab, steering, blocks,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The probability of the tokens that are in no block of a list of cells."""
+    WORDS: tl.constexpr = words_of(CHUNK, TILE)[0]
     count = tl.cdiv(vocab, TILE)
     sum_exp = tl.zeros((WARP,), tl.float32)
     for first in tl.static_range(0, LANES, 32):
         peaks = statistic(workspace, row, count, 0, first, -INF, LANES)
         unmarked = statistic(workspace, row, count, EXTRA, first, 0.0, LANES)
+        for word in tl.static_range(1, WORDS):
+            unmarked += statistic(workspace, row, count, EXTRA + word, first, 0.0, LANES)
         unmarked = tl.where(blocks.whole, 0.0, unmarked)
         rest = statistic(workspace, row, count, 1, first, 0.0, LANES)
         rest = tl.where(is_active(peaks, steering, True), unmarked, rest)
@@ -194,7 +201,7 @@ def project_rows(
         (flat(sum_p, TILE), flat(mean, TILE), flat(spread, TILE), flat(squares, TILE)),
         0, join_moments,
     )  # fmt: skip
-    rest = unread(workspace, row, vocab, steering, blocks, LANES, TILE)
+    rest = unread(workspace, row, vocab, steering, blocks, CHUNK, LANES, TILE)
     _, mean, spread, squares = join_moments(sum_p, mean, spread, squares, rest, 0.0, 0.0, 0.0)
 
     z, b = load_target(rows, row, tl.load(targets + row))

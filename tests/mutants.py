@@ -117,6 +117,7 @@ BY_FILE = {
     "kernels/triton_blocks.py": [
         ("first + bit * CHUNK", "first + bit", "tests/ops/test_triton.py -k list_of_tiles"),
         ("cells > CAPACITY", "cells > 2 * CAPACITY", "tests/ops/test_triton.py -k elements_read"),
+        ("lane // CHUNK % CELLS", "lane % CELLS", f"{TRITON}topk and rounded'"),
     ],
     "kernels/triton_cut.py": [
         (
@@ -132,8 +133,8 @@ BY_FILE = {
     ],
     "kernels/triton_topk.py": [
         (
-            "after = active & comes_first(last, last_token, logits, token) & (logits > best)",
-            "after = active & (logits < last) & (logits > best)",
+            "after = comes_first(last, last_token, logits, token) & (logits > best)",
+            "after = (logits < last) & (logits > best)",
             f"{TRITON}topk and rounded'",
         ),
     ],
@@ -171,6 +172,11 @@ BY_FILE = {
             '(e, tl.where(b > -INF, e, 0.0), tl.where(b < INF, e * d, float("nan"))), 0, add_3',
             '(e, e, tl.where(b < INF, e * d, float("nan"))), 0, add_3',
             f"{TRITON}steer and stretches'",
+        ),
+        (
+            "tl.where(marked, 0.0, sums * factor)",
+            "tl.where(marked, 0.0, factor)",
+            f"{TRITON}project and certain'",
         ),
         (
             "peak += strength - strength  # NaN if the strength is not finite",

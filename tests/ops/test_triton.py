@@ -172,9 +172,8 @@ def test_a_list_of_tiles_says_what_one_of_cells_does(vocab, monkeypatch):
     def found(name):
         return OPERATORS[name].run(z, b, o, "triton", None)
 
-    cells = found("sample noisy"), found("score")
+    names = "sample noisy", "score", "topk", "project_strength"
+    cells = [found(name) for name in names]
     monkeypatch.setattr(triton_blocks, "CAPACITY", tl.constexpr(2))
-    (token, logprob), (nats,) = found("sample noisy"), found("score")
-    assert torch.equal(token, cells[0][0])
-    torch.testing.assert_close(logprob, cells[0][1])
-    torch.testing.assert_close(nats, cells[1][0])
+    for name, want in zip(names, cells, strict=True):
+        torch.testing.assert_close(found(name), want)
