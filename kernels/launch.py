@@ -132,8 +132,10 @@ def topk(
     workspace: Tensor | None = None,
 ) -> None:
     """logprob, token `[N, k]` = reference.topk(adapted, base, strength, k)."""
-    rows = _Rows(adapted, base, workspace)
-    rows.each_row(topk_rows, *rows.steering(mask), k, logprob, token, REMOVE=mask.removes)
+    rows = _Rows(adapted, base, workspace, marks=mask.alpha if mask.removes else None)
+    rows.each_row(
+        topk_rows, *rows.steering(mask), k, logprob, token, REMOVE=mask.removes, CHUNK=rows.chunk
+    )
 
 
 def score(
@@ -174,10 +176,9 @@ def project_strength(
 ) -> None:
     """numerator, gauss_newton, newton, in_support = reference.project_strength(...)."""
     outputs = numerator, gauss_newton, newton, in_support
-    rows = _Rows(adapted, base, workspace)
-    rows.each_row(
-        project_rows, log_alpha(alpha), int(direction == DIFFERENCE), target.contiguous(), *outputs
-    )
+    rows = _Rows(adapted, base, workspace, marks=alpha)
+    own = log_alpha(alpha), int(direction == DIFFERENCE), target.contiguous()
+    rows.each_row(project_rows, *own, *outputs, CHUNK=rows.chunk)
 
 
 def support(
@@ -329,8 +330,8 @@ def _tiles(vocab: int) -> int:
 
 
 def _lanes(vocab: int) -> int:
-    """A power of two that holds a row's tiles; at least a warp, so that few V differ in it."""
-    return max(32, 1 << (_tiles(vocab) - 1).bit_length())
+    """A row's tiles in whole warps, so that few V differ in it."""
+    return -(-_tiles(vocab) // 32) * 32
 
 
 def aligned(*rows: Tensor) -> bool:

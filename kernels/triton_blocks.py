@@ -1,7 +1,8 @@
-"""Which tokens of a row the second pass reads if only the support counts, listed in the workspace.
+"""Which tokens of a row one program of the second pass reads, listed in the workspace.
 
-They are read in blocks of TILE tokens: of 128 cells that may hold a token of the support, from any
-tiles, or of a whole tile if those cells are many. Nearly always one block is all of them.
+They are read in blocks of TILE tokens. If only the support counts, a block is of 128 cells that may
+hold a token of it, from any tiles, or of a whole tile if those cells are many. Nearly always one
+block is all of them. Otherwise a block is a tile.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,6 @@ import triton.language as tl
 from .triton_measure import (
     CAPACITY,
     MARKS,
-    ROW,
     STATISTICS,
     is_active,
     numbers,
@@ -29,6 +29,12 @@ class Blocks(NamedTuple):
     length: tl.tensor
     whole: tl.tensor  # whether it is one of tiles
     number: tl.tensor  # of blocks
+
+
+@triton.constexpr_function
+def room_for(LANES):
+    """The power of two that a tensor with a number per tile needs."""
+    return triton.next_power_of_2(LANES)
 
 
 @triton.jit
@@ -54,7 +60,7 @@ def list_blocks(
     BITS: tl.constexpr = words_of(CHUNK, TILE)[1]
     count = tl.cdiv(vocab, TILE)
     place = numbers(workspace, row, count)
-    word = tl.arange(0, LANES * WORDS)
+    word = tl.arange(0, room_for(LANES) * WORDS)
     tile = word // WORDS
     active = is_active(tl.load(place + tile, tile < count, other=-INF), steering, True)
     marks = place.to(tl.pointer_type(tl.uint32)) + (MARKS + word % WORDS) * count + tile
@@ -66,7 +72,7 @@ def list_blocks(
     bits = tl.where(whole, is_tile.to(tl.uint32), bits)
     entries = tl.where(whole, is_tile.to(tl.int32), marked)
     first = tile * TILE + tl.where(whole, 0, word % WORDS * BITS * CHUNK)
-    slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count + ROW
+    slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count
     slots_of_word = slots + tl.cumsum(entries, 0) - entries
     for i in tl.range(0, tl.where(whole, 1, most)):
         rest = bits & (bits - 1)
@@ -80,6 +86,38 @@ def list_blocks(
 
 
 @triton.jit
+def list_tiles(
+    workspace, row, vocab, steering,
+    REMOVE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """List the active tiles."""
+    count = tl.cdiv(vocab, TILE)
+    place = numbers(workspace, row, count)
+    tile = tl.arange(0, room_for(LANES))
+    active = is_active(tl.load(place + tile, tile < count, other=-INF), steering, REMOVE)
+    entries = active.to(tl.int32)
+    slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count
+    tl.store(slots + tl.cumsum(entries, 0) - entries, tile * TILE, active)
+    tl.debug_barrier()
+    tiles = tl.sum(entries)
+    return Blocks(slots, tiles, tl.cast(1, tl.int1), tiles)
+
+
+@triton.jit
+def first_token(blocks, block, cell, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """The first token of a cell of a block; `vocab` or more where none is."""
+    slot = tl.where(blocks.whole, block, block * shape_of(CHUNK, TILE)[1] + cell)
+    first = tl.load(blocks.place + slot, slot < blocks.length, other=vocab)
+    return tl.multiple_of(first + tl.where(blocks.whole, cell * CHUNK, 0), CHUNK)
+
+
+@triton.jit
+def tokens_of_tile(blocks, block, TILE: tl.constexpr):
+    """The tokens of a block in order, if the list is one of tiles."""
+    return tl.multiple_of(tl.load(blocks.place + block), TILE) + tl.arange(0, TILE)
+
+
+@triton.jit
 def tokens_of(blocks, block, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """The tokens of a block, `[round, cell, place in the chunk]`; `vocab` or more where none is.
 
@@ -87,13 +125,17 @@ def tokens_of(blocks, block, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """
     ROUNDS: tl.constexpr = shape_of(CHUNK, TILE)[0]
     CELLS: tl.constexpr = shape_of(CHUNK, TILE)[1]
-    cell = tl.arange(0, CELLS)
-    slot = tl.where(blocks.whole, block, block * CELLS + cell)
-    first = tl.load(blocks.place + slot, slot < blocks.length, other=vocab)
-    first += tl.where(blocks.whole, cell * CHUNK, 0)
-    first = tl.multiple_of(first, CHUNK)
+    first = first_token(blocks, block, tl.arange(0, CELLS), vocab, CHUNK, TILE)
     start = tl.arange(0, ROUNDS) * (CELLS * CHUNK)
     return start[:, None, None] + first[None, :, None] + tl.arange(0, CHUNK)[None, None, :]
+
+
+@triton.jit
+def tokens_of_lane(blocks, block, lane, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """The tokens that `tokens_of` and then `flat` have in one lane, of several blocks."""
+    CELLS: tl.constexpr = shape_of(CHUNK, TILE)[1]
+    first = first_token(blocks, block, lane // CHUNK % CELLS, vocab, CHUNK, TILE)
+    return lane // (CELLS * CHUNK) * (CELLS * CHUNK) + first + lane % CHUNK
 
 
 @triton.jit

@@ -1,52 +1,55 @@
 """The second pass of `sample` with cuts: draw from the tokens that top_k, top_p and min_p keep.
 
-Every walk goes over the active tiles whose greatest steered logit reaches a bound.
+The first walk goes over all active tiles, every later one over those whose greatest steered logit
+reaches a bound.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_measure import (
-    EXTRA,
-    WARP,
-    active_tiles,
-    add_2,
-    is_active,
-    next_tile,
-    numbers,
-    statistic,
-    steer_row,
-)
+from .triton_blocks import list_tiles, tokens_of_tile
+from .triton_measure import EXTRA, WARP, add_2, numbers, steer_row
 from .triton_rows import INF, LOWEST, Rows, exp, kernel, per_row, steered_tile, wait_for_first_pass
 from .triton_sample import better_and_add, choose, keep_better
 
 
 @triton.jit
-def reaching_tiles(
-    workspace, row, vocab, steering, first, bound, STRICTLY: tl.constexpr,
-    REMOVE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """`active_tiles` of the tiles that `survey` found to reach `bound`, and the greatest below."""
-    count = tl.cdiv(vocab, TILE)
+def reaching_tiles(blocks, each, first, bound, STRICTLY: tl.constexpr, LANES: tl.constexpr):
+    """Which tiles of the list reach `bound`, and the greatest logit of the others.
+
+    The tiles are the 128 from `first` on, each a bit of two 64-bit words.
+    """
     lane = tl.arange(0, WARP)
     low = tl.cast(0, tl.uint64)
     high = tl.cast(0, tl.uint64)
     below = tl.full((WARP,), -INF, tl.float32)
     for group in tl.static_range(0, LANES if LANES < 128 else 128, 32):
-        peaks = statistic(workspace, row, count, 0, first + group, -INF)
-        tile_best = statistic(workspace, row, count, EXTRA, first + group, -INF)
-        active = is_active(peaks, steering, REMOVE)
+        block = first + group + lane
+        inside = block < blocks.number
+        best = tl.load(each + block, inside, other=-INF)
         if STRICTLY:
-            reaches = tile_best > bound
+            reaches = best > bound
         else:
-            reaches = tile_best >= bound
-        below = tl.maximum(below, tl.where(active & (reaches == 0), tile_best, -INF))
-        bits = tl.sum(tl.where(active & reaches, 1 << lane, 0).to(tl.uint32)).to(tl.uint64)
+            reaches = best >= bound
+        below = tl.maximum(below, tl.where(reaches, -INF, best))
+        bits = tl.sum(tl.where(inside & reaches, 1 << lane, 0).to(tl.uint32)).to(tl.uint64)
         if group < 64:
             low |= bits << group
         else:
             high |= bits << (group - 64)
     return low, high, tl.max(below)
+
+
+@triton.jit
+def next_tile(low, high):
+    """The number of the lowest bit of `reaching_tiles`, and the words without it."""
+    from_low = low != 0
+    word = tl.where(from_low, low, high)
+    rest = word & (word - 1)
+    bit = (word ^ rest).to(tl.float32)  # a power of two: its exponent is the number
+    number = (bit.to(tl.int32, bitcast=True) >> 23) - 127
+    tile = tl.where(from_low, number, number + 64)
+    return tile, tl.where(from_low, rest, low), tl.where(from_low, high, rest)
 
 
 @triton.jit
@@ -66,35 +69,30 @@ def count_above(count, sum_exp, under, over, other_count, other_sum_exp, other_u
 
 @triton.jit
 def survey(
-    rows, steering, row, workspace, temperature,
-    REMOVE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    rows, steering, row, blocks, each, temperature,
+    REMOVE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of the steered logits: the greatest, the least above -inf, log sum exp, and
     tempered_sum_exp = sum exp((logit - greatest) / temperature).
 
-    The greatest of each tile is left in the workspace.
+    The greatest of each tile is left at `each`.
     """
-    count = tl.cdiv(rows.vocab, TILE)
-    place = numbers(workspace, row, count) + EXTRA * count
     greatest = tl.full((TILE,), LOWEST, tl.float32)
     least = tl.full((TILE,), INF, tl.float32)
     sum_exp = tl.zeros((TILE,), tl.float32)
     tempered = tl.zeros((TILE,), tl.float32)
-    for first in tl.range(0, LANES, 128):
-        low, high = active_tiles(workspace, row, rows.vocab, steering, first, REMOVE, LANES, TILE)
-        while (low | high) != 0:
-            tile, low, high = next_tile(low, high)
-            token = (first + tile) * TILE + tl.arange(0, TILE)
-            logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
-            tl.store(place + first + tile, tl.max(logits))
-            least = tl.minimum(least, tl.where(logits > -INF, logits, INF))
-            away = logits - greatest
-            e = exp(-tl.abs(away))
-            tempered_e = exp(-tl.abs(away) / temperature)
-            more = away > 0
-            sum_exp = tl.where(more, sum_exp * e + 1.0, sum_exp + e)
-            tempered = tl.where(more, tempered * tempered_e + 1.0, tempered + tempered_e)
-            greatest = tl.maximum(greatest, logits)
+    for block in tl.range(0, blocks.number):
+        token = tokens_of_tile(blocks, block, TILE)
+        logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+        tl.store(each + block, tl.max(logits))
+        least = tl.minimum(least, tl.where(logits > -INF, logits, INF))
+        away = logits - greatest
+        e = exp(-tl.abs(away))
+        tempered_e = exp(-tl.abs(away) / temperature)
+        more = away > 0
+        sum_exp = tl.where(more, sum_exp * e + 1.0, sum_exp + e)
+        tempered = tl.where(more, tempered * tempered_e + 1.0, tempered + tempered_e)
+        greatest = tl.maximum(greatest, logits)
     best, least = tl.reduce((greatest, least), 0, greatest_and_least)
     away = greatest - best
     sum_exp, tempered = tl.reduce(
@@ -106,7 +104,7 @@ def survey(
 
 @triton.jit
 def cut_off(
-    rows, steering, row, workspace, low, best, temperature, top_k, limit,
+    rows, steering, row, blocks, each, low, best, temperature, top_k, limit,
     REMOVE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The least steered logit that is kept, and count and tempered sum_exp of those above it.
@@ -130,13 +128,11 @@ def cut_off(
         over = tl.full((TILE,), INF, tl.float32)  # the least above it
         below = -INF
         for first in tl.range(0, LANES, 128):
-            left, right, unread = reaching_tiles(
-                workspace, row, rows.vocab, steering, first, middle, True, REMOVE, LANES, TILE
-            )
+            left, right, unread = reaching_tiles(blocks, each, first, middle, True, LANES)
             below = tl.maximum(below, unread)
             while (left | right) != 0:
                 tile, left, right = next_tile(left, right)
-                token = (first + tile) * TILE + tl.arange(0, TILE)
+                token = tokens_of_tile(blocks, first + tile, TILE)
                 logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
                 above = logits > middle
                 under = tl.maximum(under, tl.where(above, -INF, logits))
@@ -156,7 +152,7 @@ def cut_off(
 
 @triton.jit
 def choose_kept(
-    rows, steering, row, workspace, temperature, seed, position,
+    rows, steering, row, blocks, each, temperature, seed, position,
     cut, before, before_sum_exp, exp_at_cut, top_k, limit, RANKED: tl.constexpr,
     REMOVE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -169,12 +165,10 @@ def choose_kept(
     best_logit = tl.full((TILE,), -INF, tl.float32)
     at_cut = tl.zeros((TILE,), tl.int32)
     for first in tl.range(0, LANES, 128):
-        low, high, _ = reaching_tiles(
-            workspace, row, rows.vocab, steering, first, cut, False, REMOVE, LANES, TILE
-        )
+        low, high, _ = reaching_tiles(blocks, each, first, cut, False, LANES)
         while (low | high) != 0:
             tile, low, high = next_tile(low, high)
-            token = (first + tile) * TILE + tl.arange(0, TILE)
+            token = tokens_of_tile(blocks, first + tile, TILE)
             logits, merit = choose(
                 rows, steering, row, token, temperature, seed, position, REMOVE, False, ALIGNED
             )
@@ -239,26 +233,29 @@ def cut_rows(
         workspace, row, vocab, row_strength, log_alpha, penalty, difference, LANES, TILE
     )
 
+    blocks = list_tiles(workspace, row, vocab, steering, REMOVE, LANES, TILE)
+    count = tl.cdiv(vocab, TILE)
+    each = numbers(workspace, row, count) + EXTRA * count
     greatest, least, lse, tempered_sum_exp = survey(
-        rows, steering, row, workspace, temperature, REMOVE, ALIGNED, LANES, TILE
+        rows, steering, row, blocks, each, temperature, REMOVE, ALIGNED, TILE
     )
     low = tl.maximum(least, greatest + log_min_p * temperature)
     limit = tl.maximum(top_p * tempered_sum_exp, 1e-30)  # top_p = 0 keeps the greatest too
     cut, before, before_sum_exp = cut_off(
-        rows, steering, row, workspace, low, greatest, temperature, top_k, limit,
+        rows, steering, row, blocks, each, low, greatest, temperature, top_k, limit,
         REMOVE, ALIGNED, LANES, TILE,
     )  # fmt: skip
     exp_at_cut = exp((cut - greatest) / temperature)  # of each token whose logit is `cut`
 
     token, logit, equals = choose_kept(
-        rows, steering, row, workspace, temperature, row_seed, row_position,
+        rows, steering, row, blocks, each, temperature, row_seed, row_position,
         cut, before, before_sum_exp, exp_at_cut, top_k, limit, False,
         REMOVE, ALIGNED, LANES, TILE,
     )  # fmt: skip
     last = equals - 1
     if (before + last >= top_k) | (before_sum_exp + last * exp_at_cut >= limit):
         token, logit, _ = choose_kept(
-            rows, steering, row, workspace, temperature, row_seed, row_position,
+            rows, steering, row, blocks, each, temperature, row_seed, row_position,
             cut, before, before_sum_exp, exp_at_cut, top_k, limit, True,
             REMOVE, ALIGNED, LANES, TILE,
         )  # fmt: skip

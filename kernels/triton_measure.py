@@ -25,13 +25,14 @@ from .triton_rows import (
     wait_for_first_pass,
 )
 
-# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its 3 extra ones if BASE, or the 5
-# of `choose_tiles`; then the 4 words of `mark_cells`.
+# workspace[row, :, tile]: the 4 numbers of `measure_tiles`, then its extra ones, 3 if BASE and 4 if
+# MARKED, or the 5 of `choose_tiles`; then the 4 words of `mark_cells`.
 STATISTICS = tl.constexpr(13)
 EXTRA = tl.constexpr(4)
 MARKS = tl.constexpr(9)
-# Behind those of the tiles: the 3 numbers of a row that `combine_rows` writes, then the list of
-# `triton_blocks`, with room for CAPACITY cells or every tile. `launch.workspace_size` counts alike.
+# Before those of the tiles: the 3 numbers of a row that `combine_rows` writes. Behind them: the
+# list of `triton_blocks`, with room for CAPACITY cells or every tile. `launch.workspace_size` has
+# the same sum.
 ROW = tl.constexpr(3)
 # A tile has up to 128 cells of equal size: if rows are aligned, those of its tokens that one thread
 # of `measure_tiles` holds.
@@ -93,8 +94,17 @@ def exp_from(x, peak):
 
 @triton.jit
 def numbers(workspace, row, count):
-    """Where the numbers of a row begin."""
-    return workspace + row.to(tl.int64) * ((STATISTICS + 1) * count + ROW + CAPACITY)
+    """Where the numbers of a row's tiles begin; those of the row are before."""
+    size = (count * (STATISTICS + 1) + (ROW + CAPACITY)).to(tl.uint32)
+    return workspace + row.to(tl.int64) * size + ROW
+
+
+@triton.jit
+def row_and_tile(count):
+    """The row and the tile of a program: unsigned numbers, which are divided in fewer steps."""
+    program = tl.program_id(0).to(tl.uint32)
+    row = program // count.to(tl.uint32)
+    return row, (program - row * count).to(tl.int32)
 
 
 @triton.constexpr_function
@@ -121,17 +131,33 @@ def greatest_of_cells(tile, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def mark_cells(place, count, cells, threshold, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """Write the tile's words: a bit for each cell, set if its greatest logit is >= threshold."""
+def sums_of_cells(tile, CHUNK: tl.constexpr):
+    """The sum of the numbers of each cell."""
+    return tl.sum(tl.sum(tl.reshape(tile, shape_of(CHUNK, tile.shape[0])), 2), 0)
+
+
+@triton.jit
+def store_words(place, count, which, numbers, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Write the sum of the numbers of each word's cells."""
     WORDS: tl.constexpr = words_of(CHUNK, TILE)[0]
     BITS: tl.constexpr = words_of(CHUNK, TILE)[1]
-    bits = tl.where(cells >= threshold, 1 << tl.arange(0, WORDS * BITS) % BITS, 0)
-    words = tl.sum(tl.reshape(bits, (WORDS, BITS)), 1, keep_dims=True)
+    words = tl.sum(tl.reshape(numbers, (WORDS, BITS)), 1, keep_dims=True)
     # Every lane of a warp has the word, so no other layout is needed for the store.
     word = tl.arange(0, WORDS)[:, None]
     lane = tl.arange(0, BITS)[None, :]
-    places = place.to(tl.pointer_type(tl.int32)) + (MARKS + word) * count + lane
-    tl.store(places, words + lane * 0, lane == 0)
+    places = place.to(tl.pointer_type(words.dtype)) + (which + word) * count + lane
+    tl.store(places, tl.broadcast_to(words, (WORDS, BITS)), lane == 0)
+
+
+@triton.jit
+def mark_cells(place, count, marked, sums, factor, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Write the tile's words, a bit for each cell, set if it is marked; and the sums of the others.
+
+    These are of the cells of one word, and are multiplied by `factor`.
+    """
+    bits = tl.where(marked, 1 << tl.arange(0, marked.shape[0]) % 32, 0)
+    store_words(place, count, MARKS, bits, CHUNK, TILE)
+    store_words(place, count, EXTRA, tl.where(marked, 0.0, sums * factor), CHUNK, TILE)
 
 
 @kernel
@@ -160,15 +186,15 @@ def measure_tiles(
     and not in b.
 
     If MARKED: the words of its cells, for `triton_blocks`. A bit is set if the cell has a token
-    within log(alpha) of the tile's peak; no other cell can have a token of the support.
+    within log(alpha) of the tile's peak; no other cell can have a token of the support. The extra
+    numbers are the sum_exp of these other cells, per word. MARKED and BASE exclude each other.
 
     The sums are first formed as if every logit were finite, in half the instructions. A logit that
     is not makes sum_exp_d infinite or NaN, and the tile is summed again with care.
     """
     launch_second_pass(PDL)
     count = tl.cdiv(vocab, TILE)
-    row = tl.program_id(0) // count
-    tile = tl.program_id(0) % count
+    row, tile = row_and_tile(count)
     token = tile * TILE + tl.arange(0, TILE)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
     z, b, inside = load_finite_tile(rows, row, token, ALIGNED)
@@ -180,8 +206,6 @@ def measure_tiles(
         peak, base_peak = tl.reduce((cells, greatest_of_cells(b, CHUNK)), 0, max_2)
     else:
         peak = tl.max(cells)
-    if MARKED:
-        mark_cells(place, count, cells, peak + log_alpha, CHUNK, TILE)
 
     if BASE:
         e, factor = exp_from(z, peak)
@@ -195,7 +219,10 @@ def measure_tiles(
         usual = tl.abs(base_peak) < USUAL_PEAK
     else:
         e, factor = exp_from(z, peak)
-        sum_exp, sum_exp_d = tl.reduce((e, e * (z - b)), 0, add_2)
+        sums, sums_d = sums_of_cells(e, CHUNK), sums_of_cells(e * (z - b), CHUNK)
+        if MARKED:
+            mark_cells(place, count, cells >= peak + log_alpha, sums, factor, CHUNK, TILE)
+        sum_exp, sum_exp_d = tl.reduce((sums, sums_d), 0, add_2)
         usual = True
     sum_exp *= factor
     sum_exp_d *= factor
@@ -205,10 +232,11 @@ def measure_tiles(
     if usual == 0:
         z, b = load_tile(rows, row, token, ALIGNED)
         peak = tl.max(z)
-        if MARKED:
-            mark_cells(place, count, cells, peak + log_alpha, CHUNK, TILE)
         origin = tl.where(peak > -INF, peak, 0.0)  # so that e is 0, not NaN, if all are -inf
         e = exp(z - origin)
+        if MARKED:
+            sums = sums_of_cells(e, CHUNK)
+            mark_cells(place, count, cells >= peak + log_alpha, sums, 1.0, CHUNK, TILE)
         d = difference(z, b)
         if BASE:
             base_peak = tl.max(b)
@@ -231,11 +259,17 @@ def measure_tiles(
 
 
 @triton.jit
-def statistic(workspace, row, count, which, first, absent):
-    """Load one number each of 32 tiles of a row, from `first` on; `absent` where no tile is."""
+def statistic(workspace, row, count, which, first, absent, LANES: tl.constexpr):
+    """Load one number each of 32 tiles of a row, from `first` on; `absent` where no tile is.
+
+    Only the last 32 of LANES are not all tiles.
+    """
     tile = first + tl.arange(0, WARP)
-    place = numbers(workspace, row, count) + which * count
-    return tl.load(place + tile, tile < count, other=absent)
+    places = numbers(workspace, row, count) + which * count + tile
+    if first + WARP < LANES:
+        return tl.load(places)
+    else:
+        return tl.load(places, tile < count, other=absent)
 
 
 @triton.jit
@@ -248,24 +282,25 @@ def relative(peaks, peak):
 def combine(workspace, row, vocab, LANES: tl.constexpr, TILE: tl.constexpr):
     """Peak (NaN if invalid), sum_exp and mean_d of a row."""
     count = tl.cdiv(vocab, TILE)
-    greatest = statistic(workspace, row, count, 0, 0, -INF)
+    greatest = statistic(workspace, row, count, 0, 0, -INF, LANES)
     for first in tl.static_range(32, LANES, 32):
-        greatest = tl.maximum(greatest, statistic(workspace, row, count, 0, first, -INF))
+        greatest = tl.maximum(greatest, statistic(workspace, row, count, 0, first, -INF, LANES))
     peak = tl.max(greatest)
     sum_exp = tl.zeros((WARP,), tl.float32)
     sum_exp_in_base = tl.zeros((WARP,), tl.float32)
     sum_exp_d = tl.zeros((WARP,), tl.float32)
     for first in tl.static_range(0, LANES, 32):
-        # Each fma is explicit, so that every kernel computes the same bits.
-        scale = relative(statistic(workspace, row, count, 0, first, -INF), peak)
-        sum_exp = tl.fma(scale, statistic(workspace, row, count, 1, first, 0.0), sum_exp)
+        # Each fma is explicit, so that every kernel computes the same bits. If no token is
+        # possible, this scale is NaN.
+        scale = exp(statistic(workspace, row, count, 0, first, -INF, LANES) - peak)
+        sum_exp = tl.fma(scale, statistic(workspace, row, count, 1, first, 0.0, LANES), sum_exp)
         sum_exp_in_base = tl.fma(
-            scale, statistic(workspace, row, count, 2, first, 0.0), sum_exp_in_base
+            scale, statistic(workspace, row, count, 2, first, 0.0, LANES), sum_exp_in_base
         )
-        sum_exp_d = tl.fma(scale, statistic(workspace, row, count, 3, first, 0.0), sum_exp_d)
+        sum_exp_d = tl.fma(scale, statistic(workspace, row, count, 3, first, 0.0, LANES), sum_exp_d)
     sum_exp, sum_exp_in_base, sum_exp_d = tl.reduce((sum_exp, sum_exp_in_base, sum_exp_d), 0, add_3)
     mean_d = tl.where(sum_exp_in_base > 0, sum_exp_d / sum_exp_in_base, 0.0)
-    valid = (peak > -INF) & (sum_exp == sum_exp) & (sum_exp_d == sum_exp_d)
+    valid = (sum_exp == sum_exp) & (sum_exp_d == sum_exp_d)
     return tl.where(valid, peak, float("nan")), sum_exp, mean_d
 
 
@@ -282,10 +317,9 @@ def combine_rows(
     row = tl.program_id(0)
     count = tl.cdiv(vocab, TILE)
     peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
-    place = numbers(workspace, row, count) + STATISTICS * count
-    tl.store(place, peak)
-    tl.store(place + 1, sum_exp)
-    tl.store(place + 2, mean_d)
+    lane = tl.arange(0, WARP)
+    combined = tl.where(lane == 0, peak, tl.where(lane == 1, sum_exp, mean_d))
+    tl.store(numbers(workspace, row, count) - ROW + lane, combined, lane < ROW)
 
 
 @triton.jit
@@ -313,7 +347,7 @@ def steer_row_of_tile(
     """`steer_row`, to the bit, from what `combine_rows` wrote if `combined`."""
     if combined != 0:
         count = tl.cdiv(vocab, TILE)
-        place = numbers(workspace, row, count) + STATISTICS * count
+        place = numbers(workspace, row, count) - ROW
         peak, sum_exp, mean_d = tl.load(place), tl.load(place + 1), tl.load(place + 2)
     else:
         peak, sum_exp, mean_d = combine(workspace, row, vocab, LANES, TILE)
@@ -334,49 +368,16 @@ def is_active(peaks, steering, REMOVE: tl.constexpr):
 
 
 @triton.jit
-def active_tiles(
-    workspace, row, vocab, steering, first, REMOVE: tl.constexpr,
-    LANES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The active tiles of the 128 from `first` on, each a bit of two 64-bit words."""
-    count = tl.cdiv(vocab, TILE)
-    lane = tl.arange(0, WARP)
-    low = tl.cast(0, tl.uint64)
-    high = tl.cast(0, tl.uint64)
-    for group in tl.static_range(0, LANES if LANES < 128 else 128, 32):
-        peaks = statistic(workspace, row, count, 0, first + group, -INF)
-        active = is_active(peaks, steering, REMOVE)
-        bits = tl.sum(tl.where(active, 1 << lane, 0).to(tl.uint32)).to(tl.uint64)
-        if group < 64:
-            low |= bits << group
-        else:
-            high |= bits << (group - 64)
-    return low, high
-
-
-@triton.jit
-def next_tile(low, high):
-    """The number of the lowest bit of `active_tiles`, and the words without it."""
-    from_low = low != 0
-    word = tl.where(from_low, low, high)
-    rest = word & (word - 1)
-    bit = (word ^ rest).to(tl.float32)  # a power of two: its exponent is the number
-    number = (bit.to(tl.int32, bitcast=True) >> 23) - 127
-    tile = tl.where(from_low, number, number + 64)
-    return tile, tl.where(from_low, rest, low), tl.where(from_low, high, rest)
-
-
-@triton.jit
 def tiles_lse(workspace, row, count, LANES: tl.constexpr):
     """log sum exp of the steered logits, from the sums that `choose_tiles` wrote per tile."""
-    peaks = statistic(workspace, row, count, EXTRA + 3, 0, LOWEST)
-    sum_exps = statistic(workspace, row, count, EXTRA + 4, 0, 0.0)
+    peaks = statistic(workspace, row, count, EXTRA + 3, 0, LOWEST, LANES)
+    sum_exps = statistic(workspace, row, count, EXTRA + 4, 0, 0.0, LANES)
     for first in tl.static_range(32, LANES, 32):
         peaks, sum_exps = join_lse(
             peaks,
             sum_exps,
-            statistic(workspace, row, count, EXTRA + 3, first, LOWEST),
-            statistic(workspace, row, count, EXTRA + 4, first, 0.0),
+            statistic(workspace, row, count, EXTRA + 3, first, LOWEST, LANES),
+            statistic(workspace, row, count, EXTRA + 4, first, 0.0, LANES),
         )
     peak, sum_exp = tl.reduce((peaks, sum_exps), 0, join_lse)
     return peak + tl.log(sum_exp)

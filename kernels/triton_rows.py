@@ -78,7 +78,7 @@ def locate(matrix, stride, row, token, vocab, ALIGNED: tl.constexpr):
             pointers = tl.multiple_of(pointers, (1, 1, 16))
         else:
             pointers = tl.multiple_of(pointers, 16)
-        vocab = vocab // 8 * 8
+        vocab = (vocab.to(tl.uint32) // 8 * 8).to(tl.int32)  # one step if unsigned
     return pointers, token < vocab
 
 

@@ -9,6 +9,7 @@ from .triton_measure import (
     combine,
     is_active,
     numbers,
+    row_and_tile,
     shape_of,
     statistic,
     steer_row,
@@ -196,8 +197,7 @@ def choose_tiles(
     """
     wait_for_first_pass(PDL)
     count = tl.cdiv(vocab, TILE)
-    row = tl.program_id(0) // count
-    tile = tl.program_id(0) % count
+    row, tile = row_and_tile(count)
     row_strength = per_row(strength, strengths, per_strength, row)
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)
@@ -243,15 +243,16 @@ def settle_rows(
     row = tl.program_id(0)
     count = tl.cdiv(vocab, TILE)
     peak, _, _ = combine(workspace, row, vocab, LANES, TILE)
-    merits = statistic(workspace, row, count, EXTRA, 0, -INF)
-    tokens = statistic(workspace, row, count, EXTRA + 1, 0, 0.0).to(tl.int32, bitcast=True)
-    logits = statistic(workspace, row, count, EXTRA + 2, 0, 0.0)
+    merits = statistic(workspace, row, count, EXTRA, 0, -INF, LANES)
+    tokens = statistic(workspace, row, count, EXTRA + 1, 0, 0.0, LANES).to(tl.int32, bitcast=True)
+    logits = statistic(workspace, row, count, EXTRA + 2, 0, 0.0, LANES)
     for first in tl.static_range(32, LANES, 32):
+        more = statistic(workspace, row, count, EXTRA + 1, first, 0.0, LANES)
         merits, tokens, logits = keep_better(
             merits, tokens, logits,
-            statistic(workspace, row, count, EXTRA, first, -INF),
-            statistic(workspace, row, count, EXTRA + 1, first, 0.0).to(tl.int32, bitcast=True),
-            statistic(workspace, row, count, EXTRA + 2, first, 0.0),
+            statistic(workspace, row, count, EXTRA, first, -INF, LANES),
+            more.to(tl.int32, bitcast=True),
+            statistic(workspace, row, count, EXTRA + 2, first, 0.0, LANES),
         )  # fmt: skip
     best, token, logit = tl.reduce((merits, tokens, logits), 0, better)
     found = (peak == peak) & (best > -INF)

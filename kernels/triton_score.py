@@ -3,18 +3,18 @@
 import triton
 import triton.language as tl
 
-from .triton_blocks import flat, list_blocks, tokens_of
+from .triton_blocks import flat, list_blocks, list_tiles, tokens_of
 from .triton_measure import (
+    EXTRA,
     WARP,
-    active_tiles,
     add,
     is_active,
-    next_tile,
     relative,
     shape_of,
     statistic,
     steer_row,
     tiles_lse,
+    words_of,
 )
 from .triton_rows import (
     INF,
@@ -42,13 +42,13 @@ def off_support(workspace, row, vocab, steering, LANES: tl.constexpr, TILE: tl.c
     peak = tl.full((WARP,), LOWEST, tl.float32)
     sum_exp = tl.zeros((WARP,), tl.float32)
     for first in tl.static_range(0, LANES, 32):
-        peaks = statistic(workspace, row, count, 0, first, -INF)
+        peaks = statistic(workspace, row, count, 0, first, -INF, LANES)
         rest = (is_active(peaks, steering, True) == 0) & (peaks > -INF)
         peak, sum_exp = join_lse(
             peak,
             sum_exp,
             tl.where(rest, peaks, LOWEST),
-            tl.where(rest, statistic(workspace, row, count, 1, first, 0.0), 0.0),
+            tl.where(rest, statistic(workspace, row, count, 1, first, 0.0, LANES), 0.0),
         )
     return peak, sum_exp
 
@@ -96,25 +96,16 @@ def score_rows(
     else:
         if REMOVE:
             blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
-            SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
-            lse_peak = tl.full(SHAPE, LOWEST, tl.float32)
-            lse_sum_exp = tl.zeros(SHAPE, tl.float32)
-            for block in tl.range(0, blocks.number):
-                token = tokens_of(blocks, block, vocab, CHUNK, TILE)
-                logits = steered_tile(rows, steering, row, token, True, ALIGNED)
-                lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
-            lse_peak, lse_sum_exp = flat(lse_peak, TILE), flat(lse_sum_exp, TILE)
         else:
-            lse_peak = tl.full((TILE,), LOWEST, tl.float32)
-            lse_sum_exp = tl.zeros((TILE,), tl.float32)
-            for first in tl.range(0, LANES, 128):
-                low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
-                while (low | high) != 0:
-                    tile, low, high = next_tile(low, high)
-                    token = (first + tile) * TILE + tl.arange(0, TILE)
-                    logits = steered_tile(rows, steering, row, token, False, ALIGNED)
-                    lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
-        peak, sum_exp = tl.reduce((lse_peak, lse_sum_exp), 0, join_lse)
+            blocks = list_tiles(workspace, row, vocab, steering, True, LANES, TILE)
+        SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
+        lse_peak = tl.full(SHAPE, LOWEST, tl.float32)
+        lse_sum_exp = tl.zeros(SHAPE, tl.float32)
+        for block in tl.range(0, blocks.number):
+            token = tokens_of(blocks, block, vocab, CHUNK, TILE)
+            logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+            lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
+        peak, sum_exp = tl.reduce((flat(lse_peak, TILE), flat(lse_sum_exp, TILE)), 0, join_lse)
         if not REMOVE:
             rest = off_support(workspace, row, vocab, steering, LANES, TILE)
             rest_peak, rest_sum_exp = tl.reduce(rest, 0, join_lse)
@@ -126,6 +117,27 @@ def score_rows(
     tl.store(
         out + row, tl.where((z == z) & (steering.peak == steering.peak), logprob, float("nan"))
     )
+
+
+@triton.jit
+def unread(
+    workspace, row, vocab, steering, blocks,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The probability of the tokens that are in no block of a list of cells."""
+    WORDS: tl.constexpr = words_of(CHUNK, TILE)[0]
+    count = tl.cdiv(vocab, TILE)
+    sum_exp = tl.zeros((WARP,), tl.float32)
+    for first in tl.static_range(0, LANES, 32):
+        peaks = statistic(workspace, row, count, 0, first, -INF, LANES)
+        unmarked = statistic(workspace, row, count, EXTRA, first, 0.0, LANES)
+        for word in tl.static_range(1, WORDS):
+            unmarked += statistic(workspace, row, count, EXTRA + word, first, 0.0, LANES)
+        unmarked = tl.where(blocks.whole, 0.0, unmarked)
+        rest = statistic(workspace, row, count, 1, first, 0.0, LANES)
+        rest = tl.where(is_active(peaks, steering, True), unmarked, rest)
+        sum_exp += relative(peaks, steering.peak) * rest
+    return tl.reduce(sum_exp, 0, add) * steering.scale
 
 
 @triton.jit
@@ -157,6 +169,7 @@ def project_rows(
     gauss_newton,
     newton,
     in_support,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
@@ -164,30 +177,31 @@ def project_rows(
 ):
     """One program per row: the target's I delta minus its mean, the sum of squares, the variance.
 
-    `join_moments` adds token by token in each lane, then the lanes, then the tiles without support,
-    where I delta is 0. No difference of large sums is formed, so the variance of a near-certain row
-    is right too.
+    `join_moments` adds token by token in each lane, then the lanes, then the tokens that were not
+    read, where I delta is 0. No difference of large sums is formed, so the variance of a
+    near-certain row is right too.
     """
     wait_for_first_pass(PDL)
     row = tl.program_id(0)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
     steering = steer_row(workspace, row, vocab, 0.0, log_alpha, 0.0, difference, LANES, TILE)
-    sum_p = tl.zeros((TILE,), tl.float32)
-    mean = tl.zeros((TILE,), tl.float32)
-    spread = tl.zeros((TILE,), tl.float32)  # sum of p * (I delta - mean)^2; at last the variance
-    squares = tl.zeros((TILE,), tl.float32)
-    for first in tl.range(0, LANES, 128):
-        low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
-        while (low | high) != 0:
-            tile, low, high = next_tile(low, high)
-            z, b = load_tile(rows, row, (first + tile) * TILE + tl.arange(0, TILE), ALIGNED)
-            delta = tl.where(z >= steering.threshold, delta_of(z, b, steering), 0.0)
-            sum_p, mean, spread, squares = join_moments(
-                sum_p, mean, spread, squares, probability(z, steering), delta, 0.0, delta * delta
-            )
-    sum_p, mean, spread, squares = tl.reduce((sum_p, mean, spread, squares), 0, join_moments)
-    rest_peak, rest_sum_exp = off_support(workspace, row, vocab, steering, LANES, TILE)
-    rest = tl.reduce(relative(rest_peak, steering.peak) * rest_sum_exp, 0, add) * steering.scale
+    blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
+    SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
+    sum_p = tl.zeros(SHAPE, tl.float32)
+    mean = tl.zeros(SHAPE, tl.float32)
+    spread = tl.zeros(SHAPE, tl.float32)  # sum of p * (I delta - mean)^2; at last the variance
+    squares = tl.zeros(SHAPE, tl.float32)
+    for block in tl.range(0, blocks.number):
+        z, b = load_tile(rows, row, tokens_of(blocks, block, vocab, CHUNK, TILE), ALIGNED)
+        delta = tl.where(z >= steering.threshold, delta_of(z, b, steering), 0.0)
+        sum_p, mean, spread, squares = join_moments(
+            sum_p, mean, spread, squares, probability(z, steering), delta, 0.0, delta * delta
+        )
+    sum_p, mean, spread, squares = tl.reduce(
+        (flat(sum_p, TILE), flat(mean, TILE), flat(spread, TILE), flat(squares, TILE)),
+        0, join_moments,
+    )  # fmt: skip
+    rest = unread(workspace, row, vocab, steering, blocks, CHUNK, LANES, TILE)
     _, mean, spread, squares = join_moments(sum_p, mean, spread, squares, rest, 0.0, 0.0, 0.0)
 
     z, b = load_target(rows, row, tl.load(targets + row))

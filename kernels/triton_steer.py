@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from .triton_measure import is_active, numbers, steer_row_of_tile
+from .triton_measure import is_active, numbers, row_and_tile, steer_row_of_tile
 from .triton_rows import (
     INF,
     Rows,
@@ -43,8 +43,7 @@ def steer_tiles(
     """One program per tile: write steered logits, or delta; fill a tile without a token left."""
     wait_for_first_pass(PDL)
     count = tl.cdiv(vocab, TILE)
-    row = tl.program_id(0) // count
-    tile = tl.program_id(0) % count
+    row, tile = row_and_tile(count)
     token = tile * TILE + tl.arange(0, TILE)
     place, inside = locate(out, out_stride, row, token, vocab, ALIGNED)
 

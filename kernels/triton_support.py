@@ -5,16 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_measure import (
-    EXTRA,
-    WARP,
-    active_tiles,
-    add_3,
-    combine,
-    next_tile,
-    relative,
-    statistic,
-)
+from .triton_blocks import list_tiles, tokens_of_tile
+from .triton_measure import EXTRA, WARP, add_3, combine, relative, statistic
 from .triton_rows import (
     INF,
     Rows,
@@ -44,28 +36,28 @@ def combine_pair(workspace, row, vocab, LANES: tl.constexpr, TILE: tl.constexpr)
     """Combine what `measure_tiles` wrote with BASE: all sums are relative to the two peaks."""
     count = tl.cdiv(vocab, TILE)
     peak, sum_exp, _ = combine(workspace, row, vocab, LANES, TILE)
-    greatest = statistic(workspace, row, count, EXTRA, 0, -INF)
-    only_adapted = statistic(workspace, row, count, EXTRA + 2, 0, 0.0)
+    greatest = statistic(workspace, row, count, EXTRA, 0, -INF, LANES)
+    only_adapted = statistic(workspace, row, count, EXTRA + 2, 0, 0.0, LANES)
     for first in tl.static_range(32, LANES, 32):
-        greatest = tl.maximum(greatest, statistic(workspace, row, count, EXTRA, first, -INF))
-        more = statistic(workspace, row, count, EXTRA + 2, first, 0.0)
+        greatest = tl.maximum(greatest, statistic(workspace, row, count, EXTRA, first, -INF, LANES))
+        more = statistic(workspace, row, count, EXTRA + 2, first, 0.0, LANES)
         only_adapted = tl.maximum(only_adapted, more)
     base_peak = tl.max(greatest)
     sum_exp_in_base = tl.zeros((WARP,), tl.float32)
     sum_exp_d = tl.zeros((WARP,), tl.float32)
     base_sum_exp = tl.zeros((WARP,), tl.float32)
     for first in tl.static_range(0, LANES, 32):
-        peaks = statistic(workspace, row, count, 0, first, -INF)
-        base_peaks = statistic(workspace, row, count, EXTRA, first, -INF)
-        in_base = statistic(workspace, row, count, 2, first, 0.0)
+        peaks = statistic(workspace, row, count, 0, first, -INF, LANES)
+        base_peaks = statistic(workspace, row, count, EXTRA, first, -INF, LANES)
+        in_base = statistic(workspace, row, count, 2, first, 0.0, LANES)
         # The first pass took d relative to the peaks of the tile.
         moved = in_base * ((peaks - peak) - (base_peaks - base_peak))
         moved = tl.where((peaks > -INF) & (base_peaks > -INF), moved, 0.0)
         scale = relative(peaks, peak)
         sum_exp_in_base += scale * in_base
-        sum_exp_d += scale * (statistic(workspace, row, count, 3, first, 0.0) + moved)
+        sum_exp_d += scale * (statistic(workspace, row, count, 3, first, 0.0, LANES) + moved)
         base_sum_exp += relative(base_peaks, base_peak) * statistic(
-            workspace, row, count, EXTRA + 1, first, 0.0
+            workspace, row, count, EXTRA + 1, first, 0.0, LANES
         )
     sum_exp_in_base, sum_exp_d, base_sum_exp = tl.reduce(
         (sum_exp_in_base, sum_exp_d, base_sum_exp), 0, add_3
@@ -128,19 +120,17 @@ def support_rows(
     )
     slots = row.to(tl.int64) * capacity
     size = 0
-    for first in tl.range(0, LANES, 128):
-        low, high = active_tiles(workspace, row, vocab, steering, first, True, LANES, TILE)
-        while (low | high) != 0:
-            tile, low, high = next_tile(low, high)
-            token = (first + tile) * TILE + tl.arange(0, TILE)
-            z, b = load_tile(rows, row, token, ALIGNED)
-            kept = (z >= steering.threshold) & (z > -INF)
-            slot = size + tl.cumsum(kept.to(tl.int32), 0) - 1
-            listed = kept & (slot < capacity)
-            tl.store(token_out + slots + slot, token.to(tl.int64), listed)
-            tl.store(p_out + slots + slot, probability(z, steering), listed)
-            tl.store(delta_out + slots + slot, delta_of(z, b, steering), listed)
-            size += tl.sum(kept.to(tl.int32))
+    blocks = list_tiles(workspace, row, vocab, steering, True, LANES, TILE)
+    for block in tl.range(0, blocks.number):
+        token = tokens_of_tile(blocks, block, TILE)
+        z, b = load_tile(rows, row, token, ALIGNED)
+        kept = (z >= steering.threshold) & (z > -INF)
+        slot = size + tl.cumsum(kept.to(tl.int32), 0) - 1
+        listed = kept & (slot < capacity)
+        tl.store(token_out + slots + slot, token.to(tl.int64), listed)
+        tl.store(p_out + slots + slot, probability(z, steering), listed)
+        tl.store(delta_out + slots + slot, delta_of(z, b, steering), listed)
+        size += tl.sum(kept.to(tl.int32))
 
     valid = pair.peak == pair.peak
     for first in tl.range(0, capacity, TILE):

@@ -3,14 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_measure import (
-    WARP,
-    active_tiles,
-    is_active,
-    next_tile,
-    statistic,
-    steer_row,
-)
+from .triton_blocks import flat, list_blocks, list_tiles, tokens_of, tokens_of_lane
+from .triton_measure import WARP, shape_of, steer_row
 from .triton_rows import (
     INF,
     LOWEST,
@@ -35,20 +29,19 @@ def first_of(logit, token, other_logit, other_token):
 
 
 @triton.jit
-def next_in_column(
-    rows, steering, row, workspace, last, last_token,
-    REMOVE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+def next_in_lane(
+    rows, steering, row, blocks, lane, last, last_token,
+    REMOVE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The token of the last result's column that comes after it; of logit -inf if there is none."""
-    count = tl.cdiv(rows.vocab, TILE)
+    """The token of a lane that comes after its last result; of logit -inf if there is none."""
     best = tl.full((WARP,), -INF, tl.float32)
     best_token = tl.full((WARP,), -1, tl.int32)
-    for first in tl.static_range(0, LANES, 32):
-        active = is_active(statistic(workspace, row, count, 0, first, -INF), steering, REMOVE)
-        token = (first + tl.arange(0, WARP)) * TILE + last_token % TILE
-        z, b = load_target(rows, row, tl.where(active, token, -1))
+    for first in tl.range(0, blocks.number, WARP):
+        block = first + tl.arange(0, WARP)
+        token = tokens_of_lane(blocks, block, lane, rows.vocab, CHUNK, TILE)
+        z, b = load_target(rows, row, token)
         logits = steered(z, b, steering, REMOVE)
-        after = active & comes_first(last, last_token, logits, token) & (logits > best)
+        after = comes_first(last, last_token, logits, token) & (logits > best)
         best = tl.where(after, logits, best)
         best_token = tl.where(after, token, best_token)
     return tl.reduce((best, best_token), 0, first_of)
@@ -72,21 +65,22 @@ def topk_rows(
     logprob_out,
     token_out,
     REMOVE: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program per row: its k best tokens in order, by a tournament of columns.
+    """One program per row: its k best tokens in order, by a tournament of lanes.
 
-    A column is what the tiles have at one place. Every column enters its best token. The best entry
-    of all is the next result, and its column is read again to enter the token that comes after it:
-    so the active tiles are read once, then a column for each result, and nothing is sorted. When no
-    entry above -inf is left, the slots that are left get the tokens of logit -inf in order.
+    A lane has one token of each block. Every lane enters its best token. The best entry of all is
+    the next result, and its lane is read again, if there is more than one block, to enter the token
+    that comes after it: so the blocks are read once, then a lane for each result, and nothing is
+    sorted. When no entry above -inf is left, the slots that are left get the tokens of logit -inf
+    in order.
     """
     wait_for_first_pass(PDL)
     row = tl.program_id(0)
-    column = tl.arange(0, TILE)
     row_strength = per_row(strength, strengths, per_strength, row)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
     steering = steer_row(
@@ -95,21 +89,24 @@ def topk_rows(
     logprob_out += row.to(tl.int64) * k
     token_out += row.to(tl.int64) * k
 
-    entries = tl.full((TILE,), -INF, tl.float32)
-    tokens = tl.full((TILE,), -1, tl.int32)
-    lse_peak = tl.full((TILE,), LOWEST, tl.float32)
-    lse_sum_exp = tl.zeros((TILE,), tl.float32)
-    for first in tl.range(0, LANES, 128):
-        low, high = active_tiles(workspace, row, vocab, steering, first, REMOVE, LANES, TILE)
-        while (low | high) != 0:
-            tile, low, high = next_tile(low, high)
-            token = (first + tile) * TILE + column
-            logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
-            more = logits > entries
-            entries = tl.where(more, logits, entries)
-            tokens = tl.where(more, token, tokens)
-            lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
-    peak, sum_exp = tl.reduce((lse_peak, lse_sum_exp), 0, join_lse)
+    if REMOVE:
+        blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
+    else:
+        blocks = list_tiles(workspace, row, vocab, steering, REMOVE, LANES, TILE)
+    SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
+    entries = tl.full(SHAPE, -INF, tl.float32)
+    tokens = tl.full(SHAPE, -1, tl.int32)
+    lse_peak = tl.full(SHAPE, LOWEST, tl.float32)
+    lse_sum_exp = tl.zeros(SHAPE, tl.float32)
+    for block in tl.range(0, blocks.number):
+        token = tokens_of(blocks, block, vocab, CHUNK, TILE)
+        logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+        more = logits > entries
+        entries = tl.where(more, logits, entries)
+        tokens = tl.where(more, token, tokens)
+        lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
+    entries, tokens = flat(entries, TILE), flat(tokens, TILE)
+    peak, sum_exp = tl.reduce((flat(lse_peak, TILE), flat(lse_sum_exp, TILE)), 0, join_lse)
     lse = peak + tl.log(sum_exp)
 
     done = 0
@@ -118,11 +115,15 @@ def topk_rows(
         tl.store(logprob_out + done, best - lse)
         tl.store(token_out + done, best_token)
         done += 1
-        entry, token = next_in_column(
-            rows, steering, row, workspace, best, best_token, REMOVE, LANES, TILE
-        )
-        entries = tl.where(column == best_token % TILE, entry, entries)
-        tokens = tl.where(column == best_token % TILE, token, tokens)
+        won = tokens == best_token
+        entry, token = tl.cast(-INF, tl.float32), tl.cast(-1, tl.int32)
+        if blocks.number > 1:
+            lane = tl.max(tl.where(won, tl.arange(0, TILE), 0))
+            entry, token = next_in_lane(
+                rows, steering, row, blocks, lane, best, best_token, REMOVE, CHUNK, TILE
+            )
+        entries = tl.where(won, entry, entries)
+        tokens = tl.where(won, token, tokens)
         best, best_token = tl.reduce((entries, tokens), 0, first_of)
 
     valid = steering.peak == steering.peak

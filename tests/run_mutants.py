@@ -21,8 +21,9 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import kernel_mutants
 import pytest
-from mutants import MUTANTS, Mutant
+from mutants import BY_FILE, Mutant, mutants
 
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = (".git", ".venv", "build", "dist", "runs", "benchmarks/results", "__pycache__")
@@ -39,7 +40,8 @@ def main(words: list[str]) -> int:
         importlib.import_module(name)
     if importlib.util.find_spec("triton"):
         importlib.import_module("triton.language")
-    chosen = [x for x in MUTANTS if not words or any(w in f"{x.file} {x.text}" for w in words)]
+    every = mutants(BY_FILE, kernel_mutants.BY_FILE)
+    chosen = [x for x in every if not words or any(w in f"{x.file} {x.text}" for w in words)]
     chosen.sort(key=is_compiled)  # last, because they leave a broken library behind
     fates: Counter[str] = Counter()
     fork = multiprocessing.get_context("fork")

@@ -150,16 +150,16 @@ def test_elements_read(monkeypatch):
     assert reads("sample greedy", alpha=0.0) == reads("steer", penalty=-1.0) == 2 * vocab
     assert reads("divergence") == vocab
     assert reads("steering_vector") == 2 * vocab
-    assert reads("project_strength") == near + 1
-    assert reads("score") == vocab + 3 + 1
+    assert reads("score") == reads("project_strength") == vocab + 3 + 1
     assert reads("score", penalty=0.0) == near + 1
     assert reads("score", alpha=0.0) == 2 * vocab + 1
-    # For each of 3 tokens that are picked, one of each tile with support.
-    assert reads("topk") == near + 3 * 2
+    assert reads("topk") == vocab + 3
     # More cells than the list may have: the tiles that have them are read.
     monkeypatch.setattr(triton_blocks, "CAPACITY", tl.constexpr(2))
     assert reads("sample greedy") == near
-    assert reads("score") == near + 1
+    assert reads("score") == reads("project_strength") == near + 1
+    # For each of 3 tokens that are picked, one of each tile with support.
+    assert reads("topk") == near + 3 * 2
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="changes a constant of compiled kernels")
@@ -172,9 +172,8 @@ def test_a_list_of_tiles_says_what_one_of_cells_does(vocab, monkeypatch):
     def found(name):
         return OPERATORS[name].run(z, b, o, "triton", None)
 
-    cells = found("sample noisy"), found("score")
+    names = "sample noisy", "score", "topk", "project_strength"
+    cells = [found(name) for name in names]
     monkeypatch.setattr(triton_blocks, "CAPACITY", tl.constexpr(2))
-    (token, logprob), (nats,) = found("sample noisy"), found("score")
-    assert torch.equal(token, cells[0][0])
-    torch.testing.assert_close(logprob, cells[0][1])
-    torch.testing.assert_close(nats, cells[1][0])
+    for name, want in zip(names, cells, strict=True):
+        torch.testing.assert_close(found(name), want)
