@@ -272,7 +272,7 @@ class _Rows:
         self._stream(
             measure_tiles, *self.operands, 0.0 if marks is None else log_alpha(marks),
             MARKED=marks is not None, CHUNK=self.chunk, ALIGNED=self.aligned, BASE=BASE,
-            maxnreg=STREAM_REGISTERS if BASE else MEASURE_REGISTERS,
+            maxnreg=MEASURE_REGISTERS if self.aligned and not BASE else STREAM_REGISTERS,
         )  # fmt: skip
 
     def steering(self, mask: Mask) -> tuple[Any, ...]:
