@@ -196,7 +196,8 @@ class ModelRunner:
 
     def most_new(self, rows: int) -> int:
         """Return of how many new tokens per row a step gives each the bits that it has alone."""
-        return 1 if self.native is None else self.native.most_tokens // rows
+        step = self.native
+        return 1 if step is None else min(step.most_new, step.most_tokens // rows)
 
     @torch.inference_mode()
     def set_back(self, tokens: Tensor) -> None:

@@ -173,6 +173,7 @@ def test_many_rows_are_multiplied_in_panels(dtype):
             error = (own - want).float().norm() / want.float().norm()
             assert error < (1e-5 if dtype == torch.float32 else 0.02)
     assert all(torch.equal(few, many[:9]) for few, many in zip(got[9], got[12], strict=True))
+    assert pair.most_new(1) == 16  # which have the bits of one; longer texts go panel by panel too
 
 
 @pytest.mark.parametrize("form", ["lora", "prompt", "prefix"])

@@ -15,6 +15,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {0: 0, 8: 1, 4: 2}  # by the bits of a code
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MOST_TOKENS = 256  # 8 new tokens in 32 rows; a long prompt is better read by PyTorch
+MOST_ALIKE = 16  # new tokens per row: of more, each has other bits than alone (kFewRows)
 LINEAR_WORDS = 17  # of a linear layer
 Words = list[int]
 
@@ -23,6 +24,7 @@ class CpuStep:
     """A plan as the words of csrc/cpu/decoder.h, which hold addresses of the plan's tensors."""
 
     most_tokens = MOST_TOKENS
+    most_new = MOST_ALIKE
     is_tried_at_length = False
     lengths_on_device = False
 

@@ -41,7 +41,7 @@ class _Layer(NamedTuple):
 class CudaStep:
     """A plan as the arguments of kernels, whose weights are the model's own."""
 
-    most_tokens = MOST_TOKENS
+    most_tokens = most_new = MOST_TOKENS
     most_prompt_tokens = 0  # of all rows: the modules read prompts
     is_tried_at_length = True  # compiled anew on each machine, by a compiler of many versions
     how = "cuda"
