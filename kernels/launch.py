@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .arguments import Draw, Mask, PerRow, log_alpha
 from .triton_cut import cut_rows
-from .triton_measure import CAPACITY, ROW, STATISTICS, combine_rows, measure_tiles
+from .triton_measure import ENTRIES, ROW, STATISTICS, combine_rows, measure_tiles
 from .triton_sample import choose_tiles, sample_rows, settle_rows
 from .triton_score import project_rows, score_rows
 from .triton_steer import steer_tiles
@@ -56,7 +56,7 @@ def takes(device: str) -> bool:
 def workspace_size(rows: int, vocab: int) -> int:
     """Return how many float32 elements a call on `[rows, vocab]` needs as `workspace`."""
     numbers = (STATISTICS.value + 1) * _tiles(vocab)
-    return rows * (numbers + ROW.value + CAPACITY.value)
+    return rows * (numbers + ROW.value + ENTRIES.value)
 
 
 # For every operator: adapted, base: `[N, V]`, each float32, bfloat16 or float16, last stride 1.
@@ -101,17 +101,20 @@ def sample(
     """token, logprob = reference.sample(adapted, base, ...).
 
     If a token may come from any tile, every tile gets a program and a third launch settles the row.
-    Otherwise, and for cuts, one program per row walks the tiles that it needs.
+    Otherwise, and for cuts, one program per row reads what it needs.
     """
     every_tile = mask.alpha == 0 or not mask.removes
-    marks = None if draw.is_cut or every_tile else mask.alpha
-    rows = _Rows(adapted, base, workspace, marks=marks)
+    marked = mask.removes if draw.is_cut else not every_tile
+    rows = _Rows(adapted, base, workspace, marks=mask.alpha if marked else None)
     steering, noise = rows.steering(mask), _noise(draw, token)
     greedy = draw.temperature == 0
     if draw.is_cut:
         top_k, top_p, log_min_p = draw.cuts
         cuts = min(top_k, rows.vocab), top_p, log_min_p
-        rows.each_row(cut_rows, *steering, *noise, *cuts, token, logprob, REMOVE=mask.removes)
+        rows.each_row(
+            cut_rows, *steering, *noise, *cuts, token, logprob,
+            REMOVE=mask.removes, CHUNK=rows.chunk,
+        )  # fmt: skip
     elif every_tile:
         rows.each_tile(choose_tiles, *steering, *noise, REMOVE=mask.removes, GREEDY=greedy)
         rows.settle(settle_rows, token, logprob)
@@ -192,9 +195,9 @@ def support(
     workspace: Tensor | None = None,
 ) -> None:
     """The eight fields of reference.support(adapted, base, target, capacity, ...)."""
-    rows = _Rows(adapted, base, workspace, BASE=True)
+    rows = _Rows(adapted, base, workspace, BASE=True, marks=alpha)
     own = log_alpha(alpha), int(direction == DIFFERENCE), target.contiguous(), capacity
-    rows.each_row(support_rows, *own, *outputs)
+    rows.each_row(support_rows, *own, *outputs, CHUNK=rows.chunk)
 
 
 def divergence(

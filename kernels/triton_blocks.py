@@ -3,6 +3,8 @@
 They are read in blocks of TILE tokens. If only the support counts, a block is of 128 cells that may
 hold a token of it, from any tiles, or of a whole tile if those cells are many. Nearly always one
 block is all of them. Otherwise a block is a tile.
+
+A cell has tokens all over its tile. Where their order counts, the chunks of the cells are listed.
 """
 
 from typing import NamedTuple
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_measure import (
-    CAPACITY,
+    ENTRIES,
     MARKS,
     STATISTICS,
     is_active,
@@ -21,9 +23,11 @@ from .triton_measure import (
 )
 from .triton_rows import INF
 
+CAPACITY = tl.constexpr(512)  # of more cells than these the tiles are listed
+
 
 class Blocks(NamedTuple):
-    """The list of a row: in order, the first token of each cell or of each tile."""
+    """The list of a row: in order, the first token of each cell, each chunk or each tile."""
 
     place: tl.tensor
     length: tl.tensor
@@ -35,6 +39,12 @@ class Blocks(NamedTuple):
 def room_for(LANES):
     """The power of two that a tensor with a number per tile needs."""
     return triton.next_power_of_2(LANES)
+
+
+@triton.constexpr_function
+def shape_in_order(CHUNK, TILE):
+    """A block whose tokens are in order: one round of chunks, each of them listed."""
+    return 1, TILE // CHUNK, CHUNK
 
 
 @triton.jit
@@ -51,13 +61,27 @@ def add_2_and_max(a, b, c, other_a, other_b, other_c):
 
 
 @triton.jit
+def count_in_tile(entries, WORDS: tl.constexpr):
+    """Of the words of each tile: the sum of their entries, and of those before each word."""
+    entries_of_tile = tl.reshape(entries, (entries.shape[0] // WORDS, WORDS))
+    total = tl.broadcast_to(tl.sum(entries_of_tile, 1, keep_dims=True), entries_of_tile.shape)
+    before = tl.cumsum(entries_of_tile, 1) - entries_of_tile
+    return tl.reshape(total, entries.shape), tl.reshape(before, entries.shape)
+
+
+@triton.jit
 def list_blocks(
     workspace, row, vocab, steering,
-    CHUNK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    SHAPE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """List the cells marked in tiles with support, or these tiles if the cells are too many."""
+    """List the cells marked in tiles with support, or these tiles if the cells are too many.
+
+    A cell is as many entries as it has parts, all its rounds or, in order, one for each.
+    """
+    CHUNK: tl.constexpr = SHAPE[2]
     WORDS: tl.constexpr = words_of(CHUNK, TILE)[0]
     BITS: tl.constexpr = words_of(CHUNK, TILE)[1]
+    PARTS: tl.constexpr = shape_of(CHUNK, TILE)[0] // SHAPE[0]
     count = tl.cdiv(vocab, TILE)
     place = numbers(workspace, row, count)
     word = tl.arange(0, room_for(LANES) * WORDS)
@@ -68,21 +92,29 @@ def list_blocks(
     marked = bits_set(bits)
     is_tile = active & (word % WORDS == 0)
     tiles, cells, most = tl.reduce((is_tile.to(tl.int32), marked, marked), 0, add_2_and_max)
-    whole = cells > CAPACITY
+    whole = (cells > CAPACITY) | (cells * PARTS > ENTRIES)
     bits = tl.where(whole, is_tile.to(tl.uint32), bits)
     entries = tl.where(whole, is_tile.to(tl.int32), marked)
     first = tile * TILE + tl.where(whole, 0, word % WORDS * BITS * CHUNK)
     slots = place.to(tl.pointer_type(tl.int32)) + STATISTICS * count
-    slots_of_word = slots + tl.cumsum(entries, 0) - entries
+    before = tl.cumsum(entries, 0) - entries
+    slots_of_word = slots + before
+    parts, apart = tl.where(whole, 1, PARTS), 0
+    if PARTS > 1:
+        # The first parts of the tile's cells come first, then their second parts.
+        apart, in_tile = count_in_tile(entries, WORDS)
+        slots_of_word += (parts - 1) * (before - in_tile)
     for i in tl.range(0, tl.where(whole, 1, most)):
         rest = bits & (bits - 1)
         power = (bits ^ rest).to(tl.float32)  # of two: its exponent is the number of the bit
         bit = (power.to(tl.int32, bitcast=True) >> 23) - 127
-        tl.store(slots_of_word + i, first + bit * CHUNK, bits != 0)
+        for part in tl.range(0, parts):
+            token = first + bit * CHUNK + part * (BITS * WORDS * CHUNK)
+            tl.store(slots_of_word + i + part * apart, token, bits != 0)
         bits = rest
     tl.debug_barrier()
     number = tl.where(whole, tiles, tl.cdiv(cells, WORDS * BITS))
-    return Blocks(slots, tl.where(whole, tiles, cells), whole, number)
+    return Blocks(slots, tl.where(whole, tiles, cells * PARTS), whole, number)
 
 
 @triton.jit
@@ -104,37 +136,31 @@ def list_tiles(
 
 
 @triton.jit
-def first_token(blocks, block, cell, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """The first token of a cell of a block; `vocab` or more where none is."""
-    slot = tl.where(blocks.whole, block, block * shape_of(CHUNK, TILE)[1] + cell)
+def first_token(blocks, block, entry, vocab, SHAPE: tl.constexpr):
+    """The first token of an entry of a block; `vocab` or more where none is."""
+    CHUNK: tl.constexpr = SHAPE[2]
+    slot = tl.where(blocks.whole, block, block * SHAPE[1] + entry)
     first = tl.load(blocks.place + slot, slot < blocks.length, other=vocab)
-    return tl.multiple_of(first + tl.where(blocks.whole, cell * CHUNK, 0), CHUNK)
+    return tl.multiple_of(first + tl.where(blocks.whole, entry * CHUNK, 0), CHUNK)
 
 
 @triton.jit
-def tokens_of_tile(blocks, block, TILE: tl.constexpr):
-    """The tokens of a block in order, if the list is one of tiles."""
-    return tl.multiple_of(tl.load(blocks.place + block), TILE) + tl.arange(0, TILE)
-
-
-@triton.jit
-def tokens_of(blocks, block, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """The tokens of a block, `[round, cell, place in the chunk]`; `vocab` or more where none is.
+def tokens_of(blocks, block, vocab, SHAPE: tl.constexpr):
+    """The tokens of a block, `[round, entry, place in the chunk]`; `vocab` or more where none is.
 
     In each lane the tokens of later blocks have higher ids.
     """
-    ROUNDS: tl.constexpr = shape_of(CHUNK, TILE)[0]
-    CELLS: tl.constexpr = shape_of(CHUNK, TILE)[1]
-    first = first_token(blocks, block, tl.arange(0, CELLS), vocab, CHUNK, TILE)
-    start = tl.arange(0, ROUNDS) * (CELLS * CHUNK)
-    return start[:, None, None] + first[None, :, None] + tl.arange(0, CHUNK)[None, None, :]
+    first = first_token(blocks, block, tl.arange(0, SHAPE[1]), vocab, SHAPE)
+    start = tl.arange(0, SHAPE[0]) * (SHAPE[1] * SHAPE[2])
+    return start[:, None, None] + first[None, :, None] + tl.arange(0, SHAPE[2])[None, None, :]
 
 
 @triton.jit
-def tokens_of_lane(blocks, block, lane, vocab, CHUNK: tl.constexpr, TILE: tl.constexpr):
+def tokens_of_lane(blocks, block, lane, vocab, SHAPE: tl.constexpr):
     """The tokens that `tokens_of` and then `flat` have in one lane, of several blocks."""
-    CELLS: tl.constexpr = shape_of(CHUNK, TILE)[1]
-    first = first_token(blocks, block, lane // CHUNK % CELLS, vocab, CHUNK, TILE)
+    CELLS: tl.constexpr = SHAPE[1]
+    CHUNK: tl.constexpr = SHAPE[2]
+    first = first_token(blocks, block, lane // CHUNK % CELLS, vocab, SHAPE)
     return lane // (CELLS * CHUNK) * (CELLS * CHUNK) + first + lane % CHUNK
 
 
@@ -142,3 +168,12 @@ def tokens_of_lane(blocks, block, lane, vocab, CHUNK: tl.constexpr, TILE: tl.con
 def flat(block, TILE: tl.constexpr):
     """A block's lanes in a row, for a reduction."""
     return tl.reshape(block, (TILE,))
+
+
+@triton.jit
+def rank(some):
+    """How many of some tokens come before each token of a block in order."""
+    number = some.to(tl.int32)
+    of_chunk = tl.sum(number, 2)
+    before = tl.cumsum(of_chunk, 1) - of_chunk
+    return before[:, :, None] + tl.cumsum(number, 2) - number

@@ -1,23 +1,23 @@
 """The second pass of `sample` with cuts: draw from the tokens that top_k, top_p and min_p keep.
 
-The first walk goes over all active tiles, every later one over those whose greatest steered logit
-reaches a bound.
+The first walk goes over all blocks and keeps the first one; every later one goes over those whose
+greatest steered logit reaches a bound.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_blocks import list_tiles, tokens_of_tile
+from .triton_blocks import flat, list_blocks, list_tiles, rank, shape_in_order, tokens_of
 from .triton_measure import EXTRA, WARP, add_2, numbers, steer_row
 from .triton_rows import INF, LOWEST, Rows, exp, kernel, per_row, steered_tile, wait_for_first_pass
 from .triton_sample import better_and_add, choose, keep_better
 
 
 @triton.jit
-def reaching_tiles(blocks, each, first, bound, STRICTLY: tl.constexpr, LANES: tl.constexpr):
-    """Which tiles of the list reach `bound`, and the greatest logit of the others.
+def reaching_blocks(blocks, each, first, bound, STRICTLY: tl.constexpr, LANES: tl.constexpr):
+    """Which blocks of the list reach `bound`, and the greatest logit of the others.
 
-    The tiles are the 128 from `first` on, each a bit of two 64-bit words.
+    The blocks are the 128 from `first` on, each a bit of two 64-bit words.
     """
     lane = tl.arange(0, WARP)
     low = tl.cast(0, tl.uint64)
@@ -41,15 +41,15 @@ def reaching_tiles(blocks, each, first, bound, STRICTLY: tl.constexpr, LANES: tl
 
 
 @triton.jit
-def next_tile(low, high):
-    """The number of the lowest bit of `reaching_tiles`, and the words without it."""
+def next_block(low, high):
+    """The number of the lowest bit of `reaching_blocks`, and the words without it."""
     from_low = low != 0
     word = tl.where(from_low, low, high)
     rest = word & (word - 1)
     bit = (word ^ rest).to(tl.float32)  # a power of two: its exponent is the number
     number = (bit.to(tl.int32, bitcast=True) >> 23) - 127
-    tile = tl.where(from_low, number, number + 64)
-    return tile, tl.where(from_low, rest, low), tl.where(from_low, high, rest)
+    block = tl.where(from_low, number, number + 64)
+    return block, tl.where(from_low, rest, low), tl.where(from_low, high, rest)
 
 
 @triton.jit
@@ -68,23 +68,34 @@ def count_above(count, sum_exp, under, over, other_count, other_sum_exp, other_u
 
 
 @triton.jit
+def steered_block(
+    rows, steering, row, blocks, block,
+    REMOVE: tl.constexpr, ALIGNED: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """The steered logits of a block's tokens, in order."""
+    token = tokens_of(blocks, block, rows.vocab, SHAPE)
+    return steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+
+
+@triton.jit
 def survey(
     rows, steering, row, blocks, each, temperature,
-    REMOVE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+    REMOVE: tl.constexpr, ALIGNED: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of the steered logits: the greatest, the least above -inf, log sum exp, and
-    tempered_sum_exp = sum exp((logit - greatest) / temperature).
+    """Of the steered logits: the greatest, the least above -inf, log sum exp,
+    tempered_sum_exp = sum exp((logit - greatest) / temperature), and those of the first block.
 
-    The greatest of each tile is left at `each`.
+    The greatest of each block is left at `each`.
     """
-    greatest = tl.full((TILE,), LOWEST, tl.float32)
-    least = tl.full((TILE,), INF, tl.float32)
-    sum_exp = tl.zeros((TILE,), tl.float32)
-    tempered = tl.zeros((TILE,), tl.float32)
+    held = tl.full(SHAPE, -INF, tl.float32)
+    greatest = tl.full(SHAPE, LOWEST, tl.float32)
+    least = tl.full(SHAPE, INF, tl.float32)
+    sum_exp = tl.zeros(SHAPE, tl.float32)
+    tempered = tl.zeros(SHAPE, tl.float32)
     for block in tl.range(0, blocks.number):
-        token = tokens_of_tile(blocks, block, TILE)
-        logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
-        tl.store(each + block, tl.max(logits))
+        logits = steered_block(rows, steering, row, blocks, block, REMOVE, ALIGNED, SHAPE)
+        held = tl.where(block == 0, logits, held)
+        tl.store(each + block, tl.max(flat(logits, TILE)))
         least = tl.minimum(least, tl.where(logits > -INF, logits, INF))
         away = logits - greatest
         e = exp(-tl.abs(away))
@@ -93,53 +104,62 @@ def survey(
         sum_exp = tl.where(more, sum_exp * e + 1.0, sum_exp + e)
         tempered = tl.where(more, tempered * tempered_e + 1.0, tempered + tempered_e)
         greatest = tl.maximum(greatest, logits)
-    best, least = tl.reduce((greatest, least), 0, greatest_and_least)
+    best, least = tl.reduce((flat(greatest, TILE), flat(least, TILE)), 0, greatest_and_least)
     away = greatest - best
-    sum_exp, tempered = tl.reduce(
-        (sum_exp * exp(away), tempered * exp(away / temperature)), 0, add_2
-    )
+    sum_exp, tempered = sum_exp * exp(away), tempered * exp(away / temperature)
+    sum_exp, tempered = tl.reduce((flat(sum_exp, TILE), flat(tempered, TILE)), 0, add_2)
     tl.debug_barrier()
-    return best, least, best + tl.log(sum_exp), tempered
+    return best, least, best + tl.log(sum_exp), tempered, held
 
 
 @triton.jit
 def cut_off(
-    rows, steering, row, blocks, each, low, best, temperature, top_k, limit,
-    REMOVE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    rows, steering, row, blocks, each, held, low, best, temperature, top_k, limit,
+    REMOVE: tl.constexpr, ALIGNED: tl.constexpr,
+    SHAPE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The least steered logit that is kept, and count and tempered sum_exp of those above it.
 
     A token is kept if fewer than top_k tokens come before it, with a tempered sum_exp below limit.
     There is no sort: the cut is found by bisection over the logits of [low, best]. Each step reads
-    the tiles that reach above the middle, counts the tokens there, and moves one end to a logit
+    the blocks that reach above the middle, counts the tokens there, and moves one end to a logit
     that occurs in the row: `high` to the greatest up to the middle, `low` to the least above it. So
     it ends at a logit of the row, after at most as many steps as there are halvings between the
-    ends in float32, and after few where few distinct logits lie between them.
+    ends in float32, and after few where few distinct logits lie between them. `held`, the logits of
+    the first block, are not read again.
     """
+    more = tl.where(blocks.number > 1, LANES, 0)
+    held_exp = exp((held - best) / temperature)
     high = best
     before = 0
     before_sum_exp = 0.0
     while low < high:
         middle = 0.5 * low + 0.5 * high
         middle = tl.where(middle < high, middle, low)
-        count = tl.zeros((TILE,), tl.int32)
-        sum_exp = tl.zeros((TILE,), tl.float32)
-        under = tl.full((TILE,), -INF, tl.float32)  # the greatest up to the middle
-        over = tl.full((TILE,), INF, tl.float32)  # the least above it
+        above = held > middle
+        count = above.to(tl.int32)
+        sum_exp = tl.where(above, held_exp, 0.0)
+        under = tl.where(above, -INF, held)  # the greatest up to the middle
+        over = tl.where(above, held, INF)  # the least above it
         below = -INF
-        for first in tl.range(0, LANES, 128):
-            left, right, unread = reaching_tiles(blocks, each, first, middle, True, LANES)
+        for first in tl.range(0, more, 128):
+            left, right, unread = reaching_blocks(blocks, each, first, middle, True, LANES)
             below = tl.maximum(below, unread)
+            left = tl.where(first == 0, left >> 1 << 1, left)
             while (left | right) != 0:
-                tile, left, right = next_tile(left, right)
-                token = tokens_of_tile(blocks, first + tile, TILE)
-                logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
+                block, left, right = next_block(left, right)
+                logits = steered_block(
+                    rows, steering, row, blocks, first + block, REMOVE, ALIGNED, SHAPE
+                )
                 above = logits > middle
                 under = tl.maximum(under, tl.where(above, -INF, logits))
                 over = tl.minimum(over, tl.where(above, logits, INF))
                 count += above.to(tl.int32)
                 sum_exp += tl.where(above, exp((logits - best) / temperature), 0.0)
-        counted, summed, reached, least = tl.reduce((count, sum_exp, under, over), 0, count_above)
+        counted, summed, reached, least = tl.reduce(
+            (flat(count, TILE), flat(sum_exp, TILE), flat(under, TILE), flat(over, TILE)),
+            0, count_above,
+        )  # fmt: skip
         reached = tl.maximum(reached, below)
         if (counted < top_k) & (summed < limit) & (reached >= low):
             high = reached
@@ -154,31 +174,32 @@ def cut_off(
 def choose_kept(
     rows, steering, row, blocks, each, temperature, seed, position,
     cut, before, before_sum_exp, exp_at_cut, top_k, limit, RANKED: tl.constexpr,
-    REMOVE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    REMOVE: tl.constexpr, ALIGNED: tl.constexpr,
+    SHAPE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The best token of those above the cut and at it, its steered logit, and how many are at it.
 
     If RANKED: of those at the cut only the first ones, as far as top_k and limit go.
     """
-    best = tl.full((TILE,), -INF, tl.float32)
-    best_token = tl.full((TILE,), -1, tl.int32)
-    best_logit = tl.full((TILE,), -INF, tl.float32)
-    at_cut = tl.zeros((TILE,), tl.int32)
+    best = tl.full(SHAPE, -INF, tl.float32)
+    best_token = tl.full(SHAPE, -1, tl.int32)
+    best_logit = tl.full(SHAPE, -INF, tl.float32)
+    at_cut = tl.zeros(SHAPE, tl.int32)
     for first in tl.range(0, LANES, 128):
-        low, high, _ = reaching_tiles(blocks, each, first, cut, False, LANES)
+        low, high, _ = reaching_blocks(blocks, each, first, cut, False, LANES)
         while (low | high) != 0:
-            tile, low, high = next_tile(low, high)
-            token = tokens_of_tile(blocks, first + tile, TILE)
+            block, low, high = next_block(low, high)
+            token = tokens_of(blocks, first + block, rows.vocab, SHAPE)
             logits, merit = choose(
                 rows, steering, row, token, temperature, seed, position, REMOVE, False, ALIGNED
             )
             equal = logits == cut
             stays = logits >= cut
             if RANKED:
-                rank = tl.cumsum(equal.to(tl.int32), 0) - 1
-                fits = (before + rank < top_k) & (before_sum_exp + rank * exp_at_cut < limit)
+                place = rank(equal)
+                fits = (before + place < top_k) & (before_sum_exp + place * exp_at_cut < limit)
                 stays = (logits > cut) | (equal & fits)
-                here = tl.sum(equal.to(tl.int32))
+                here = tl.sum(flat(equal, TILE).to(tl.int32))
                 before += here
                 before_sum_exp += here * exp_at_cut
             else:
@@ -186,7 +207,10 @@ def choose_kept(
             best, best_token, best_logit = keep_better(
                 best, best_token, best_logit, tl.where(stays, merit, -INF), token, logits
             )
-    _, token, logit, equals = tl.reduce((best, best_token, best_logit, at_cut), 0, better_and_add)
+    _, token, logit, equals = tl.reduce(
+        (flat(best, TILE), flat(best_token, TILE), flat(best_logit, TILE), flat(at_cut, TILE)),
+        0, better_and_add,
+    )  # fmt: skip
     return token, logit, equals
 
 
@@ -217,6 +241,7 @@ def cut_rows(
     token_out,
     logprob_out,
     REMOVE: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
@@ -233,31 +258,35 @@ def cut_rows(
         workspace, row, vocab, row_strength, log_alpha, penalty, difference, LANES, TILE
     )
 
-    blocks = list_tiles(workspace, row, vocab, steering, REMOVE, LANES, TILE)
+    SHAPE: tl.constexpr = shape_in_order(CHUNK, TILE)
+    if REMOVE:
+        blocks = list_blocks(workspace, row, vocab, steering, SHAPE, LANES, TILE)
+    else:
+        blocks = list_tiles(workspace, row, vocab, steering, REMOVE, LANES, TILE)
     count = tl.cdiv(vocab, TILE)
     each = numbers(workspace, row, count) + EXTRA * count
-    greatest, least, lse, tempered_sum_exp = survey(
-        rows, steering, row, blocks, each, temperature, REMOVE, ALIGNED, TILE
+    greatest, least, lse, tempered_sum_exp, held = survey(
+        rows, steering, row, blocks, each, temperature, REMOVE, ALIGNED, SHAPE, TILE
     )
     low = tl.maximum(least, greatest + log_min_p * temperature)
     limit = tl.maximum(top_p * tempered_sum_exp, 1e-30)  # top_p = 0 keeps the greatest too
     cut, before, before_sum_exp = cut_off(
-        rows, steering, row, blocks, each, low, greatest, temperature, top_k, limit,
-        REMOVE, ALIGNED, LANES, TILE,
+        rows, steering, row, blocks, each, held, low, greatest, temperature, top_k, limit,
+        REMOVE, ALIGNED, SHAPE, LANES, TILE,
     )  # fmt: skip
     exp_at_cut = exp((cut - greatest) / temperature)  # of each token whose logit is `cut`
 
     token, logit, equals = choose_kept(
         rows, steering, row, blocks, each, temperature, row_seed, row_position,
         cut, before, before_sum_exp, exp_at_cut, top_k, limit, False,
-        REMOVE, ALIGNED, LANES, TILE,
+        REMOVE, ALIGNED, SHAPE, LANES, TILE,
     )  # fmt: skip
     last = equals - 1
     if (before + last >= top_k) | (before_sum_exp + last * exp_at_cut >= limit):
         token, logit, _ = choose_kept(
             rows, steering, row, blocks, each, temperature, row_seed, row_position,
             cut, before, before_sum_exp, exp_at_cut, top_k, limit, True,
-            REMOVE, ALIGNED, LANES, TILE,
+            REMOVE, ALIGNED, SHAPE, LANES, TILE,
         )  # fmt: skip
     tl.store(token_out + row, token)
     tl.store(logprob_out + row, logit - lse)

@@ -31,13 +31,13 @@ STATISTICS = tl.constexpr(13)
 EXTRA = tl.constexpr(4)
 MARKS = tl.constexpr(9)
 # Before those of the tiles: the 3 numbers of a row that `combine_rows` writes. Behind them: the
-# list of `triton_blocks`, with room for CAPACITY cells or every tile. `launch.workspace_size` has
-# the same sum.
+# list of `triton_blocks`, with room for ENTRIES cells or chunks, or for every tile.
+# `launch.workspace_size` has the same sum.
 ROW = tl.constexpr(3)
 # A tile has up to 128 cells of equal size: if rows are aligned, those of its tokens that one thread
 # of `measure_tiles` holds.
 CELLS = tl.constexpr(128)
-CAPACITY = tl.constexpr(512)  # a longer list is one of tiles, not of cells
+ENTRIES = tl.constexpr(2048)
 # The numbers of a row are read by each warp as a whole, a tile per lane of the warp. Of a tensor of
 # this size every warp has a copy, so a reduction of it needs no barrier.
 WARP = tl.constexpr(32)
@@ -95,7 +95,7 @@ def exp_from(x, peak):
 @triton.jit
 def numbers(workspace, row, count):
     """Where the numbers of a row's tiles begin; those of the row are before."""
-    size = (count * (STATISTICS + 1) + (ROW + CAPACITY)).to(tl.uint32)
+    size = (count * (STATISTICS + 1) + (ROW + ENTRIES)).to(tl.uint32)
     return workspace + row.to(tl.int64) * size + ROW
 
 
@@ -150,13 +150,18 @@ def store_words(place, count, which, numbers, CHUNK: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
-def mark_cells(place, count, marked, sums, factor, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """Write the tile's words, a bit for each cell, set if it is marked; and the sums of the others.
-
-    These are of the cells of one word, and are multiplied by `factor`.
-    """
+def mark_cells(place, count, marked, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Write the tile's words, a bit for each cell, set if it is marked."""
     bits = tl.where(marked, 1 << tl.arange(0, marked.shape[0]) % 32, 0)
     store_words(place, count, MARKS, bits, CHUNK, TILE)
+
+
+@triton.jit
+def mark_and_sum_cells(
+    place, count, marked, sums, factor, CHUNK: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """`mark_cells`; and write the sums of the other cells of each word, times `factor`."""
+    mark_cells(place, count, marked, CHUNK, TILE)
     store_words(place, count, EXTRA, tl.where(marked, 0.0, sums * factor), CHUNK, TILE)
 
 
@@ -186,8 +191,8 @@ def measure_tiles(
     and not in b.
 
     If MARKED: the words of its cells, for `triton_blocks`. A bit is set if the cell has a token
-    within log(alpha) of the tile's peak; no other cell can have a token of the support. The extra
-    numbers are the sum_exp of these other cells, per word. MARKED and BASE exclude each other.
+    within log(alpha) of the tile's peak; no other cell can have a token of the support. Unless BASE,
+    the extra numbers are the sum_exp of these other cells, per word.
 
     The sums are first formed as if every logit were finite, in half the instructions. A logit that
     is not makes sum_exp_d infinite or NaN, and the tile is summed again with care.
@@ -221,7 +226,8 @@ def measure_tiles(
         e, factor = exp_from(z, peak)
         sums, sums_d = sums_of_cells(e, CHUNK), sums_of_cells(e * (z - b), CHUNK)
         if MARKED:
-            mark_cells(place, count, cells >= peak + log_alpha, sums, factor, CHUNK, TILE)
+            marked = cells >= peak + log_alpha
+            mark_and_sum_cells(place, count, marked, sums, factor, CHUNK, TILE)
         sum_exp, sum_exp_d = tl.reduce((sums, sums_d), 0, add_2)
         usual = True
     sum_exp *= factor
@@ -234,9 +240,9 @@ def measure_tiles(
         peak = tl.max(z)
         origin = tl.where(peak > -INF, peak, 0.0)  # so that e is 0, not NaN, if all are -inf
         e = exp(z - origin)
-        if MARKED:
-            sums = sums_of_cells(e, CHUNK)
-            mark_cells(place, count, cells >= peak + log_alpha, sums, 1.0, CHUNK, TILE)
+        if MARKED and not BASE:
+            marked, sums = cells >= peak + log_alpha, sums_of_cells(e, CHUNK)
+            mark_and_sum_cells(place, count, marked, sums, 1.0, CHUNK, TILE)
         d = difference(z, b)
         if BASE:
             base_peak = tl.max(b)
@@ -252,6 +258,8 @@ def measure_tiles(
     tl.store(place + count, sum_exp)
     tl.store(place + 2 * count, sum_exp_in_base)
     tl.store(place + 3 * count, sum_exp_d)
+    if MARKED and BASE:
+        mark_cells(place, count, cells >= peak + log_alpha, CHUNK, TILE)
     if BASE:
         tl.store(place + EXTRA * count, base_peak)
         tl.store(place + (EXTRA + 1) * count, base_sum_exp)

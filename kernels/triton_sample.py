@@ -133,16 +133,16 @@ def sample_rows(
         workspace, row, vocab, row_strength, log_alpha, penalty, difference, LANES, TILE
     )
 
-    blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
-    # An invalid row has no active tile: these initial values are then its result, -1 and NaN.
     SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
+    blocks = list_blocks(workspace, row, vocab, steering, SHAPE, LANES, TILE)
+    # An invalid row has no active tile: these initial values are then its result, -1 and NaN.
     best = tl.full(SHAPE, -INF, tl.float32)  # the greatest merit so far, in each lane
     best_token = tl.full(SHAPE, -1, tl.int32)
     best_logit = tl.full(SHAPE, -INF, tl.float32)
     lse_peak = tl.full(SHAPE, LOWEST, tl.float32)
     lse_sum_exp = tl.zeros(SHAPE, tl.float32)
     for block in tl.range(0, blocks.number):
-        token = tokens_of(blocks, block, vocab, CHUNK, TILE)
+        token = tokens_of(blocks, block, vocab, SHAPE)
         logits, merit = choose(
             rows, steering, row, token, temperature, row_seed, row_position, True, GREEDY, ALIGNED
         )

@@ -94,15 +94,15 @@ def score_rows(
     if CHOSEN:
         lse = tiles_lse(workspace, row, tl.cdiv(vocab, TILE), LANES)
     else:
+        SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
         if REMOVE:
-            blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
+            blocks = list_blocks(workspace, row, vocab, steering, SHAPE, LANES, TILE)
         else:
             blocks = list_tiles(workspace, row, vocab, steering, True, LANES, TILE)
-        SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
         lse_peak = tl.full(SHAPE, LOWEST, tl.float32)
         lse_sum_exp = tl.zeros(SHAPE, tl.float32)
         for block in tl.range(0, blocks.number):
-            token = tokens_of(blocks, block, vocab, CHUNK, TILE)
+            token = tokens_of(blocks, block, vocab, SHAPE)
             logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
             lse_peak, lse_sum_exp = accumulate(lse_peak, lse_sum_exp, logits)
         peak, sum_exp = tl.reduce((flat(lse_peak, TILE), flat(lse_sum_exp, TILE)), 0, join_lse)
@@ -185,14 +185,14 @@ def project_rows(
     row = tl.program_id(0)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
     steering = steer_row(workspace, row, vocab, 0.0, log_alpha, 0.0, difference, LANES, TILE)
-    blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
     SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
+    blocks = list_blocks(workspace, row, vocab, steering, SHAPE, LANES, TILE)
     sum_p = tl.zeros(SHAPE, tl.float32)
     mean = tl.zeros(SHAPE, tl.float32)
     spread = tl.zeros(SHAPE, tl.float32)  # sum of p * (I delta - mean)^2; at last the variance
     squares = tl.zeros(SHAPE, tl.float32)
     for block in tl.range(0, blocks.number):
-        z, b = load_tile(rows, row, tokens_of(blocks, block, vocab, CHUNK, TILE), ALIGNED)
+        z, b = load_tile(rows, row, tokens_of(blocks, block, vocab, SHAPE), ALIGNED)
         delta = tl.where(z >= steering.threshold, delta_of(z, b, steering), 0.0)
         sum_p, mean, spread, squares = join_moments(
             sum_p, mean, spread, squares, probability(z, steering), delta, 0.0, delta * delta

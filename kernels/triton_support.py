@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_blocks import list_tiles, tokens_of_tile
+from .triton_blocks import flat, list_blocks, rank, shape_in_order, tokens_of
 from .triton_measure import EXTRA, WARP, add_3, combine, relative, statistic
 from .triton_rows import (
     INF,
@@ -105,6 +105,7 @@ def support_rows(
     mean_d_out,
     divergence_out,
     size_out,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
@@ -120,17 +121,18 @@ def support_rows(
     )
     slots = row.to(tl.int64) * capacity
     size = 0
-    blocks = list_tiles(workspace, row, vocab, steering, True, LANES, TILE)
+    SHAPE: tl.constexpr = shape_in_order(CHUNK, TILE)
+    blocks = list_blocks(workspace, row, vocab, steering, SHAPE, LANES, TILE)
     for block in tl.range(0, blocks.number):
-        token = tokens_of_tile(blocks, block, TILE)
+        token = tokens_of(blocks, block, vocab, SHAPE)
         z, b = load_tile(rows, row, token, ALIGNED)
         kept = (z >= steering.threshold) & (z > -INF)
-        slot = size + tl.cumsum(kept.to(tl.int32), 0) - 1
+        slot = size + rank(kept)
         listed = kept & (slot < capacity)
         tl.store(token_out + slots + slot, token.to(tl.int64), listed)
         tl.store(p_out + slots + slot, probability(z, steering), listed)
         tl.store(delta_out + slots + slot, delta_of(z, b, steering), listed)
-        size += tl.sum(kept.to(tl.int32))
+        size += tl.sum(flat(kept, TILE).to(tl.int32))
 
     valid = pair.peak == pair.peak
     for first in tl.range(0, capacity, TILE):

@@ -31,14 +31,14 @@ def first_of(logit, token, other_logit, other_token):
 @triton.jit
 def next_in_lane(
     rows, steering, row, blocks, lane, last, last_token,
-    REMOVE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    REMOVE: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """The token of a lane that comes after its last result; of logit -inf if there is none."""
     best = tl.full((WARP,), -INF, tl.float32)
     best_token = tl.full((WARP,), -1, tl.int32)
     for first in tl.range(0, blocks.number, WARP):
         block = first + tl.arange(0, WARP)
-        token = tokens_of_lane(blocks, block, lane, rows.vocab, CHUNK, TILE)
+        token = tokens_of_lane(blocks, block, lane, rows.vocab, SHAPE)
         z, b = load_target(rows, row, token)
         logits = steered(z, b, steering, REMOVE)
         after = comes_first(last, last_token, logits, token) & (logits > best)
@@ -89,17 +89,17 @@ def topk_rows(
     logprob_out += row.to(tl.int64) * k
     token_out += row.to(tl.int64) * k
 
+    SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
     if REMOVE:
-        blocks = list_blocks(workspace, row, vocab, steering, CHUNK, LANES, TILE)
+        blocks = list_blocks(workspace, row, vocab, steering, SHAPE, LANES, TILE)
     else:
         blocks = list_tiles(workspace, row, vocab, steering, REMOVE, LANES, TILE)
-    SHAPE: tl.constexpr = shape_of(CHUNK, TILE)
     entries = tl.full(SHAPE, -INF, tl.float32)
     tokens = tl.full(SHAPE, -1, tl.int32)
     lse_peak = tl.full(SHAPE, LOWEST, tl.float32)
     lse_sum_exp = tl.zeros(SHAPE, tl.float32)
     for block in tl.range(0, blocks.number):
-        token = tokens_of(blocks, block, vocab, CHUNK, TILE)
+        token = tokens_of(blocks, block, vocab, SHAPE)
         logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
         more = logits > entries
         entries = tl.where(more, logits, entries)
@@ -120,7 +120,7 @@ def topk_rows(
         if blocks.number > 1:
             lane = tl.max(tl.where(won, tl.arange(0, TILE), 0))
             entry, token = next_in_lane(
-                rows, steering, row, blocks, lane, best, best_token, REMOVE, CHUNK, TILE
+                rows, steering, row, blocks, lane, best, best_token, REMOVE, SHAPE
             )
         entries = tl.where(won, entry, entries)
         tokens = tl.where(won, token, tokens)

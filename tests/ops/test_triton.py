@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from svd_engine.kernels import launch, reference, triton_blocks
+from svd_engine import ops
+from svd_engine.kernels import launch, reference, triton_blocks, triton_measure
 from svd_engine.kernels.triton_noise import gumbel_noise, random_bits
 
 from . import packed
@@ -154,10 +155,12 @@ def test_elements_read(monkeypatch):
     assert reads("score", penalty=0.0) == near + 1
     assert reads("score", alpha=0.0) == 2 * vocab + 1
     assert reads("topk") == vocab + 3
+    assert reads("support") == vocab + 3 + 1
+    assert reads("sample cut") == vocab + 2 * 3
     # More cells than the list may have: the tiles that have them are read.
     monkeypatch.setattr(triton_blocks, "CAPACITY", tl.constexpr(2))
     assert reads("sample greedy") == near
-    assert reads("score") == reads("project_strength") == near + 1
+    assert reads("score") == reads("project_strength") == reads("support") == near + 1
     # For each of 3 tokens that are picked, one of each tile with support.
     assert reads("topk") == near + 3 * 2
 
@@ -172,8 +175,33 @@ def test_a_list_of_tiles_says_what_one_of_cells_does(vocab, monkeypatch):
     def found(name):
         return OPERATORS[name].run(z, b, o, "triton", None)
 
-    names = "sample noisy", "score", "topk", "project_strength"
+    names = "sample noisy", "sample cut", "score", "topk", "project_strength", "support"
     cells = [found(name) for name in names]
     monkeypatch.setattr(triton_blocks, "CAPACITY", tl.constexpr(2))
     for name, want in zip(names, cells, strict=True):
         torch.testing.assert_close(found(name), want)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="changes a constant of compiled kernels")
+@pytest.mark.parametrize("vocab", [20 * 64, 20 * 64 + 3])
+@pytest.mark.usefixtures("running")
+def test_cells_of_many_rounds_are_read_in_order(vocab, monkeypatch):
+    """A cell is then all over its tile, as in tiles of the usual size."""
+    monkeypatch.setattr(triton_measure, "CELLS", tl.constexpr(4))
+    z = torch.zeros(2, vocab, device=DEVICE)
+    z[:, 3::29], z[0, 64:128] = 3.0, 3.0  # the first row's need two blocks
+    b = z - 1.0
+    many = int((z == 3.0).sum(1).max())
+    got = OPERATORS["support"].run(z, b, options(z, capacity=many), "triton", None)
+    for i in range(2):
+        want = (z[i] == 3.0).nonzero()[:, 0].tolist()
+        assert got[0][i].tolist() == want + [-1] * (many - len(want))
+        assert got[-1][i] == len(want)
+        for top_k in (1, 2, len(want) // 2, len(want) - 1):
+            draws = torch.arange(12, device=DEVICE)
+            rows = z[i].expand(12, -1), b[i].expand(12, -1)
+            drawn = ops.sample(
+                *rows, 1.0, temperature=1.0, top_k=top_k, seed=draws, backend="triton"
+            )
+            assert set(drawn.token.tolist()) <= set(want[:top_k])
+            assert max(drawn.token.tolist()) >= want[top_k // 2]
