@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.gpu import tables
+from benchmarks.gpu import predict, tables
 from benchmarks.tables import number, table
 
 OPERATORS = ("steer", "sample greedy", "score")
@@ -90,4 +90,7 @@ def gpu(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = (("docs/performance.md", "gpu", "gpu", gpu),)
+TABLES = (
+    ("docs/performance.md", "gpu", "gpu", gpu),
+    ("docs/performance.md", "predicted", "gpu", predict.report),
+)

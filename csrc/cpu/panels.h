@@ -3,7 +3,7 @@
 // An output is summed from the first input to the last, whatever the number of rows.
 
 constexpr int kVectors = 3, kTall = 4;  // kVectors * kTall sums fill the registers
-constexpr int kDepth = 192;
+constexpr int kDepth = 96;  // the panel, the next one and rows of x fit in the L1 together
 constexpr int kRowsAtOnce = 256;  // for each of these the weight is copied again
 
 // Element (i, j) becomes element (j, i).

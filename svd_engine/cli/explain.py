@@ -40,7 +40,9 @@ def explain(
     if page.is_dir():
         raise ValueError(f"{page} is a folder; name an HTML file in it.")
     steering = collect.check(engines.steering_beside(adapter, strength, alpha))
-    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
+    engine = engines.load(
+        adapter, base, dtype, device, trust_remote_code, weights, steering, max_new_tokens
+    )
     write.write(
         engine, questions, page, max_new_tokens, adapter=adapter, progress=sys.stderr.isatty()
     )

@@ -28,7 +28,7 @@ OFF = {
     "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10,
 }  # fmt: skip
-# What vLLM and OpenAI's API call our options.
+# What vLLM, llama.cpp, Ollama and OpenAI's API call our options.
 OTHER_NAMES = {
     "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens", "stop": "stop_strings", "stop_token_ids": "eos_token_id",
@@ -36,7 +36,9 @@ OTHER_NAMES = {
     "bad_words": "bad_words_ids", "allowed_token_ids": "prefix_allowed_tokens_fn",
     "logits_processors": "logits_processor", "sampling_params": "generation_config",
     "guided_regex": "regex", "guided_json": "json_schema", "response_format": "json_schema",
-    "structured_outputs": "regex or json_schema",
+    "structured_outputs": "regex or json_schema", "guided_choice": "regex, as yes|no",
+    "best_of": "num_beams or num_return_sequences", "repeat_penalty": "repetition_penalty",
+    "n_predict": "max_new_tokens", "num_predict": "max_new_tokens",
 }  # fmt: skip
 
 

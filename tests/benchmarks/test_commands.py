@@ -27,7 +27,7 @@ def python(*arguments):
 
 def test_these_are_the_commands():
     assert COMMANDS == [
-        f"benchmarks.{name}" for name in ("gpu", "quality", "report", "run", "vllm")
+        f"benchmarks.{name}" for name in ("gpu", "gpu.predict", "quality", "report", "run", "vllm")
     ]
 
 

@@ -49,6 +49,8 @@ PERFORMANCE = """<!-- figures:operators -->
 <!-- /figures -->
 <!-- figures:gpu -->
 <!-- /figures -->
+<!-- figures:predicted -->
+<!-- /figures -->
 """
 
 

@@ -22,7 +22,9 @@ def most_rows(dtype: torch.dtype) -> int:
     capability = cpu.capability()
     if capability == "DEFAULT":
         return 0
-    return sys.maxsize if capability == "AVX2" else 16
+    if capability != "AVX2":
+        return 16
+    return 512 if dtype == torch.float32 else sys.maxsize  # PyTorch widens bfloat16 at each product
 
 
 def can_run_natively(first: Tensor, *others: Tensor) -> bool:
