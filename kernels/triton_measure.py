@@ -191,8 +191,8 @@ def measure_tiles(
     and not in b.
 
     If MARKED: the words of its cells, for `triton_blocks`. A bit is set if the cell has a token
-    within log(alpha) of the tile's peak; no other cell can have a token of the support. Unless BASE,
-    the extra numbers are the sum_exp of these other cells, per word.
+    within log(alpha) of the tile's peak; no other cell can have a token of the support. The extra
+    numbers, unless BASE, are the sum_exp of these other cells, per word.
 
     The sums are first formed as if every logit were finite, in half the instructions. A logit that
     is not makes sum_exp_d infinite or NaN, and the tile is summed again with care.
