@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import safetensors
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -163,20 +162,6 @@ def base_of(adapter: str | Path, base: str | Path | None = None) -> str:
     if named is not None and Path(named).name.lower() != Path(base).name.lower():
         logger.warning("The adapter names the base %s; %s is used (%s).", named, base, adapter)
     return str(base)
-
-
-def context_of(base: str, trust_remote_code: bool = False) -> int | None:
-    """The context in tokens that the configuration of a base gives; None where it is not here.
-
-    Nothing is fetched. A configuration that cannot be read gives None too: loading says why.
-    """
-    try:
-        config = AutoConfig.from_pretrained(
-            base, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except Exception:
-        return None
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _named(path: Path, key: str) -> str | None:

@@ -48,10 +48,7 @@ def chat(
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature) | more
     SamplingParams.from_arguments(**options, seed=seed).seeds(1)
     steering = engines.steering_beside(adapter, strength, alpha)
-    engine = engines.load(
-        adapter, base, dtype, device, trust_remote_code, weights, steering,
-        options.get("max_new_tokens") or 0,
-    )  # fmt: skip
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     messages = [] if system is None else [{"role": "system", "content": system}]
     tried = [*messages, {"role": "user", "content": "?"}]  # refused now rather than at a question
     engine.stream(messages=tried, seed=seed, **options).close()

@@ -16,16 +16,10 @@ def load(
     trust_remote_code: bool,
     weights: str | None = None,
     steering: "SteeringConfig | None" = None,
-    new_tokens: int = 0,
 ) -> "SteeredEngine":
-    """Load the engine of an adapter. steering: in place of the one beside it.
-
-    new_tokens: what each prompt may get; refused before the weights are read if none could.
-    """
+    """Load the engine of an adapter. steering: in place of the one beside it."""
     from svd_engine.engine import SteeredEngine
 
-    if new_tokens:
-        _check_context(adapter, base, new_tokens, trust_remote_code)
     engine = SteeredEngine.from_pretrained(
         base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
         weights=weights,
@@ -60,16 +54,3 @@ def steering_of(
     if strength is not None:
         config = replace(config, strength=strength)
     return config if alpha is None else replace(config, alpha=alpha)
-
-
-def _check_context(
-    adapter: Path, base: str | None, new_tokens: int, trust_remote_code: bool
-) -> None:
-    from svd_engine import loading
-
-    context = loading.context_of(base or loading.base_of(adapter), trust_remote_code)
-    if context is not None and new_tokens >= context:
-        raise ValueError(
-            f"max_new_tokens = {new_tokens} does not fit: the model's context is {context} tokens, "
-            "with those of the prompt; lower it."
-        )

@@ -40,9 +40,7 @@ def explain(
     if page.is_dir():
         raise ValueError(f"{page} is a folder; name an HTML file in it.")
     steering = collect.check(engines.steering_beside(adapter, strength, alpha))
-    engine = engines.load(
-        adapter, base, dtype, device, trust_remote_code, weights, steering, max_new_tokens
-    )
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     write.write(
         engine, questions, page, max_new_tokens, adapter=adapter, progress=sys.stderr.isatty()
     )

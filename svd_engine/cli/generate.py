@@ -130,10 +130,7 @@ def generate(
         batch.check(lines, dict(options, seed=seed))
     sources = [_source(text) for text in speculate or ()]
     steering = engines.steering_beside(adapter, strength, alpha)
-    engine = engines.load(
-        adapter, base, dtype, device, trust_remote_code, weights, steering,
-        options.get("max_new_tokens") or 0,
-    )  # fmt: skip
+    engine = engines.load(adapter, base, dtype, device, trust_remote_code, weights, steering)
     guesses = [_guesser(engine, source, dtype, trust_remote_code) for source in sources]
     options["speculate"] = guesses or None
     for request in lines:

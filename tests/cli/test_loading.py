@@ -77,20 +77,3 @@ def test_devices(tiny_folder, device):
 def test_dtypes(tiny_folder, dtype):
     with pytest.raises(ValueError, match="dtype must be auto or one of"):
         loading.load_base(tiny_folder / "base", dtype=dtype)
-
-
-@pytest.mark.parametrize("command", [["generate", "yes"], ["explain", "prompts", "page"], ["chat"]])
-def test_more_tokens_than_the_context_are_refused_before_loading(
-    run, tiny_folder, tmp_path, monkeypatch, command
-):
-    (tmp_path / "prompts").write_text('{"prompt": "yes"}')
-    base = tmp_path / "base"
-    base.mkdir()
-    shutil.copy(tiny_folder / "base" / "config.json", base)  # no weights
-    context = json.loads((base / "config.json").read_text())["max_position_embeddings"]
-    monkeypatch.chdir(tmp_path)
-    arguments = "--adapter", tiny_folder / "adapter", "--base", base, "--strength", -2
-    code, _, errors = run(*command, *arguments, "--max-new-tokens", context)
-    assert code == 2 and f"context is {context}" in errors
-    code, _, errors = run(*command, *arguments, "--max-new-tokens", context - 1)
-    assert code == 2 and "context" not in errors
