@@ -75,8 +75,8 @@ BY_FILE = {
     ],
     "kernels/triton_cut.py": [
         (
-            "fits = (before + rank < top_k)",
-            "fits = (rank < top_k)",
+            "fits = (before + place < top_k)",
+            "fits = (place < top_k)",
             f"{TRITON}cut and equals and 72'",
         ),
         (
@@ -111,8 +111,8 @@ BY_FILE = {
             f"{TRITON}divergence and shifted'",
         ),
         (
-            "slot = size + tl.cumsum(kept.to(tl.int32), 0) - 1",
-            "slot = size + tl.cumsum(kept.to(tl.int32), 0)",
+            "slot = size + rank(kept)",
+            "slot = size + rank(kept) + 1",
             f"{TRITON}64-support and float32'",
         ),
         (
@@ -149,7 +149,7 @@ BY_FILE = {
         ("zero + (seed >> 32).to(tl.uint32)", "zero", "tests/ops/test_triton.py -k noise_is_the"),
     ],
     "kernels/launch.py": [
-        ("(numbers + ROW.value + CAPACITY.value)", "numbers", f"{TRITON}greedy and stretches'"),
+        ("(numbers + ROW.value + ENTRIES.value)", "numbers", f"{TRITON}greedy and stretches'"),
     ],
     "kernels/launch_linear.py": [
         (
