@@ -307,8 +307,9 @@ class _Rows:
         self._launch(kernel, self.count, *own, num_warps=1, **self._after())
 
     def _stream(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+        tiles = _tiles(self.vocab)
         options = {"num_warps": STREAM_WARPS, "maxnreg": STREAM_REGISTERS} | options
-        self._launch(kernel, self.count * _tiles(self.vocab), *arguments, **options)
+        self._launch(kernel, self.count * tiles, *arguments, *reciprocal(tiles), **options)
 
     def _after(self) -> dict[str, Any]:
         """Options of a kernel that may be launched while the one before it still runs."""
@@ -330,6 +331,15 @@ def overlaps(device: torch.device) -> bool:
 
 def _tiles(vocab: int) -> int:
     return -(-vocab // TILE)
+
+
+def reciprocal(divisor: int) -> tuple[int, int]:
+    """Return (r, s): n // divisor is the high word of 2 n r, shifted right by s, for 0 <= n < 2^31.
+
+    Both words are of 32 bits. Theorem 4.2 of Granlund and Montgomery, 1994.
+    """
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << 31 + shift) // divisor), shift
 
 
 def _lanes(vocab: int) -> int:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .triton_rows import (
     INF,
+    INTERPRETED,
     LOG2E,
     LOWEST,
     Rows,
@@ -76,17 +77,21 @@ def lowest(matrix):
 
 @triton.jit
 def prefetch(matrix, stride, row, tile, vocab, TILE: tl.constexpr):
-    """Bring a tile of two-byte logits into the L2 cache, 32 bytes per thread.
+    """Bring a tile into the L2 cache, in sectors of 32 bytes.
 
-    ptxas saves registers by loading z first and b only when z is there and widened, so that a
-    program would wait for memory twice.
+    To save registers ptxas loads b only when z has come and is widened or compared, so that without
+    this a program would wait for memory twice. Many programs in float32 keep the memory busy anyway.
     """
-    token = tl.minimum(tile * TILE + tl.arange(0, TILE // 16) * 16, vocab - 1)
-    places = matrix + row.to(tl.int64) * stride + token
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+    BITS: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth
+    SECTOR: tl.constexpr = 256 // BITS
+    MOST: tl.constexpr = 2**31 - 1 if BITS == 16 else 1024
+    if tl.num_programs(0) <= MOST:
+        token = tl.minimum(tile * TILE + tl.arange(0, TILE // SECTOR) * SECTOR, vocab - 1)
+        places = matrix + row.to(tl.int64) * stride + token
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -115,11 +120,11 @@ def numbers(workspace, row, count):
 
 
 @triton.jit
-def row_and_tile(count):
-    """The row and the tile of a program: unsigned numbers, which are divided in fewer steps."""
+def row_and_tile(count, reciprocal, shift):
+    """The row and the tile of a program: program // count, by `launch.reciprocal`, and the rest."""
     program = tl.program_id(0).to(tl.uint32)
-    row = program // count.to(tl.uint32)
-    return row, (program - row * count).to(tl.int32)
+    row = tl.umulhi(program * 2, reciprocal.to(tl.uint32)) >> shift.to(tl.uint32)
+    return row, (program - row * count.to(tl.uint32)).to(tl.int32)
 
 
 @triton.constexpr_function
@@ -189,6 +194,8 @@ def measure_tiles(
     workspace,
     vocab: tl.int32,
     log_alpha: tl.float32,
+    reciprocal: tl.uint32,
+    shift: tl.uint32,
     BASE: tl.constexpr,
     MARKED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -214,10 +221,10 @@ def measure_tiles(
     """
     launch_second_pass(PDL)
     count = tl.cdiv(vocab, TILE)
-    row, tile = row_and_tile(count)
+    row, tile = row_and_tile(count, reciprocal, shift)
     token = tile * TILE + tl.arange(0, TILE)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    if ALIGNED and base.dtype.element_ty.primitive_bitwidth == 16:
+    if ALIGNED and not INTERPRETED:
         prefetch(base, base_stride, row, tile, vocab, TILE)
     z, b, inside = load_finite_tile(rows, row, token, ALIGNED)
     place = numbers(workspace, row, count) + tile

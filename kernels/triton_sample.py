@@ -183,6 +183,8 @@ def choose_tiles(
     position: tl.int64,
     positions,
     per_position: tl.int32,
+    reciprocal: tl.uint32,
+    shift: tl.uint32,
     REMOVE: tl.constexpr,
     GREEDY: tl.constexpr,
     PDL: tl.constexpr,
@@ -197,7 +199,7 @@ def choose_tiles(
     """
     wait_for_first_pass(PDL)
     count = tl.cdiv(vocab, TILE)
-    row, tile = row_and_tile(count)
+    row, tile = row_and_tile(count, reciprocal, shift)
     row_strength = per_row(strength, strengths, per_strength, row)
     row_seed = per_row(seed, seeds, per_seed, row)
     row_position = per_row(position, positions, per_position, row)

@@ -33,6 +33,8 @@ def steer_tiles(
     difference: tl.int32,
     out,
     out_stride: tl.int64,
+    reciprocal: tl.uint32,
+    shift: tl.uint32,
     REMOVE: tl.constexpr,
     DELTA: tl.constexpr,
     PDL: tl.constexpr,
@@ -43,7 +45,7 @@ def steer_tiles(
     """One program per tile: write steered logits, or delta; fill a tile without a token left."""
     wait_for_first_pass(PDL)
     count = tl.cdiv(vocab, TILE)
-    row, tile = row_and_tile(count)
+    row, tile = row_and_tile(count, reciprocal, shift)
     token = tile * TILE + tl.arange(0, TILE)
     place, inside = locate(out, out_stride, row, token, vocab, ALIGNED)
 
