@@ -24,25 +24,10 @@ MODULES = {
     "cuda": "svd_engine.ops.cuda",
     "cpu": "svd_engine.ops.cpu",
 }
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# What "auto" takes, by device. On an H200 (benchmarks/results/gpu.json) CUDA C++ is as fast as
-# Triton or faster for some operators, most of all with cuts. The number of rows decides nothing: a
-# row's bits would depend on its batch.
-PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-# The order on a CUDA device where Triton is faster for a few rows, by operator and dtype of the
-# adapted rows; not for cuts.
-MEASURED: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
-    (name, dtype): ("triton", "cuda")
-    for name, dtypes in {
-        "steer": (torch.float32,),
-        "sample": FLOATS,
-        "score": FLOATS,
-        "topk": FLOATS,
-        "project_strength": FLOATS,
-    }.items()
-    for dtype in dtypes
-}
-
+# What "auto" takes, by device. On an H200 (benchmarks/results/gpu.json) Triton takes less time than
+# CUDA C++ for every operator and dtype up to 132 rows, and for nearly all at 1024. The number of rows
+# decides nothing: a row's bits would depend on its batch.
+PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 logger = logging.getLogger(__name__)
 
@@ -144,19 +129,11 @@ def unavailable(backend: str) -> str | None:
 
 
 @cache
-def choose(
-    operator: str,
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    is_cut: bool = False,
-) -> ModuleType:
+def choose(operator: str, backend: str, device: torch.device) -> ModuleType:
     """Return the module that computes `operator` on a device. Raises ValueError."""
     kind = device.type
     if backend == "auto":
         order = PREFERENCE.get(kind, ())
-        if kind == "cuda" and not is_cut:
-            order = MEASURED.get((operator, dtype), order)
         modules = (import_module(MODULES[name]) for name in order if unavailable(name) is None)
         able = (module for module in modules if module.takes(kind) and hasattr(module, operator))
         module = next(able, reference)
@@ -189,8 +166,7 @@ def launch(
 ) -> tuple[Tensor, ...]:
     """Run an operator on checked arguments; return its outputs, the first in `out` if given."""
     adapted = arguments[0]
-    is_cut = any(isinstance(x, Draw) and x.is_cut for x in arguments)
-    module = choose(name, backend, adapted.device, adapted.dtype, is_cut)
+    module = choose(name, backend, adapted.device)
     operator = OPERATORS[name]
     if module is reference or adapted.numel() == 0:
         with torch.no_grad():

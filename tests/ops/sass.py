@@ -95,6 +95,25 @@ class Code:
         names = {self.instructions[i].name for i in reached}
         return sorted(x for x in names if x.startswith(ACCESSES))
 
+    def cancelled(self) -> list[Instruction]:
+        """Multiply-adds of two registers from which their own rounded product is subtracted.
+
+        `x - x == 0` becomes one if x is a product: a rounding error, so the test fails where x is
+        finite.
+        """
+        products: dict[str, set[str]] = {}
+        found = []
+        for instruction in self.instructions:
+            words = instruction.operands.replace(".reuse", "").split(",")
+            target, *operands = (x.strip() for x in words)
+            if instruction.name == "FFMA" and operands[2].startswith("-"):
+                if products.get(operands[2][1:]) == set(operands[:2]):
+                    found.append(instruction)
+            products.pop(target, None)
+            if instruction.name == "FMUL" and all(x.startswith("R") for x in operands):
+                products[target] = set(operands)
+        return found
+
     def loops(self) -> list[set[int]]:
         """The innermost loops that load logits, in order, as sets of instructions."""
         before: list[list[int]] = [[] for _ in self.instructions]
@@ -137,5 +156,6 @@ class Code:
             "shortest": self.count(self.shortest()),
             "reading": self.count(self.shortest(KINDS["wide_loads"])) if wide else None,
             "early": self.early(),
+            "cancelled": self.cancelled(),
             "loops": [self.count(body) for body in self.loops()],
         }

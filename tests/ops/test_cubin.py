@@ -24,6 +24,8 @@ def test_compiles_without_spills(target):
         assert kernel["specialised"] == [], "a request could compile this anew"
         if kernel["aligned"] and kernel["reads"]:
             assert kernel["vectors"], f"no 16-byte loads: {kernel}"
+        if target == 90:
+            assert kernel["code"]["cancelled"] == [], f"x - x of a product: {kernel}"
         if kernel["overlaps"] and target == 90:
             assert kernel["code"]["early"] == [], f"before the kernel before has ended: {kernel}"
         # 164 KiB or more are there for the programs of a multiprocessor: two at once at least.
