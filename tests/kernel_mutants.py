@@ -183,6 +183,7 @@ BY_FILE = {
             "sums.sum_exp_in_base += e;",
             f"{CUDA}steer and stretches'",
         ),
+        ("first += ahead * kWarp", "first = count", "tests/ops/test_cuda.py -k sums_of_many"),
     ],
     "csrc/cuda/score.h": [
         (
@@ -202,18 +203,7 @@ BY_FILE = {
             "is_valid(stats)",
             f"{CUDA}not_finite'",
         ),
-    ],
-    "csrc/cuda/cluster.h": [
-        (
-            "  __cluster_barrier_arrive();  // a release",
-            "  // a release",
-            "tests/ops/test_cuda.py -k one_launch",
-        ),
-        (
-            "if (left && tile < last) read_tile",
-            "if (left && tile > last) read_tile",
-            "tests/ops/test_cuda.py -k one_launch",
-        ),
+        ("  __syncthreads();", "", "tests/ops/test_cuda.py -k in_place"),
     ],
     "csrc/cpu/rows.h": [
         (

@@ -9,7 +9,6 @@ constexpr int kNone = INT_MAX;
 constexpr int kList = 512;  // tokens listed in shared memory; rows with more are read again
 
 struct Sample {
-  using Measured = Sums;
   Steered of;
   float temperature;  // 0: greedy
   int top_k;          // INT_MAX: all
@@ -24,7 +23,6 @@ struct Sample {
 struct CutSample : Sample {};  // top_k, top_p or log_min_p removes tokens
 
 struct TopK {
-  using Measured = Sums;
   Steered of;
   int k;
   float* logprob;

@@ -1,7 +1,7 @@
 // The kernels that stream tiles. The first pass reads both rows once and writes the sums of every
 // tile; the second pass, here or in choose.h and score.h, reads again only the tiles that it needs.
-// Each pass is a launch, or both are one (cluster.h). Nothing is accumulated in memory, and the
-// host reads nothing back.
+// No thread block waits for another within a kernel, nothing is accumulated in memory, and the host
+// reads nothing back.
 #pragma once
 
 #include <climits>
@@ -35,8 +35,8 @@ struct Rows {
 
 // The sums of a row's tiles in the workspace; S is Sums or PairSums.
 template <class S>
-SVD_DEVICE S* sums_of(const Rows& rows, int row) {
-  return static_cast<S*>(rows.workspace) + int64_t{row} * rows.tiles;
+SVD_DEVICE const S* sums_of(const Rows& rows, int row) {
+  return static_cast<const S*>(rows.workspace) + int64_t{row} * rows.tiles;
 }
 
 // The operands of a steered row.
@@ -49,7 +49,6 @@ struct Steered {
 };
 
 struct Steer {
-  using Measured = Sums;  // what the first pass writes
   Steered of;
   Logits out;
   int span;     // tiles per thread block
@@ -106,36 +105,24 @@ SVD_DEVICE void read_tile(const Rows& rows, int row, int tile, Held& z, Held& b)
   load<kAligned, kStreamThreads>(row_of<const B>(rows.base, row), begin, rows.vocab, b);
 }
 
-// The first pass of a tile, by a group of kStreamThreads threads: leaves the sums of each warp's
-// tokens in `warps`, which the group shares. S is Sums or PairSums.
-template <class S>
-SVD_DEVICE void measure_warps(const Held& z, const Held& b, S* warps) {
-  S sums;
-  sum(z, b, sums);
-  sums = join_warp(sums);
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x % kStreamThreads / kWarp] = sums;
-}
-
-// Joins what measure_warps has left.
-template <class S>
-SVD_DEVICE void join_warps(const S* warps, S* out) {
-  if (threadIdx.x % kStreamThreads > 0) return;
-  S sums = warps[0];
-  for (int warp = 1; warp < kStreamThreads / kWarp; ++warp) sums = join(sums, warps[warp]);
-  *out = sums;
-}
-
-// First pass, one thread block per tile.
+// First pass, one thread block per tile; S is Sums or PairSums.
 template <class A, class B, bool kAligned, class S>
 __global__ void __launch_bounds__(kStreamThreads) measure_tiles(const Rows rows) {
   let_second_pass_start();
   const int row = blockIdx.x / rows.tiles, tile = blockIdx.x % rows.tiles;
-  __shared__ S warps[kStreamThreads / kWarp];
   Held z, b;
   read_tile<A, B, kAligned>(rows, row, tile, z, b);
-  measure_warps(z, b, warps);
+
+  __shared__ S warps[kStreamThreads / kWarp];
+  S sums;
+  sum(z, b, sums);
+  sums = join_warp(sums);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sums;
   __syncthreads();
-  join_warps(warps, static_cast<S*>(rows.workspace) + blockIdx.x);
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kStreamThreads / kWarp; ++warp) sums = join(sums, warps[warp]);
+    static_cast<S*>(rows.workspace)[blockIdx.x] = sums;
+  }
 }
 
 // Whether a tile of a row has a token left.

@@ -1,12 +1,8 @@
 // The interface of the library: plain C functions of device pointers and a stream. It does not
 // depend on PyTorch, loads without a driver, allocates nothing and never waits for the device. The
 // functions of an operator return a cudaError_t. `dtype` is 0, 1, 2 for float32, bfloat16, float16.
-#include <algorithm>
-#include <map>
-#include <mutex>
-#include <tuple>
-
-#include "cluster.h"
+#include "choose.h"
+#include "score.h"
 
 #define SVD_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -42,33 +38,19 @@ bool is_aligned(const Logits& logits, int vocab) {
 }
 
 template <class Argument>
-cudaError_t launch(void (*kernel)(Argument), int64_t blocks, int threads,
-                   const cudaLaunchAttribute& attribute, cudaStream_t stream,
-                   const Argument& argument) {
+cudaError_t launch(void (*kernel)(Argument), int64_t blocks, int threads, bool overlap,
+                   cudaStream_t stream, const Argument& argument) {
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.stream = stream;
-  config.attrs = const_cast<cudaLaunchAttribute*>(&attribute);
-  config.numAttrs = attribute.id != cudaLaunchAttributeIgnore;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, argument);
-}
-
-// A launch may start before the one ahead of it in the stream ends.
-cudaLaunchAttribute overlapping() {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return attribute;
-}
-
-cudaLaunchAttribute clusters_of(int blocks) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return attribute;
 }
 
 // Makes `device` current for the calling thread, and the previous one again when destroyed.
@@ -83,14 +65,14 @@ class Current {
     int major = 0;
     if (error == cudaSuccess)
       error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    is_sm_90 = major >= 9;
+    overlaps = major >= 9;
   }
   ~Current() {
     if (moved_) cudaSetDevice(before_);
     if (error != cudaSuccess) cudaGetLastError();  // it is returned: clear it for later calls
   }
   cudaError_t error;
-  bool is_sm_90;  // or later: launches overlap, and thread blocks form clusters
+  bool overlaps;  // the second pass may start before the first ends
 
  private:
   int before_ = 0;
@@ -102,80 +84,17 @@ Rows make_rows(const Logits& adapted, const Logits& base, int vocab, void* works
           is_aligned(adapted, vocab) && is_aligned(base, vocab), workspace};
 }
 
-// How many clusters of so many thread blocks, the largest of cluster.h, the device holds at once: 0
-// if it has none of that size. The driver's answer is kept, for it takes longer than a launch.
-template <class Argument>
-int64_t clusters_at_once(void (*kernel)(Argument), int blocks, int device) {
-  static std::mutex mutex;
-  static std::map<std::tuple<void (*)(Argument), int, int>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(kernel, blocks, device);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  cudaLaunchAttribute attribute = clusters_of(blocks);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kMostGroups * kStreamThreads);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int count = 0;
-  cudaError_t error = cudaSuccess;
-  if (blocks > 8)  // which every device with clusters has
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    count = 0;
-  }
-  return known[key] = count;
-}
-
-// Calls that take up to this many thread blocks are one launch. It is a prediction, not measured: a
-// block is as large as a multiprocessor takes, an H100 has 132 of them in groups of 16 to 18, and
-// clusters of 16 blocks lie within a group: with more than eight, some would wait for others.
-constexpr int kFewBlocks = 128;
-
-// Launches both passes as one if rows are few and alike; `done` says whether it has.
-template <class To>
-cudaError_t run_at_once(const To& to, int64_t count, bool aligned, int device, cudaStream_t stream,
-                        bool& done) {
-  const Rows& rows = to.of.rows;
-  // Rows of different types, or that 16-byte accesses do not fit, are not worth a kernel each.
-  if (!aligned || rows.adapted.dtype != rows.base.dtype) return cudaSuccess;
-  return with_type(rows.adapted.dtype, [&](auto type) {
-    const auto kernel = answer_at_once<decltype(type), To>;
-    for (int most = kMostBlocks; most >= 8 && !done; most /= 2) {
-      int blocks = 1;
-      while (blocks < most && blocks * kLeastGroups < rows.tiles) blocks *= 2;
-      if (count * blocks > kFewBlocks || count > clusters_at_once(kernel, blocks, device)) continue;
-      const int needed = (rows.tiles + blocks - 1) / blocks;
-      const int groups = std::min(std::max(needed, kLeastGroups), kMostGroups);
-      done = true;
-      return launch(kernel, count * blocks, groups * kStreamThreads, clusters_of(blocks), stream,
-                    to);
-    }
-    return cudaSuccess;
-  });
-}
-
-// Runs an operator, in one launch or in two: the first pass, then `second_pass(attribute)`.
-// `aligned` says whether 16-byte accesses fit everything that both passes touch.
-template <class To, class F>
-cudaError_t run(const To& to, int64_t count, bool aligned, int device, cudaStream_t stream,
+// Launches the first pass, into sums of type S, and then `second_pass(overlap)`.
+template <class S, class F>
+cudaError_t run(const Rows& rows, int64_t count, int device, cudaStream_t stream,
                 const F& second_pass) {
-  const Rows& rows = to.of.rows;
   Current current(device);
-  bool done = false;
-  if (current.error == cudaSuccess && current.is_sm_90)
-    current.error = run_at_once(to, count, aligned, device, stream, done);
-  if (current.error != cudaSuccess || done) return current.error;
+  if (current.error != cudaSuccess) return current.error;
   current.error = with_types(rows, rows.aligned, [&](auto a, auto b, auto vectors) {
-    using Measured = typename To::Measured;
-    return launch(measure_tiles<decltype(a), decltype(b), decltype(vectors)::value, Measured>,
-                  count * rows.tiles, kStreamThreads, {}, stream, rows);
+    return launch(measure_tiles<decltype(a), decltype(b), decltype(vectors)::value, S>,
+                  count * rows.tiles, kStreamThreads, false, stream, rows);
   });
-  if (current.error == cudaSuccess)
-    current.error = second_pass(current.is_sm_90 ? overlapping() : cudaLaunchAttribute{});
+  if (current.error == cudaSuccess) current.error = second_pass(current.overlaps);
   return current.error;
 }
 
@@ -187,21 +106,19 @@ cudaError_t run_steer(Steer to, int64_t count, int device, cudaStream_t stream) 
   to.span = tiles < 2048 ? 1 : tiles < 8192 ? 2 : 4;
   const int64_t blocks = count * ((rows.tiles + to.span - 1) / to.span);
   const bool aligned = rows.aligned && is_aligned(to.out, rows.vocab);
-  return run(to, count, aligned, device, stream, [&](const cudaLaunchAttribute& attribute) {
+  return run<Sums>(rows, count, device, stream, [&](bool overlap) {
     return with_types(rows, aligned, [&](auto a, auto b, auto vectors) {
       return launch(steer_tiles<decltype(a), decltype(b), decltype(vectors)::value>, blocks,
-                    kStreamThreads, attribute, stream, to);
+                    kStreamThreads, overlap, stream, to);
     });
   });
 }
 
 // Runs an operator whose second pass has a thread block per row.
-template <class To>
+template <class S = Sums, class To>
 cudaError_t run_rows(const To& to, int64_t count, int device, cudaStream_t stream) {
-  constexpr int threads = std::is_same<To, Diverge>::value ? kWarp : kWalkThreads;
-  const bool aligned = to.of.rows.aligned;
-  return run(to, count, aligned, device, stream, [&](const cudaLaunchAttribute& attribute) {
-    return launch(answer_rows<To>, count, threads, attribute, stream, to);
+  return run<S>(to.of.rows, count, device, stream, [&](bool overlap) {
+    return launch(answer_rows<To>, count, kWalkThreads, overlap, stream, to);
   });
 }
 
@@ -289,9 +206,12 @@ SVD_EXPORT int svd_cuda_support(SVD_INPUTS, float log_alpha, int difference, con
                                 SVD_WHERE) {
   const Support to = {SVD_UNSTEERED(log_alpha, -INFINITY), target, capacity, token, p, delta, logp,
                       logq, mean_d, divergence, size};
-  return run_rows(to, rows, device, stream);
+  return run_rows<PairSums>(to, rows, device, stream);
 }
 
 SVD_EXPORT int svd_cuda_divergence(SVD_INPUTS, float* out, SVD_WHERE) {
-  return run_rows(Diverge{{SVD_ROWS}, out}, rows, device, stream);
+  const Diverge to = {SVD_ROWS, out};
+  return run<PairSums>(to.rows, rows, device, stream, [&](bool overlap) {
+    return launch(answer_rows<Diverge>, rows, kWarp, overlap, stream, to);
+  });
 }

@@ -25,12 +25,6 @@ constexpr unsigned kAllLanes = 0xFFFFFFFF;
 constexpr int kRun = 8;  // consecutive tokens per thread where 16-byte accesses fit
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
-template <class T>
-constexpr Dtype kDtype = Dtype::kFloat32;
-template <>
-constexpr Dtype kDtype<__nv_bfloat16> = Dtype::kBFloat16;
-template <>
-constexpr Dtype kDtype<__half> = Dtype::kFloat16;
 
 // Rows of logits; `stride` counts elements.
 struct Logits {
@@ -69,13 +63,12 @@ constexpr uint32_t kImpossible<__nv_bfloat16> = 0xFF80FF80;
 template <>
 constexpr uint32_t kImpossible<__half> = 0xFC00FC00;
 
-// Which tokens of a tile this thread, one of a group of kThreads, holds: element j is token
-// `begin + place<...>(j)`, ascending in j. Aligned: each thread holds runs of consecutive tokens, and
-// the runs of a warp are adjacent. Otherwise the tokens of a warp are adjacent, so that scalar
-// accesses coalesce.
+// Which tokens of a tile this thread holds: element j is token `begin + place<...>(j)`, ascending
+// in j. Aligned: each thread holds runs of consecutive tokens, and the runs of a warp are adjacent.
+// Otherwise the tokens of a warp are adjacent, so that scalar accesses coalesce.
 template <bool kAligned, int kThreads>
 SVD_DEVICE int place(int j) {
-  const int thread = threadIdx.x % kThreads;
+  const int thread = threadIdx.x;
   return kAligned ? (j / kRun * kThreads + thread) * kRun + j % kRun : j * kThreads + thread;
 }
 
@@ -314,7 +307,8 @@ template <int kEach>
 SVD_DEVICE void sum(const float (&adapted)[kEach], const float (&base)[kEach], PairSums& sums) {
   const float peak = peak_of(adapted), base_peak = peak_of(base);
   sums = pair_from<false>(peak, base_peak, adapted, base);
-  if (sums.sum_exp_gap - sums.sum_exp_gap != 0.0f) sums = pair_from<true>(peak, base_peak, adapted, base);
+  if (sums.sum_exp_gap - sums.sum_exp_gap != 0.0f)
+    sums = pair_from<true>(peak, base_peak, adapted, base);
 }
 
 // Joins `sums`, of no tokens, with those of `count` tiles, `step` of S from one to the next. Every

@@ -7,14 +7,12 @@
 namespace {
 
 struct Score {
-  using Measured = Sums;
   Steered of;
   const int64_t* target;
   float* logprob;
 };
 
 struct Project {
-  using Measured = Sums;
   Steered of;  // strength and penalty are unused
   const int64_t* target;
   float* numerator;
@@ -24,7 +22,6 @@ struct Project {
 };
 
 struct Support {
-  using Measured = PairSums;
   Steered of;  // strength and penalty are unused
   const int64_t* target;
   int capacity;  // slots per row
@@ -39,10 +36,7 @@ struct Support {
 };
 
 struct Diverge {
-  using Measured = PairSums;
-  struct {
-    Rows rows;
-  } of;
+  Rows rows;
   float* out;
 };
 
@@ -140,9 +134,9 @@ SVD_DEVICE float divergence_of(const PairSums& sums) {
   return !valid ? NAN : sums.sum_exp_gap == INFINITY ? INFINITY : nats;
 }
 
-// One warp is enough.
+// One warp per row.
 SVD_DEVICE void answer(const Diverge& to, int index) {
-  const float nats = divergence_of(pair_sums_of(to.of.rows, index));
+  const float nats = divergence_of(pair_sums_of(to.rows, index));
   if (threadIdx.x == 0) to.out[index] = nats;
 }
 

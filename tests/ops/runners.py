@@ -5,7 +5,6 @@ Triton, so all but the compilers' code for the device and the device itself is c
 """
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import os
@@ -189,10 +188,7 @@ def compiled(source: Path, *arguments: Any) -> Path:
 
 @functools.cache
 def _emulated() -> Any:
-    library = compiled(SOURCES / "cuda/launch.cu", "-include", SOURCES / "cuda/on_cpu.h")
-    functions = cuda._bind(library)
-    functions.launches = ctypes.CDLL(str(library)).svd_on_cpu_launches  # so far
-    return functions
+    return cuda._bind(compiled(SOURCES / "cuda/launch.cu", "-include", SOURCES / "cuda/on_cpu.h"))
 
 
 def _prepare_emulated(undo: contextlib.ExitStack) -> None:

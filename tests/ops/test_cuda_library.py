@@ -23,12 +23,11 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 needs_library = pytest.mark.skipif(isinstance(cuda._load(), str), reason=str(cuda._load()))
 needs_gpu = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
 
+# 65536 registers: 6 blocks of 128 threads and more, and 3 of 256.
+REGISTERS = 80
 # How many there are of each: by the dtypes of both rows and by whether 16-byte accesses fit, 18; of
-# the two forms of pass 1; of the operators but steer, and `sample` with cuts and without; and of
-# these and steer, by the dtype of both rows.
-KERNELS = {"measure_tiles": 36, "steer_tiles": 18, "answer_rows": 7, "answer_at_once": 24}
-# 65536 registers: 6 blocks of 128 threads and more, 3 of 256, and one of 640.
-REGISTERS = {"measure_tiles": 80, "steer_tiles": 80, "answer_rows": 80, "answer_at_once": 96}
+# the two forms of pass 1; of the operators but steer, and `sample` with cuts and without.
+KERNELS = {"measure_tiles": 36, "steer_tiles": 18, "answer_rows": 7}
 
 
 @needs_nvcc
@@ -164,7 +163,7 @@ def test_every_kernel_is_there_without_spills():
             kernel = re.search("|".join(KERNELS), name).group(0)
             kernels.setdefault(arch, []).append(kernel)
             assert int(stack) == int(local) == 0, f"spills: {arch} {name}"
-            assert int(registers) <= REGISTERS[kernel], f"{arch} {name}: {registers}"
+            assert int(registers) <= REGISTERS, f"{arch} {name}: {registers}"
     if "SVD_CUDA_ARCHS" not in os.environ:
         assert set(kernels) >= {"sm_80", "sm_90", "sm_100"}
     for arch, names in kernels.items():
@@ -195,21 +194,8 @@ def test_rows_are_read_16_bytes_at_a_time(functions):
 
 
 @needs_library
-def test_a_cluster_reads_its_tiles_at_once_and_meets_once(functions):
-    once = {name: code for name, code in functions.items() if "answer_at_once" in name}
-    assert len(once) == KERNELS["answer_at_once"]
-    for name, code in once.items():
-        before, after = code.split("UCGABAR_ARV")
-        loads = 8 if "onceIf" in name else 4  # of 16 bytes a thread, before it waits for any
-        assert len(re.findall(r"LDG\.", before)) == loads, name
-        assert len(re.findall(r"LDG\.E\.128", before)) == loads, name
-        assert "MEMBAR" in before and "UCGABAR_WAIT" in after and "CCTL.IVALL" in after, name
-        assert not re.search(r"LDG\S*\.CONSTANT", code), f"{name}: may read sums that are not new"
-
-
-@needs_library
 def test_nvcc_fuses_nothing_by_itself(functions):
-    """What it fuses depends on the kernel: a row could differ between one launch and two."""
+    """It does so kernel by kernel: `sample` would compare other logits than `steer` writes."""
     plain = [name for name in functions if "steer_tiles" in name or "rowsINS_7Project" in name]
     assert len(plain) == KERNELS["steer_tiles"] + 1
     for name in plain:
