@@ -79,8 +79,8 @@ def lowest(matrix):
 def prefetch(matrix, stride, row, tile, vocab, TILE: tl.constexpr):
     """Bring a tile into the L2 cache, in sectors of 32 bytes.
 
-    To save registers ptxas loads b only when z has come and is widened or compared, so that without
-    this a program would wait for memory twice. Many programs in float32 keep the memory busy anyway.
+    To save registers ptxas loads b only when z has come and is widened or compared: without this a
+    program would wait for memory twice. Many programs in float32 keep the memory busy anyway.
     """
     BITS: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth
     SECTOR: tl.constexpr = 256 // BITS

@@ -49,11 +49,12 @@ def steer_tiles(
     token = tile * TILE + tl.arange(0, TILE)
     place, inside = locate(out, out_stride, row, token, vocab, ALIGNED)
 
+    # Before the statistics of the row, so that a program waits for one reading only.
+    peak = tl.load(numbers(workspace, row, count) + tile)
     row_strength = per_row(strength, strengths, per_strength, row)
     steering = steer_row_of_tile(
         workspace, row, vocab, combined, row_strength, log_alpha, penalty, difference, LANES, TILE
     )
-    peak = tl.load(numbers(workspace, row, count) + tile)
     if is_active(peak, steering, REMOVE):
         rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
         z, b = load_tile(rows, row, token, ALIGNED)

@@ -32,11 +32,11 @@ def sections(device: str) -> dict[str, tuple[str, float]]:
     return {
         "machine": ("benchmarks.gpu.measure:machine", 15),
         "bandwidth": ("benchmarks.gpu.measure:bandwidth", 15),
-        f"correctness_{first}": ("benchmarks.gpu.correctness:section", 70),
+        f"correctness_{first}": ("benchmarks.gpu.correctness:section", 95),
         f"correctness_{second}": ("benchmarks.gpu.correctness:section", 40),
         "graph": ("benchmarks.gpu.graph:section", 25),
         "latency": ("benchmarks.gpu.speed:latency", 20),
-        "operators": ("benchmarks.gpu.speed:operators", 90),
+        "operators": ("benchmarks.gpu.speed:operators", 110),
         "engine": ("benchmarks.gpu.engine:section", 110),
         "linear": ("benchmarks.gpu.linear:section", 40),
         "step": ("benchmarks.gpu.step:section", 90),

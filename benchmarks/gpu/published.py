@@ -5,7 +5,10 @@ from typing import Any
 from benchmarks.gpu import predict, tables
 from benchmarks.tables import number, table
 
-OPERATORS = ("steer", "sample greedy", "score")
+OPERATORS = (
+    "steer", "sample greedy", "sample cut", "score", "topk", "project_strength", "support",
+    "divergence", "steer, difference", "sample greedy, difference",
+)  # fmt: skip
 ROWS = (1, 4, 32, 132, 1024)
 KINDS = {"peaked": "like a model's", "random": "random"}
 CONTENDERS = {
@@ -42,21 +45,28 @@ def operators(result: dict[str, Any]) -> str:
     rows = []
     for kind, words in KINDS.items():
         for name in OPERATORS:
-            for backend in ("triton", "cuda"):
-                cells = [_point(at.get((kind, name, backend, n))) for n in ROWS]
-                if set(cells) == {"-"}:
-                    continue
-                rows.append([f"`{name.split()[0]}`, `{backend}`, {words}", *cells])
+            cells = [
+                _point(*(at.get((kind, name, backend, n)) for backend in ("triton", "cuda")))
+                for n in ROWS
+            ]
+            if set(cells) != {"-"}:
+                rows.append([f"{_named(name)}, {words}", *cells])
     for name in ("two softmaxes", "eager formula", "torch.compile, cancelled form"):
         cells = [_point(at.get(("random", name, "torch", n))) for n in ROWS]
         rows += [[name, *cells]] if set(cells) != {"-"} else []
     return table(["", *(f"N = {n}" for n in ROWS)], rows)
 
 
-def _point(case: dict[str, Any] | None) -> str:
+def _named(name: str) -> str:
+    operator, _, form = name.partition(" ")
+    return f"`{operator.strip(',')}`" + (f", {form}" if form else "")
+
+
+def _point(case: dict[str, Any] | None, other: dict[str, Any] | None = None) -> str:
     if case is None:
         return "-"
-    return f"{number(case['cold_us'])}, {tables.percent(case.get('of copy'))}"
+    beside = f" ({number(other['cold_us'])})" if other else ""
+    return f"{number(case['cold_us'])}, {tables.percent(case.get('of copy'))}{beside}"
 
 
 def steps(result: dict[str, Any]) -> str:
@@ -80,8 +90,8 @@ def gpu(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             tables.source(result) + " " + correctness(result),
-            f"Microseconds with a cold L2, and the share of copy bandwidth ({copy} GB/s), "
-            "V = 151936, bfloat16:",
+            f"Microseconds of Triton with a cold L2, the share of copy bandwidth ({copy} GB/s), "
+            "and microseconds of CUDA C++; V = 151936, bfloat16, `topk` of 8:",
             operators(result),
             *([f"{note}."] if (note := _result(result, "operators").get("note")) else []),
             "Milliseconds per token, bfloat16, random weights, LoRA (r = 8) on all linear layers:",

@@ -17,6 +17,7 @@ Make = Callable[[], list[Call]]
 Measure = Callable[[], dict[str, Any]]
 VOCABS, ROWS = (151936, 128256, 49152), (1, 1024, 32, 132, 4)
 EVERYWHERE = ("steer", "sample greedy", "score")  # the others at the first vocabulary only
+PEAKED = (*EVERYWHERE, "sample cut", "topk", "project_strength", "support", "divergence")
 COMPILED = (1, 32, 1024)  # rows for which torch.compile is timed
 
 
@@ -99,7 +100,7 @@ def _flashinfer(rows: Rows) -> list[Call]:
 
 def _contenders(run: Run, rows: Rows, first: bool) -> Iterator[tuple[str, str, Make | None]]:
     """Yield (name, backend, what makes the calls); None if the backend lacks the operator."""
-    for name in OPERATORS if first else EVERYWHERE:
+    for name in OPERATORS if first else PEAKED if rows.peaked else EVERYWHERE:
         for backend in run.backends:
             missing = absent(name, backend, run.device)
             yield name, backend, None if missing else partial(rows.calls, name, backend)

@@ -25,8 +25,8 @@ MODULES = {
     "cpu": "svd_engine.ops.cpu",
 }
 # What "auto" takes, by device. On an H200 (benchmarks/results/gpu.json) Triton takes less time than
-# CUDA C++ for every operator and dtype up to 132 rows, and for nearly all at 1024. The number of rows
-# decides nothing: a row's bits would depend on its batch.
+# CUDA C++ for nearly every operator, dtype and number of rows. That number decides nothing: a row's
+# bits would depend on its batch.
 PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 logger = logging.getLogger(__name__)
