@@ -240,9 +240,9 @@ def measure_tiles(
         e, factor = exp_from(z, peak)
         base_e, base_factor = exp_from(b, base_peak)
         d = (z - peak) - (b - base_peak)
-        sum_exp, sum_exp_d, base_sum_exp = tl.reduce(
-            (e, tl.where(inside, e * d, 0.0), base_e), 0, add_3
-        )
+        sums, base_sums = sums_of_cells(e, CHUNK), sums_of_cells(base_e, CHUNK)
+        sums_d = sums_of_cells(tl.where(inside, e * d, 0.0), CHUNK)
+        sum_exp, sum_exp_d, base_sum_exp = tl.reduce((sums, sums_d, base_sums), 0, add_3)
         base_sum_exp *= base_factor
         only_adapted = tl.cast(0, tl.int32)
         usual = tl.abs(base_peak) < USUAL_PEAK
