@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import records
 from benchmarks.gpu import supervisor, tables, worker
@@ -92,12 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options += ["--quick"] if given.quick else []
     chosen = [word for section in given.only or () for word in ("--only", section)]
     # With --only, the other sections of the same file stay, each with its own date.
-    before = records.read(path)["sections"] if given.only and path.exists() else {}
+    before: dict[str, Any] = {"sections": {}}
+    if given.only and path.exists():
+        before = records.read(path)
     about = {
         "command": " ".join([COMMAND, *options, *chosen]),
         "date": time.strftime("%Y-%m-%d"),
         "device": device,
-        "sections": {name: entry for name, entry in before.items() if name not in names},
+        "sections": {
+            name: {"date": before["date"]} | entry
+            for name, entry in before["sections"].items()
+            if name not in names
+        },
     }
     worker.save(path, about)
     end = time.time() + given.seconds

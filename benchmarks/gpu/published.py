@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.gpu import predict, tables
+from benchmarks.gpu import tables
 from benchmarks.tables import number, table
 
 OPERATORS = (
@@ -87,20 +87,19 @@ def steps(result: dict[str, Any]) -> str:
 def gpu(result: dict[str, Any]) -> str:
     """Format what the GPU run has shown."""
     copy = number(_result(result, "bandwidth").get("GB/s"))
+    everything = result | {"command": "python -m benchmarks.gpu"}
     return "\n\n".join(
         [
-            tables.source(result) + " " + correctness(result),
+            tables.source(everything) + " " + correctness(result),
             f"Microseconds of Triton with a cold L2, the share of copy bandwidth ({copy} GB/s), "
             "and microseconds of CUDA C++; V = 151936, bfloat16, `topk` of 8:",
             operators(result),
             *([f"{note}."] if (note := _result(result, "operators").get("note")) else []),
-            "Milliseconds per token, bfloat16, random weights, LoRA (r = 8) on all linear layers:",
+            "Milliseconds per token, bfloat16, random weights, LoRA (r = 8) on all linear layers"
+            + (f", {date}:" if (date := result["sections"]["step"].get("date")) else ":"),
             steps(result),
         ]
     )
 
 
-TABLES = (
-    ("docs/performance.md", "gpu", "gpu", gpu),
-    ("docs/performance.md", "predicted", "gpu", predict.report),
-)
+TABLES = (("docs/performance.md", "gpu", "gpu", gpu),)

@@ -207,3 +207,14 @@ def test_only_names_sections(capsys):
     with pytest.raises(SystemExit):
         command.main(["--device", "cpu", "--only", "nonsense"])
     assert "--only must begin one of machine" in capsys.readouterr().err
+
+
+def test_sections_that_are_not_measured_again_keep_their_date(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "gpu.json"
+    done = {"status": "ok", "seconds": 1.0, "result": {}}
+    before = {"graph": done, "step": {"date": "2026-01-02"} | done, "machine": done}
+    worker.save(path, {"date": "2026-02-03", "sections": before})
+    monkeypatch.setattr(supervisor, "drive", lambda *_: None)
+    command.main(["--device", "cpu", "--quick", "--only", "machine", "--out", str(path)])
+    dates = {name: entry["date"] for name, entry in read(path)["sections"].items()}
+    assert dates == {"graph": "2026-02-03", "step": "2026-01-02"}

@@ -76,4 +76,4 @@ def test_the_table(result, capsys):
     assert f" | {measured:.2f} | " in row
     predict.main(["--gpu", "H100"])
     printed = capsys.readouterr().out
-    assert "(2,924 GB/s)" in printed and "measured" not in printed
+    assert "(2,943 GB/s)" in printed and "measured" not in printed

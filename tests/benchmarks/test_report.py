@@ -49,8 +49,6 @@ PERFORMANCE = """<!-- figures:operators -->
 <!-- /figures -->
 <!-- figures:gpu -->
 <!-- /figures -->
-<!-- figures:predicted -->
-<!-- /figures -->
 """
 
 
