@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import example
+from hypothesis import given as given_any
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
@@ -47,6 +50,16 @@ def test_the_workspace_may_be_larger_and_is_optional():
     launch.steer(z, b, mask, want, workspace=larger)
     launch.steer(z, b, mask, out)
     assert torch.equal(out, want)
+
+
+@given_any(st.integers(1, 2**20), st.integers(0, 2**31 - 1))
+@example(1, 2**31 - 1)
+@example(75, 75 * 28633114 - 1)
+def test_a_reciprocal_divides_exactly(divisor, number):
+    factor, shift = launch.reciprocal(divisor)
+    assert factor < 2**32
+    for n in (number, number // divisor * divisor, max(number // divisor * divisor - 1, 0)):
+        assert (2 * n * factor >> 32) >> shift == n // divisor
 
 
 @pytest.mark.slow
