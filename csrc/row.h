@@ -77,12 +77,17 @@ SVD_HD float merit_of(float away, float noise, float temperature) {
   return away / std::fmax(temperature, 1.0f) + std::fmin(temperature, 1.0f) * noise;
 }
 
-// First output word of Philox4x32-10 with key = seed and counter = (token, position, 0). A Word is
-// a uint64_t, or a vector of uint64_t, and holds 32 bits per element.
+// The four output words of Philox4x32-10 with key = seed and counter = (four, position, 0): the random
+// bits of tokens 4 four to 4 four + 3. A Word is a uint64_t, or a vector of uint64_t, and holds 32
+// bits per element.
 template <class Word>
-SVD_HD Word philox(uint64_t seed, Word token, uint64_t position) {
+struct FourWords {
+  Word of[4];
+};
+template <class Word>
+SVD_HD FourWords<Word> philox(uint64_t seed, Word four, uint64_t position) {
   constexpr uint64_t mask = 0xFFFFFFFF;
-  Word c0 = token & mask, c1 = Word{} + (position & mask), c2 = Word{} + (position >> 32);
+  Word c0 = four & mask, c1 = Word{} + (position & mask), c2 = Word{} + (position >> 32);
   Word c3 = Word{};
   uint64_t k0 = seed & mask, k1 = seed >> 32;
   for (int round = 0; round < 10; ++round) {
@@ -94,7 +99,7 @@ SVD_HD Word philox(uint64_t seed, Word token, uint64_t position) {
     k0 = (k0 + 0x9E3779B9) & mask;
     k1 = (k1 + 0xBB67AE85) & mask;
   }
-  return c0;
+  return {{c0, c1, c2, c3}};
 }
 
 // Standard Gumbel noise -log(-log(1 - u)) with u = (bits + 1/2) / 2^32. Each tail is computed from

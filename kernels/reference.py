@@ -42,6 +42,9 @@ from torch import Tensor
 INF = math.inf
 COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it cuts as this one does
 DIRECTIONS = ("projected", "difference")
+# Of the noise: with another version a seed draws other tokens. Version 1 took the first word of a
+# counter per token.
+NOISE_VERSION = 2
 Strength = float | Tensor
 
 
@@ -372,13 +375,14 @@ def gumbel_noise(
 
 
 def philox(seed: Tensor, token: Tensor, position: Tensor) -> Tensor:
-    """First word of Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (token, position, 0).
+    """Word token % 4 of Philox4x32-10 (Salmon et al. 2011).
 
+    Key = seed, counter = (token // 4, position, 0): four tokens share the four words of a counter.
     Takes int64 tensors of one shape and returns 32 random bits per element, as int64. The 64-bit
     seed and position are split into words, low word first.
     """
     mask = 0xFFFFFFFF
-    c0, c1, c2 = token & mask, position & mask, (position >> 32) & mask
+    c0, c1, c2 = (token >> 2) & mask, position & mask, (position >> 32) & mask
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
@@ -387,4 +391,4 @@ def philox(seed: Tensor, token: Tensor, position: Tensor) -> Tensor:
         high0, high1 = (product0 >> 32) & mask, (product1 >> 32) & mask
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & mask, high0 ^ c3 ^ k1, product0 & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0
+    return torch.stack((c0, c1, c2, c3)).gather(0, (token % 4)[None])[0]

@@ -5,20 +5,39 @@ import triton.language as tl
 
 
 @triton.jit
-def random_bits(seed, token, position):
-    """`reference.philox`: the first word of Philox4x32-10 as uint32, of the shape of `token`."""
+def four_words(seed, four, position):
+    """The words of Philox4x32-10 of the counters `four`, as uint32 of its shape."""
     seed = seed.to(tl.int64)
     position = position.to(tl.int64)
-    zero = tl.zeros(token.shape, tl.uint32)
-    word, _, _, _ = tl.philox_impl(
-        token.to(tl.uint32),
+    zero = tl.zeros(four.shape, tl.uint32)
+    return tl.philox_impl(
+        four.to(tl.uint32),
         zero + position.to(tl.uint32),
         zero + (position >> 32).to(tl.uint32),
         zero,
         zero + seed.to(tl.uint32),
         zero + (seed >> 32).to(tl.uint32),
     )
-    return word
+
+
+@triton.jit
+def random_bits(seed, token, position, RUN: tl.constexpr):
+    """`reference.philox` as uint32, of the shape of `token`.
+
+    If RUN is a multiple of 4, the last axis of `token` is runs of so many consecutive ids, of which
+    the first is a multiple of 4: four tokens then share a counter.
+    """
+    if RUN % 4 == 0:
+        fours = tl.reshape(token, (token.numel // 4, 2, 2))
+        first, _ = tl.split(tl.split(fours)[0])
+        word0, word1, word2, word3 = four_words(seed, first >> 2, position)
+        words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+        return tl.reshape(words, token.shape)
+    else:
+        word0, word1, word2, word3 = four_words(seed, token >> 2, position)
+        even = tl.where(token & 2 == 0, word0, word2)
+        odd = tl.where(token & 2 == 0, word1, word3)
+        return tl.where(token & 1 == 0, even, odd)
 
 
 @triton.jit

@@ -267,22 +267,44 @@ void write_vector(const Row& row, const RowStats& stats, int64_t begin, int64_t 
 #endif
 }
 
+// The random bits of a tile's tokens.
+SVD_HD void draw_tile(const Noise& noise, int64_t tile_begin, uint32_t (&bits)[kTile]) {
+  static_assert(kTile % (2 * kLanes) == 0, "whole vectors of fours");
+  Words four;
+  for (int j = 0; j < kLanes / 2; ++j) four[j] = tile_begin / 4 + j;
+  for (int i = 0; i < kTile; i += 2 * kLanes, four += kLanes / 2) {
+    const FourWords<Words> words = philox(noise.seed, four, noise.position);
+    const Words low = words.of[0] | words.of[1] << 32, high = words.of[2] | words.of[3] << 32;
+    for (int j = 0; j < kLanes / 2; ++j) {
+      const uint64_t of_four[2] = {low[j], high[j]};
+      std::memcpy(bits + i + 4 * j, of_four, sizeof of_four);
+    }
+  }
+}
+
+// The random bits of `count` tokens, which are whole vectors.
+SVD_HD void draw_tokens(const Noise& noise, const uint64_t* tokens, int count, uint32_t* bits) {
+  for (int i = 0; i < count; i += kLanes / 2) {
+    const Words token = load<Words>(tokens + i), which = token & 3;
+    const FourWords<Words> words = philox(noise.seed, token >> 2, noise.position);
+    const Words even = which == 0 ? words.of[0] : words.of[2];
+    const Words odd = which == 1 ? words.of[1] : words.of[3];
+    const Words word = (token & 1) == 0 ? even : odd;
+    for (int j = 0; j < kLanes / 2; ++j) bits[i + j] = static_cast<uint32_t>(word[j]);
+  }
+}
+
 // Raises `best` to the greatest merit (merit_of in row.h) of `count` logits, which are whole vectors,
 // and sets `token` to its token, of equals the one with the lowest id; returns its index, or -1 if
-// none is better. words(i) are the token ids from the i-th on.
+// none is better. `bits` are the tokens' random bits, and id(i) is the i-th token.
 //
 // Few tokens need the two logarithms of the noise: noise = -log(E) with E = -log(1 - u) >= u, so a
 // token can exceed `best` only if u <= exp(ahead), where `ahead` is its merit without noise less
 // `best`, divided by the factor of the noise. That test takes the random bits and one
 // exponential per token, all in vectors; only the tokens that pass it get the exact noise.
 template <class F>
-SVD_HD int noisy_best(const float* logits, const F& words, int count, float peak,
+SVD_HD int noisy_best(const float* logits, const uint32_t* bits, const F& id, int count, float peak,
                       const Noise& noise, float& best, uint64_t& token) {
-  uint32_t bits[kTile];
-  for (int i = 0; i < count; i += kLanes / 2) {
-    const Words word = philox(noise.seed, words(i), noise.position);
-    for (int j = 0; j < kLanes / 2; ++j) bits[i + j] = static_cast<uint32_t>(word[j]);
-  }
   const float divisor = std::fmax(noise.temperature, 1.0f);
   const float factor = std::fmin(noise.temperature, 1.0f);
   int at = -1;
@@ -297,8 +319,7 @@ SVD_HD int noisy_best(const float* logits, const F& words, int count, float peak
       if (!hopeful[j]) continue;
       const float merit = merit_of(away[j], gumbel(bits[i + j]), noise.temperature);
       if (merit < best) continue;
-      const uint64_t id = words(i + j)[0];
-      if (merit > best || id < token) best = merit, token = id, at = i + j;
+      if (merit > best || id(i + j) < token) best = merit, token = id(i + j), at = i + j;
     }
   }
   return at;
@@ -328,10 +349,10 @@ void choose(const Row& row, const RowStats& stats, const Noise& noise, int64_t b
 
     int at = -1;
     if (noisy) {
-      Words iota;
-      for (int j = 0; j < kLanes / 2; ++j) iota[j] = tile_begin + j;
-      const auto words = [&](int j) SVD_INLINE { return iota + static_cast<uint64_t>(j); };
-      at = noisy_best(buffer, words, kTile, stats.peak, noise, best, token);
+      uint32_t bits[kTile];
+      draw_tile(noise, tile_begin, bits);
+      const auto id = [&](int j) SVD_INLINE { return static_cast<uint64_t>(tile_begin) + j; };
+      at = noisy_best(buffer, bits, id, kTile, stats.peak, noise, best, token);
     } else if (peak > best) {
       best = peak;
       for (at = 0; buffer[at] != peak;) ++at;
@@ -393,7 +414,8 @@ int list(const Row& row, const RowStats& stats, int64_t tile, Entry* to) {
 int64_t draw(const Candidate* from, int64_t count, float peak, const Noise& noise) {
   alignas(64) float logits[kTile];
   uint64_t tokens[kTile + kLanes] = {};
-  const auto words = [&](int i) SVD_INLINE { return load<Words>(tokens + i); };
+  uint32_t bits[kTile];
+  const auto id = [&](int i) SVD_INLINE { return tokens[i]; };
   float best = -INFINITY;
   uint64_t token = 0;
   int64_t winner = -1;
@@ -405,7 +427,8 @@ int64_t draw(const Candidate* from, int64_t count, float peak, const Noise& nois
     }
     int padded = here;
     for (; padded % kLanes; ++padded) logits[padded] = -INFINITY;
-    const int at = noisy_best(logits, words, padded, peak, noise, best, token);
+    draw_tokens(noise, tokens, padded, bits);
+    const int at = noisy_best(logits, bits, id, padded, peak, noise, best, token);
     if (at >= 0) winner = begin + at;
   }
   return winner;

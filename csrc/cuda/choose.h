@@ -186,15 +186,17 @@ SVD_DEVICE void choose(const Sample& to, int index) {
   Choice choice = {-INFINITY, kNone, -INFINITY, {-INFINITY, 0.0f}};
   walk_active(rows, row, [&](int token, const float (&logits)[kRun]) {
     accumulate(choice.lse, logits);
+    FourWords<uint64_t> bits = {};  // of four tokens
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
+      if (j % 4 == 0 && to.temperature > 0.0f)
+        bits = philox(seed, static_cast<uint64_t>(token + j) / 4, position);
       if (kCut && order_of(logits[j], token + j) < last) continue;
       float merit = logits[j];
       if (to.temperature > 0.0f && merit > -INFINITY) {
-        const uint64_t counter = token + j;
-        const uint32_t bits = static_cast<uint32_t>(philox(seed, counter, position));
+        const float noise = gumbel<float>(static_cast<uint32_t>(bits.of[j % 4]));
         // Relative to the peak, so that large logits do not round the noise away.
-        merit = merit_of(merit - row.stats.peak, gumbel<float>(bits), to.temperature);
+        merit = merit_of(merit - row.stats.peak, noise, to.temperature);
       }
       if (merit > choice.merit) {  // strictly: of equals the lowest token id wins
         choice.merit = merit;

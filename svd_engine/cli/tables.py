@@ -124,6 +124,7 @@ def environment(step: str | None = None) -> Table:
         if name == "cpu" and reason is None:
             state += f" ({cpu.capability()})"
         table.add_row(f"backend {name}", state)
+    table.add_row("sampling noise", f"version {ops.NOISE_VERSION}")
     if step is not None:
         table.add_row("decode step", step)
     return table

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from svd_engine.kernels.arguments import named
-from svd_engine.kernels.reference import Projection, Sampled, Strength, Support, TopK
+from svd_engine.kernels.reference import (
+    NOISE_VERSION,
+    Projection,
+    Sampled,
+    Strength,
+    Support,
+    TopK,
+)
 from svd_engine.ops import checks, dispatch
 from svd_engine.ops.head import Head
 from svd_engine.ops.hidden_states import (
@@ -29,6 +36,7 @@ from svd_engine.ops.hidden_states import (
 )
 
 __all__ = [
+    "NOISE_VERSION",
     "Head",
     "backends",
     "divergence",

@@ -7,7 +7,7 @@ import sys
 import pytest
 import typer
 
-from svd_engine import __main__, __version__
+from svd_engine import __main__, __version__, ops
 from svd_engine.cli import STOPPED, main
 from tests.tiny import tiny_base, tiny_peft
 
@@ -117,6 +117,7 @@ def test_version_help_and_environment(run, tiny_folder):
     assert code == 0 and "decode step" in out and "module by module, because the weights" in out
     code, out, _ = run("env")
     assert code == 0 and "backend cpu" in out and "backend triton" in out and "torch" in out
+    assert f"version {ops.NOISE_VERSION}" in out
 
 
 def commands(command, name=()):

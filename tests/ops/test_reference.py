@@ -146,8 +146,10 @@ def test_support_lists_what_steer_keeps():
 
 def test_philox_known_answers():
     # Random123's kat_vectors for philox4x32-10 at counter 0, key 0.
-    zero = torch.zeros(1, dtype=torch.int64)
-    assert ref.philox(zero, zero, zero).tolist() == [0x6627E8D5]
+    zero = torch.zeros(4, dtype=torch.int64)
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert ref.philox(zero, torch.arange(4), zero).tolist() == words
+    assert ref.NOISE_VERSION == 2  # raise it where this changes
     # Every word of seed and position matters.
     draws = {
         int(ref.philox(torch.tensor(s), torch.tensor(t), torch.tensor(p)))

@@ -103,9 +103,9 @@ def test_a_target_outside_the_vocabulary_reads_nothing():
 
 
 @triton.jit
-def _noise(seed, position, bits, given, out, n: tl.constexpr):
+def _noise(seed, position, bits, given, out, n: tl.constexpr, RUN: tl.constexpr):
     token = tl.arange(0, n)
-    word = random_bits(tl.load(seed), token, tl.load(position))
+    word = random_bits(tl.load(seed), token, tl.load(position), RUN)
     tl.store(bits + token, word.to(tl.int64))
     tl.store(out + token, gumbel_noise(tl.load(given + token).to(tl.uint32)))
 
@@ -121,10 +121,11 @@ def test_noise_is_the_reference_s():
     out, bits = torch.full((n,), NAN, device=DEVICE), torch.zeros(n, dtype=int, device=DEVICE)
     for seed, position in ((0, 0), (1, 2), (2**40 + 3, 2**35 + 1), (-5, 2**63 - 1)):
         seed, position = (torch.tensor([x], device=DEVICE) for x in (seed, position))
-        _noise[(1,)](seed, position, bits, given.to(DEVICE), out, n)
         token = torch.arange(n)
         philox = reference.philox(seed.cpu().expand(n), token, position.cpu().expand(n))
-        assert bits.tolist() == philox.tolist()
+        for run in (1, 4, n):
+            _noise[(1,)](seed, position, bits.zero_(), given.to(DEVICE), out, n, run)
+            assert bits.tolist() == philox.tolist()
         torch.testing.assert_close(out.cpu().double(), want, rtol=2e-7, atol=3e-7)
 
 
