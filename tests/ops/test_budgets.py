@@ -22,27 +22,57 @@ def spent(kernel: dict[str, Any]) -> Budget:
     )  # fmt: skip
 
 
+def broken(kernels: dict[str, dict[str, Any]], slack: float = 1.0) -> list[str]:
+    """Say which budgets are not kept by which figures; `slack` stretches those of instructions."""
+    found = []
+
+    def compare(what: str, got: int, most: float) -> None:
+        if got > most:
+            found.append(f"{what} {got}, budget {most:g}")
+
+    for form, kernel in kernels.items():
+        cost, budget = spent(kernel), BUDGETS[form]
+        compare(f"{form}: entry", cost.entry, slack * budget.entry)
+        compare(f"{form}: reading", cost.reading, slack * budget.reading)
+        if cost.wide_loads != budget.wide_loads or len(cost.loops) != len(budget.loops):
+            found.append(f"{form}: {cost}, budget {budget}")
+        for got, most in zip(cost.loops, budget.loops, strict=False):
+            compare(f"{form}: instructions of a loop", got[0], slack * most[0])
+            if slack == 1 or not most[1]:  # a walk without barriers stays one
+                compare(f"{form}: barriers of a loop", got[1], most[1])
+        if slack == 1:
+            compare(f"{form}: barriers", cost.entry_barriers, budget.entry_barriers)
+            compare(f"{form}: barriers on the way", cost.reading_barriers, budget.reading_barriers)
+            most = budget.registers or cubins.REGISTERS[form.split()[0]]
+            compare(f"{form}: registers", cost.registers, most)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not cubins.ALL, reason="counted in make test-oldest-triton")
 def test_every_kernel_keeps_its_budget():
     pytest.importorskip("triton")
     kernels = {x["form"]: x for x in cubins.compiled(90) if budgeted(x["form"])}
     assert set(kernels) == set(BUDGETS)
-    broken = []
-    for form, budget in BUDGETS.items():
-        cost = spent(kernels[form])
-        pairs = [(x, getattr(cost, x), getattr(budget, x)) for x in Budget._fields]
-        within = len(cost.loops) == len(budget.loops) and all(
-            a <= b for got, most in zip(cost.loops, budget.loops, strict=True)
-            for a, b in zip(got, most, strict=True)
-        )  # fmt: skip
-        for name, got, most in pairs:
-            fine = {"loops": within, "wide_loads": got == most}.get(name)
-            if name == "registers":
-                fine = got <= (most or cubins.REGISTERS[form.split()[0]])
-            if not (got <= most if fine is None else fine):
-                broken.append(f"{form}: {name} {got}, budget {most}")
-    assert not broken, "\n".join(broken)
+    found = broken(kernels)
+    assert not found, "\n".join(found)
+
+
+def test_a_broken_budget_is_told_with_both_figures():
+    loop = {"instructions": 272, "barriers": 1}
+    shortest = {"instructions": 690, "barriers": 12, "wide_loads": 0}
+    code = {"shortest": shortest, "reading": None, "loops": [loop]}
+    form = "sample_rows bf16 GREEDY"
+    budget = BUDGETS[form]
+    assert broken({form: {"code": code, "registers": 81}}) == [
+        f"{form}: entry 690, budget {budget.entry}",
+        f"{form}: barriers of a loop 1, budget 0",
+        f"{form}: barriers 12, budget {budget.entry_barriers}",
+        f"{form}: registers 81, budget {budget.registers}",
+    ]
+    assert broken({form: {"code": code, "registers": 81}}, 1.35) == [
+        f"{form}: barriers of a loop 1, budget 0"
+    ]
 
 
 def budgeted(form: str) -> bool:

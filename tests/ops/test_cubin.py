@@ -6,8 +6,10 @@ No GPU is needed.
 import pytest
 
 from . import cubins
+from .test_budgets import broken, budgeted
 
 TARGETS = (80, 90, 100)
+SLACK = 1.35  # of instructions: the budgets are those of the oldest Triton
 
 
 @pytest.mark.slow
@@ -16,6 +18,9 @@ def test_compiles_without_spills(target):
     pytest.importorskip("triton")
     kernels = cubins.compiled(target)
     assert {x["name"] for x in kernels} == set(cubins.REGISTERS)
+    if target == 90:
+        found = broken({x["form"]: x for x in kernels if budgeted(x["form"])}, SLACK)
+        assert not found, "\n".join(found)
     linear = [x for x in kernels if x["name"].split("_")[0] in ("linear", "finish", "attend")]
     assert all(x["overlaps"] == (target >= 90) for x in linear)
     for kernel in kernels:
