@@ -49,7 +49,7 @@ def choose(
     logits = steered_tile(rows, steering, row, token, REMOVE, ALIGNED)
     merit = logits
     if not GREEDY:
-        noise = gumbel_noise(random_bits(seed, token, position, token.shape[-1] if ALIGNED else 1))
+        noise = gumbel_noise(random_bits(seed, token, position, token.shape[-1]))
         # Relative to the peak, so that large logits do not round the noise away. A temperature
         # below 1 multiplies the noise instead, so that the quotient does not overflow.
         away = logits - steering.peak
