@@ -12,7 +12,7 @@ import os
 import triton
 import triton.language as tl
 
-from .triton_rows import kernel
+from .triton_rows import fetch_into_l2, kernel
 
 # The interpreter computes with numpy, which has no bfloat16.
 NO_BFLOAT16 = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -38,10 +38,7 @@ def prefetch(matrix, stride, row, rows, column, columns):
     """
     row, column = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
     places = matrix + row.to(tl.int64)[:, None] * stride + column[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+    fetch_into_l2(places)
 
 
 @triton.jit

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .triton_rows import (
     INF,
-    INTERPRETED,
     LOG2E,
     LOWEST,
     Rows,
@@ -18,6 +17,7 @@ from .triton_rows import (
     difference,
     exp,
     exp2,
+    fetch_into_l2,
     join_lse,
     kernel,
     launch_second_pass,
@@ -76,7 +76,7 @@ def lowest(matrix):
 
 
 @triton.jit
-def prefetch(matrix, stride, row, tile, vocab, TILE: tl.constexpr):
+def prefetch_tile(matrix, stride, row, tile, vocab, TILE: tl.constexpr):
     """Bring a tile into the L2 cache, in sectors of 32 bytes.
 
     To save registers ptxas loads b only when z has come and is widened or compared: without this a
@@ -88,10 +88,7 @@ def prefetch(matrix, stride, row, tile, vocab, TILE: tl.constexpr):
     if tl.num_programs(0) <= MOST:
         token = tl.minimum(tile * TILE + tl.arange(0, TILE // SECTOR) * SECTOR, vocab - 1)
         places = matrix + row.to(tl.int64) * stride + token
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
+        fetch_into_l2(places)
 
 
 @triton.jit
@@ -224,8 +221,8 @@ def measure_tiles(
     row, tile = row_and_tile(count, reciprocal, shift)
     token = tile * TILE + tl.arange(0, TILE)
     rows = Rows(adapted, adapted_stride, base, base_stride, vocab)
-    if ALIGNED and not INTERPRETED:
-        prefetch(base, base_stride, row, tile, vocab, TILE)
+    if ALIGNED:
+        prefetch_tile(base, base_stride, row, tile, vocab, TILE)
     z, b, inside = load_finite_tile(rows, row, token, ALIGNED)
     place = numbers(workspace, row, count) + tile
 

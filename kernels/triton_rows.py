@@ -103,6 +103,16 @@ def load_target(rows, row, target):
 
 
 @triton.jit
+def fetch_into_l2(places):
+    """Bring the cache lines of these pointers into the L2 cache. Nothing is loaded."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def exp2(x):
     """2 ** x, and 0 for a result that is not a normal number.
 
